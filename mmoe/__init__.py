@@ -1,0 +1,1 @@
+"""mmoe: pretraining of multimodal mixture-of-experts models."""

@@ -1,0 +1,163 @@
+"""What a recipe may say: every key, its type, its default and its unit.
+
+A recipe is a TOML file with the tables below. Loading is strict (:mod:`mmoe.recipe.load`): an unknown key, a
+wrong type or an impossible value is an error that names the key.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A LongCat-Flash shaped language model: ``layers`` ScMoE layers, each with two MLA and two dense FFN blocks."""
+
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    ffn_hidden_size: int
+    max_position: int = 4096
+    rope_theta: float = 1e7
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+    embedding_init_std: float = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoE:
+    """Zero-computation-expert routing (LongCat-Flash, arXiv 2509.01322, sections 2.1 and 3.1)."""
+
+    experts: int
+    zero_experts: int
+    top_k: int
+    expert_hidden_size: int
+    routed_scaling_factor: float = 1.0
+    active_experts: float
+    """K_e: the wanted mean number of FFN experts per token; the controller steers towards it."""
+    bias_rate: float = 1e-3
+    """μ of the bias controller, per optimizer step."""
+    balance_coefficient: float = 0.0
+    """α of the device-level balance loss."""
+    balance_groups: int = 1
+    """D: groups of FFN experts in the balance loss; the zero experts are one more group."""
+    router_init_std: float = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """A vision encoder; ``type`` decides which of the sizes it reads."""
+
+    name: str
+    type: Literal["vit", "convnet"]
+    image_size: int
+    patch_size: int = 8
+    width: int = 64
+    layers: int = 2
+    heads: int = 4
+    widths: tuple[int, ...] = (16, 32, 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Connector:
+    """Spatial Vision Aggregator (Cambrian-1, arXiv 2406.16860): ``grid`` × ``grid`` queries over every encoder's grid."""
+
+    type: Literal["sva"] = "sva"
+    grid: int
+    width: int
+    heads: int
+    layers: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    backbone: Backbone
+    moe: MoE
+    encoders: tuple[Encoder, ...] = ()
+    connector: Connector | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    mixture: str
+    """A shipped mixture's name or the path of a mixture's .toml."""
+    root: str = "data-cache"
+    """Folder that holds the prepared data sets and the tokenizer."""
+    tokenizer: str = "tokenizer.json"
+    """Path, relative to ``root``."""
+    sequence_length: int = 1024
+    """Tokens in a pack."""
+    images_per_pack: int = 16
+    max_pixels: int = 64_000_000
+    """An image whose header announces more pixels is a bad sample."""
+    max_bad_in_a_row: int = 100
+    workers: int = 1
+    """DALI decoding threads."""
+    prefetch: int = 2
+    """Micro-batches decoded ahead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    steps: int
+    global_batch: int
+    """Packs per optimizer step, over all ranks."""
+    micro_batch: int
+    """Packs per forward pass on one rank."""
+    seed: int = 0
+    max_skipped_in_a_row: int = 10
+    """Steps skipped for a loss that is not finite, one after another, before the run stops."""
+    log_every: int = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    lr: float
+    min_lr: float = 0.0
+    warmup_steps: int = 0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    dtype: Literal["fp32", "bf16"] = "fp32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """Sizes of the parallel groups; what is left over is data parallel."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+    context: int = 1
+    sequence: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    every: int = 1000
+    """Steps between two checkpoints; the last step always has one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    name: str
+    description: str = ""
+    model: Model
+    data: Data
+    train: Train
+    optimizer: Optimizer
+    precision: Precision = field(default_factory=Precision)
+    parallel: Parallel = field(default_factory=Parallel)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
