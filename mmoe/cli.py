@@ -1,0 +1,286 @@
+"""The command line. Every command imports what it needs when it runs, so that `mmoe --help` answers at once."""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from mmoe.errors import Interrupted, UserError
+
+DONE, DEFECT, USER_ERROR, INTERRUPTED, KEYBOARD = 0, 1, 2, 75, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status.
+
+    0 done; 1 a defect of ours (traceback); 2 the user can mend it (one line); 75 interrupted and saved; 130 Ctrl-C.
+    """
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = f"rank {rank}: " if ranks > 1 else ""
+    with contextlib.ExitStack() as stack:
+        if rank:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        try:
+            options = _parser(arguments).parse_args(arguments)
+            options.run(options)
+            status, message = DONE, ""
+        except UserError as error:
+            status, message = USER_ERROR, f"mmoe: {name}{error}"
+        except Interrupted as error:
+            status, message = INTERRUPTED, f"mmoe: {error}" if rank == 0 else ""
+        except KeyboardInterrupt:
+            status, message = KEYBOARD, "mmoe: stopped by the keyboard" if rank == 0 else ""
+        except Exception as error:
+            first = _first_failure()
+            text = "".join(traceback.format_exception(error)).rstrip()
+            # When a rank dies, its peers lose their connections to it: their tracebacks would bury its message.
+            after = f"mmoe: {name}ended after {first}: {type(error).__name__}" if first else ""
+            status, message = DEFECT, after or (f"mmoe: {name}failed\n{text}" if name else text)
+    if status in (DEFECT, USER_ERROR) and _told_already(rank, status, message.replace(name, "", 1)):
+        message = ""
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    return status
+
+
+def _first_failure() -> str:
+    """The rank that failed first, where a launcher keeps a list; else empty."""
+    path = Path(os.environ.get("MMOE_FAILURES", ""))
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return f"rank {json.loads(lines[0])['rank']}" if lines else ""
+
+
+def _told_already(rank: int, status: int, message: str) -> bool:
+    """Enter a failure in the launcher's list (`MMOE_FAILURES`); True where another rank entered the same message."""
+    path = os.environ.get("MMOE_FAILURES")
+    if not path:
+        return False
+    import fcntl
+
+    with open(path, "a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        known = any(json.loads(line)["message"] == message for line in file)
+        file.write(json.dumps({"rank": rank, "status": status, "message": message}) + "\n")
+    return known
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line, as every other user error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, "", f"see `{self.prog} --help`")
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mmoe", description="Pretraining of multimodal mixture-of-experts models.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    train = _command(commands, "train", _train, "train a model from a recipe", "train quickstart --out runs/quickstart")
+    train.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or the path of a .toml file")
+    train.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/RECIPE)")
+    train.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint in DIR")
+    _add_set(train)
+
+    recipes = _command(commands, "recipes", _recipes, "list the shipped recipes or show one", "recipes quickstart")
+    recipes.add_argument("name", nargs="?", metavar="NAME", help="a recipe to show with every default filled in")
+    _add_set(recipes)
+
+    evaluate = _command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "score a checkpoint's answers, task by task",
+        "evaluate runs/quickstart/checkpoints/latest --suite scenes --data data-cache/scenes/test",
+    )
+    evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    evaluate.add_argument("--suite", choices=["scenes"], required=True)
+    evaluate.add_argument("--data", type=Path, required=True, metavar="PATH", help="a prepared data set")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write every number here")
+    evaluate.add_argument("--blank", action="store_true", help="blank every image: what the questions alone give away")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N samples")
+
+    generate = _command(
+        commands,
+        "generate",
+        _generate,
+        "answer a prompt about pictures",
+        "generate runs/quickstart/hf --prompt 'what is this ?' --image picture.png",
+    )
+    generate.add_argument("model", type=Path, metavar="CHECKPOINT|HF_DIR")
+    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--image", type=Path, nargs="+", default=[], metavar="FILE")
+    generate.add_argument("--max-tokens", type=int, default=32, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest")
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling, where T is above 0")
+
+    convert = _group(commands, "convert", "Hugging Face format, both ways")
+    from_hf = _command(convert, "from-hf", _from_hf, "make a checkpoint", "convert from-hf HF_DIR runs/imported")
+    from_hf.add_argument("source", type=Path, metavar="HF_DIR")
+    from_hf.add_argument("out", type=Path, metavar="OUT")
+    example = "convert to-hf runs/quickstart/checkpoints/latest runs/quickstart/hf"
+    to_hf = _command(convert, "to-hf", _to_hf, "write a self-contained Hugging Face directory", example)
+    to_hf.add_argument("source", type=Path, metavar="CHECKPOINT")
+    to_hf.add_argument("out", type=Path, metavar="OUT")
+    to_hf.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    example = "convert verify runs/quickstart/checkpoints/latest runs/quickstart/hf"
+    verify = _command(convert, "verify", _verify, "compare two models' weights and logits", example)
+    verify.add_argument("a", type=Path, metavar="A")
+    verify.add_argument("b", type=Path, metavar="B")
+
+    data = _group(commands, "data", "prepare, check and describe data sets")
+    example = "data prepare scenes data-cache/scenes"
+    prepare = _command(data, "prepare", _prepare, "make a data set", example)
+    prepare.add_argument("name", metavar="NAME", help="which data set to make")
+    prepare.add_argument("out", type=Path, metavar="OUT")
+    if list(arguments[:2]) == ["data", "prepare"]:
+        from mmoe.data.prepare import add_arguments
+
+        add_arguments(prepare)
+    lint = _command(data, "lint", _lint, "check every sample of a data set", "data lint data-cache/scenes/train")
+    lint.add_argument("path", type=Path, metavar="PATH")
+    example = "data stats data-cache/scenes/train --out scenes.html"
+    stats = _command(data, "stats", _stats, "describe a data set in a page", example)
+    stats.add_argument("path", type=Path, metavar="PATH")
+    stats.add_argument("--out", type=Path, required=True, metavar="FILE")
+
+    example = "report runs/quickstart"
+    report = _command(commands, "report", _report, "write report.html and report.png of a run", example)
+    report.add_argument("run_directory", type=Path, metavar="DIR")
+    _command(commands, "doctor", _doctor, "what is installed and which kernels are in use", "doctor")
+    return parser
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    summary: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    described = summary[0].upper() + summary[1:] + "."
+    parser = commands.add_parser(
+        name, help=summary, description=described, epilog=f"example: mmoe {example}", allow_abbrev=False
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _group(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, summary: str
+) -> "argparse._SubParsersAction[argparse.ArgumentParser]":
+    parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    return parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="lay a value over the recipe, for example train.steps=100",
+    )
+
+
+def _train(options: argparse.Namespace) -> None:
+    from mmoe.recipe import load_recipe
+    from mmoe.train.run import train
+
+    recipe = load_recipe(options.recipe, options.set)
+    train(recipe, options.out or Path("runs") / recipe.name, options.resume)
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    from mmoe.recipe import dump_recipe, list_recipes, load_recipe
+
+    if options.name:
+        print(dump_recipe(load_recipe(options.name, options.set)), end="")
+        return
+    for name in list_recipes():
+        print(f"{name:32} {load_recipe(name).description}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from mmoe.evaluate.scenes import run
+
+    run(options.checkpoint, options.data, options.json, blank=options.blank, limit=options.limit)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from mmoe.evaluate.generate import generate
+
+    text = generate(
+        options.model,
+        options.prompt,
+        options.image,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    print(text)
+
+
+def _from_hf(options: argparse.Namespace) -> None:
+    from mmoe.convert import from_hf
+
+    from_hf(options.source, options.out)
+
+
+def _to_hf(options: argparse.Namespace) -> None:
+    from mmoe.convert import to_hf
+
+    to_hf(options.source, options.out, options.dtype)
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from mmoe.convert import verify
+
+    _print_findings(verify(options.a, options.b), f"{options.a} and {options.b}", "differences")
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from mmoe.data.prepare import run
+
+    run(options.name, options.out, options)
+
+
+def _lint(options: argparse.Namespace) -> None:
+    from mmoe.data.lint import lint
+
+    _print_findings(lint(options.path), str(options.path), "findings")
+
+
+def _print_findings(findings: list[str], where: str, kind: str) -> None:
+    for finding in findings:
+        print(finding)
+    if findings:
+        raise UserError(f"{len(findings)} {kind}", where, "they are listed on standard output")
+    print(f"{where}: no {kind}")
+
+
+def _stats(options: argparse.Namespace) -> None:
+    from mmoe.data.stats import report
+
+    report(options.path, options.out)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from mmoe.evaluate.report import write
+
+    write(options.run_directory)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from mmoe.doctor import run
+
+    run()

@@ -1,0 +1,232 @@
+"""Recipes from TOML and back: strict, typed, and every refusal names the key, the file and a way out."""
+
+import dataclasses
+import difflib
+import json
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mmoe.errors import UserError
+from mmoe.recipe.checks import problems
+from mmoe.recipe.schema import Recipe
+
+_KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+
+
+def list_recipes() -> list[str]:
+    """Names of the shipped recipes, sorted."""
+    folder = resources.files("mmoe.recipe") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, complete and check a recipe.
+
+    Args:
+        name_or_path: a shipped recipe's name (see :func:`list_recipes`) or the path of a ``.toml`` file.
+        overrides: ``"a.b=c"`` assignments laid over the file, in order. ``c`` is a TOML value; what is not one is
+            taken as a string. ``model.encoders.0.width`` reaches into a list.
+
+    Raises:
+        UserError: the recipe cannot be found or read, is not TOML, has an unknown or a missing key, a value of the
+            wrong type, or values that cannot go together.
+    """
+    text, source = _read(str(name_or_path))
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"not valid TOML: {error}", source, "correct the file") from None
+    reader = _Reader(source)
+    for assignment in overrides:
+        reader.override(table, assignment)
+    recipe = reader.build(Recipe, table, "")
+    for path, what, fix in problems(recipe):
+        reader.fail(path, f"{path}: {what}", fix)
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as TOML with every default filled in; loading the text gives an equal recipe."""
+    return "\n".join(_lines(dataclasses.asdict(recipe), "")).strip() + "\n"
+
+
+def _read(name_or_path: str) -> tuple[str, str]:
+    if name_or_path.endswith(".toml") or "/" in name_or_path:
+        path = Path(name_or_path)
+        if not path.exists():
+            raise UserError("no such recipe file", name_or_path, "`mmoe recipes` lists the shipped ones")
+    else:
+        names = list_recipes()
+        if name_or_path not in names:
+            near = difflib.get_close_matches(name_or_path, names, 1)
+            fix = f"did you mean {near[0]!r}?" if near else f"give a .toml path or one of: {', '.join(names)}"
+            raise UserError(f"no shipped recipe is called {name_or_path!r}", "", fix)
+        path = resources.files("mmoe.recipe") / "recipes" / f"{name_or_path}.toml"
+    try:
+        return path.read_text(encoding="utf-8"), str(path)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"the recipe cannot be read: {reason}", name_or_path, "give a readable .toml file") from None
+
+
+class _Reader:
+    """Builds the dataclasses out of one file's tables and remembers which keys came from ``--set``."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.overridden: dict[str, str] = {}
+
+    def fail(self, path: str, what: str, fix: str) -> NoReturn:
+        """Refuse the value at ``path``, naming the ``--set`` that gave it or else the file."""
+        near = (
+            text
+            for key, text in self.overridden.items()
+            if f"{key}.".startswith(f"{path}.") or path.startswith(f"{key}.")
+        )
+        given = next(near, None) if path else None
+        raise UserError(what, f"--set {given}" if given else self.source, fix)
+
+    def override(self, table: dict[str, Any], assignment: str) -> None:
+        path, equals, text = assignment.partition("=")
+        path, text = path.strip(), text.strip()
+        if not equals or not _KEY.fullmatch(path):
+            raise UserError("not of the form key=value", f"--set {assignment}", "write for example train.steps=100")
+        self.overridden[path] = assignment
+        *parents, last = path.split(".")
+        place: Any = table
+        for depth, key in enumerate(parents):
+            if isinstance(place, dict):
+                place = place.setdefault(key, {})
+            else:
+                place = place[self._index(place, key, ".".join(parents[: depth + 1]))]
+            if not isinstance(place, dict | list):
+                self.fail(
+                    path,
+                    f"{'.'.join(parents[: depth + 1])} is a value, not a table",
+                    "`mmoe recipes NAME` shows the keys",
+                )
+        place[last if isinstance(place, dict) else self._index(place, last, path)] = _value(text)
+
+    def _index(self, items: list[Any], key: str, path: str) -> int:
+        if key.isdecimal() and int(key) < len(items):
+            return int(key)
+        raise UserError(f"{path}: no such entry", self.source, f"the list has {len(items)} entries, counted from 0")
+
+    def build(self, hint: Any, value: Any, path: str) -> Any:
+        """``value`` as an instance of the type ``hint``; ``path`` is its dotted key."""
+        origin, args = typing.get_origin(hint), typing.get_args(hint)
+        if origin in (typing.Union, types.UnionType):
+            return self.build(next(arg for arg in args if arg is not types.NoneType), value, path)
+        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+            return self._table(typing.cast(type, hint), value, path)
+        if origin is tuple and isinstance(value, list):
+            many = len(args) == 2 and args[1] is Ellipsis
+            if many or len(value) == len(args):
+                hints = [args[0]] * len(value) if many else args
+                return tuple(self.build(h, v, f"{path}.{i}") for i, (h, v) in enumerate(zip(hints, value, strict=True)))
+        if origin is typing.Literal and isinstance(value, str) and value in args:
+            return value
+        if hint is float and type(value) in (int, float):
+            return float(value)
+        if hint in (bool, int, str) and type(value) is hint:
+            return value
+        self.fail(path, f"{path} must be {_expected(hint)}, found {_found(value)}", "correct the value")
+
+    def _table(self, cls: type, table: Mapping[str, Any], path: str) -> Any:
+        prefix = f"{path}." if path else ""
+        hints, fields = typing.get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
+        for key in table:
+            if key not in fields:
+                self.fail(prefix + key, f"unknown key {prefix + key!r}", _nearest(key, prefix, list(fields)))
+        for name, field in fields.items():
+            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            if required and name not in table:
+                self.fail(path, f"missing key {prefix + name!r}", f"it must be {_expected(hints[name])}")
+        return cls(**{key: self.build(hints[key], value, prefix + key) for key, value in table.items()})
+
+
+def _value(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
+
+
+def _nearest(key: str, prefix: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(key, names, 1)
+    if near:
+        return f"did you mean {prefix + near[0]!r}?"
+    elsewhere = [path for path in _paths(Recipe) if path.rpartition(".")[2] == key]
+    return f"did you mean {elsewhere[0]!r}?" if elsewhere else f"the keys here are {', '.join(names)}"
+
+
+def _paths(cls: type, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the schema; a list's entry counts as 0."""
+    for name, hint in typing.get_type_hints(cls).items():
+        yield prefix + name
+        for inner in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(inner):
+                yield from _paths(
+                    typing.cast(type, inner), f"{prefix}{name}.{'0.' if typing.get_origin(hint) is tuple else ''}"
+                )
+
+
+def _expected(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _expected(next(arg for arg in args if arg is not types.NoneType))
+    if dataclasses.is_dataclass(hint):
+        return "a table"
+    if origin is typing.Literal:
+        return f"one of {', '.join(repr(arg) for arg in args)}"
+    if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
+        return f"a list, each entry {_expected(args[0])}"
+    if origin is tuple:
+        return f"a list of {len(args)} entries, each {_expected(args[0])}"
+    return {bool: "true or false", int: "an integer", float: "a number", str: "a string"}[hint]
+
+
+def _found(value: Any) -> str:
+    match value:
+        case bool():
+            return str(value).lower()
+        case int() | float():
+            return f"the {'integer' if isinstance(value, int) else 'number'} {value}"
+        case str():
+            return f"the string {value!r}"
+        case dict():
+            return "a table"
+        case list():
+            return f"a list of {len(value)} entries"
+    return f"a {type(value).__name__}"
+
+
+def _lines(table: Mapping[str, Any], path: str) -> Iterator[str]:
+    """Plain values first: in TOML they would otherwise belong to the table above them."""
+    deep = {key: value for key, value in table.items() if isinstance(value, dict) or _is_tables(value)}
+    for key, value in table.items():
+        if key not in deep and value is not None:
+            yield f"{key} = {_literal(value)}"
+    for key, value in deep.items():
+        inner = f"{path}.{key}" if path else key
+        for entry in value if _is_tables(value) else [value]:
+            yield from ("", f"[[{inner}]]" if _is_tables(value) else f"[{inner}]")
+            yield from _lines(entry, inner)
+
+
+def _is_tables(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) > 0 and isinstance(value[0], dict)
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(_literal(item) for item in value)}]"
+    # A TOML basic string is a JSON string, but for DEL, which TOML wants escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
