@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 from mmoe.errors import Interrupted, UserError
 
@@ -29,36 +29,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             options = _parser(arguments).parse_args(arguments)
             options.run(options)
-            status, message = DONE, ""
+            return DONE
         except UserError as error:
-            status, message = USER_ERROR, f"mmoe: {name}{error}"
+            status, message = USER_ERROR, str(error)
         except Interrupted as error:
-            status, message = INTERRUPTED, f"mmoe: {error}" if rank == 0 else ""
+            status, message, name = INTERRUPTED, str(error), ""
         except KeyboardInterrupt:
-            status, message = KEYBOARD, "mmoe: stopped by the keyboard" if rank == 0 else ""
+            status, message, name = KEYBOARD, "stopped by the keyboard", ""
         except Exception as error:
-            first = _first_failure()
-            text = "".join(traceback.format_exception(error)).rstrip()
-            # When a rank dies, its peers lose their connections to it: their tracebacks would bury its message.
-            after = f"mmoe: {name}ended after {first}: {type(error).__name__}" if first else ""
-            status, message = DEFECT, after or (f"mmoe: {name}failed\n{text}" if name else text)
-    if status in (DEFECT, USER_ERROR) and _told_already(rank, status, message.replace(name, "", 1)):
-        message = ""
-    if message:
-        print(message, file=sys.stderr, flush=True)
+            status, message = DEFECT, f"{type(error).__name__}\n{''.join(traceback.format_exception(error)).rstrip()}"
+    if not _told_by_another_rank(rank, status, message):
+        print(f"mmoe: {name}{message}", file=sys.stderr, flush=True)
     return status
 
 
-def _first_failure() -> str:
-    """The rank that failed first, where a launcher keeps a list; else empty."""
-    path = Path(os.environ.get("MMOE_FAILURES", ""))
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return f"rank {json.loads(lines[0])['rank']}" if lines else ""
+def _told_by_another_rank(rank: int, status: int, message: str) -> bool:
+    """Enter this rank's end in the launcher's list, `MMOE_STATUS_FILE`; True where it would tell nothing new.
 
-
-def _told_already(rank: int, status: int, message: str) -> bool:
-    """Enter a failure in the launcher's list (`MMOE_FAILURES`); True where another rank entered the same message."""
-    path = os.environ.get("MMOE_FAILURES")
+    That is the same message from another rank, or a defect after another rank's failure: when a rank ends, its peers
+    lose their connections to it, and their tracebacks would bury its message.
+    """
+    path = os.environ.get("MMOE_STATUS_FILE")
     if not path:
         return False
     import fcntl
@@ -66,9 +57,13 @@ def _told_already(rank: int, status: int, message: str) -> bool:
     with open(path, "a+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        known = any(json.loads(line)["message"] == message for line in file)
+        known = [json.loads(line) for line in file]
         file.write(json.dumps({"rank": rank, "status": status, "message": message}) + "\n")
-    return known
+    failed = [entry for entry in known if entry["status"] in (DEFECT, USER_ERROR)]
+    if status == DEFECT and failed:
+        print(f"mmoe: rank {rank}: ended after rank {failed[0]['rank']}: {message.splitlines()[-1]}", file=sys.stderr)
+        return True
+    return any(entry["message"] == message for entry in known)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -76,6 +71,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message, "", f"see `{self.prog} --help`")
+
+
+_Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
@@ -160,7 +158,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    commands: _Commands,
     name: str,
     run: Callable[[argparse.Namespace], None],
     summary: str,
@@ -174,9 +172,7 @@ def _command(
     return parser
 
 
-def _group(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, summary: str
-) -> "argparse._SubParsersAction[argparse.ArgumentParser]":
+def _group(commands: _Commands, name: str, summary: str) -> _Commands:
     parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
     return parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 

@@ -111,7 +111,10 @@ class _Reader:
                     f"{'.'.join(parents[: depth + 1])} is a value, not a table",
                     "`mmoe recipes NAME` shows the keys",
                 )
-        place[last if isinstance(place, dict) else self._index(place, last, path)] = _value(text)
+        if isinstance(place, list):
+            place[self._index(place, last, path)] = _value(text)
+        else:
+            place[last] = _value(text)
 
     def _index(self, items: list[Any], key: str, path: str) -> int:
         if key.isdecimal() and int(key) < len(items):
@@ -132,7 +135,7 @@ class _Reader:
                 return tuple(self.build(h, v, f"{path}.{i}") for i, (h, v) in enumerate(zip(hints, value, strict=True)))
         if origin is typing.Literal and isinstance(value, str) and value in args:
             return value
-        if hint is float and type(value) in (int, float):
+        if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
         if hint in (bool, int, str) and type(value) is hint:
             return value
