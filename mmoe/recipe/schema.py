@@ -27,6 +27,8 @@ class Backbone:
     norm_eps: float = 1e-5
     init_std: float = 0.02
     embedding_init_std: float = 0.02
+    residual_init_std: float = 0.02
+    """Of the projections that write into the residual stream."""
 
 
 @dataclass(frozen=True, kw_only=True)

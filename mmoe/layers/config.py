@@ -1,0 +1,68 @@
+"""A recipe as the configuration that Megatron-Core's modules and ours read."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.functional import silu
+
+from mmoe.parallel.engine import TransformerConfig
+from mmoe.recipe.schema import Backbone, MoE, Recipe
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class LongcatConfig(TransformerConfig):
+    """Megatron's configuration plus the recipe's own tables, which our layers read."""
+
+    backbone: Backbone = field(default=None)  # type: ignore[assignment]
+    moe: MoE = field(default=None)  # type: ignore[assignment]
+    seed: int = 0
+
+
+def make_config(recipe: Recipe) -> LongcatConfig:
+    backbone, moe, parallel = recipe.model.backbone, recipe.model.moe, recipe.parallel
+    dtype = DTYPES[recipe.precision.dtype]
+
+    def normal(std: float):
+        return lambda weight: torch.nn.init.normal_(weight, std=std)
+
+    return LongcatConfig(
+        backbone=backbone,
+        moe=moe,
+        seed=recipe.train.seed,
+        num_layers=backbone.layers,
+        hidden_size=backbone.hidden_size,
+        num_attention_heads=backbone.heads,
+        ffn_hidden_size=backbone.ffn_hidden_size,
+        num_moe_experts=moe.experts,
+        moe_ffn_hidden_size=moe.expert_hidden_size,
+        moe_router_topk=moe.top_k,
+        moe_router_load_balancing_type="none",
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        sequence_parallel=parallel.sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        normalization="RMSNorm",
+        layernorm_epsilon=backbone.norm_eps,
+        init_method=normal(backbone.init_std),
+        output_layer_init_method=normal(backbone.residual_init_std),
+        embedding_init_method=normal(backbone.embedding_init_std),
+        gated_linear_unit=True,
+        activation_func=silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        use_cpu_initialization=True,
+        # Losses are summed over tokens and divided once by the global number: layouts then agree to rounding.
+        calculate_per_token_loss=True,
+    )

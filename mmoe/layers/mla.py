@@ -1,0 +1,87 @@
+"""Multi-head latent attention with LongCat-Flash's scale correction (arXiv 2509.01322, section 2.3.1).
+
+    q        = √(d/d_q)  · W_qb norm(W_qa x)            both the nope and the rope part
+    k_n, v   = W_kvb (√(d/d_kv) · norm(c)),   (c | k_r) = W_kva x
+    k        = (k_n | rope(k_r)),  k_r shared by all heads and NOT scaled
+
+Built from Megatron's parallel linears rather than on its MLASelfAttention: that one loses part of the rope key's gradient
+under tensor parallelism and knows neither per-token positions nor branches. The scale stands on the norm's weight:
+both maps are linear, so it commutes with them.
+
+s: sequence, b: batch, D: hidden size, H: heads on this rank.
+"""
+
+import math
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, mappings
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from mmoe.layers.config import LongcatConfig
+from mmoe.layers.modules import ReplicatedLinear
+from mmoe.layers.norms import RMSNorm
+from mmoe.layers.packed import Packed, rotate
+
+LATENT_NORM_EPS = 1e-6
+"""Hard-coded in the released model (LongcatFlashMLA), whatever rms_norm_eps says."""
+
+
+class MLA(MegatronModule):
+    def __init__(self, config: LongcatConfig) -> None:
+        super().__init__(config)
+        self.config: LongcatConfig
+        shape = config.backbone
+        hidden = shape.hidden_size
+        self.heads = shape.heads // config.tensor_model_parallel_size
+        self.dims_qk = [shape.qk_nope_head_dim, shape.qk_rope_head_dim]
+        self.dims_kv = [shape.qk_nope_head_dim, shape.v_head_dim]
+        self.latent = [shape.kv_lora_rank, shape.qk_rope_head_dim]
+        init = config.init_method
+
+        def column(inputs: int, outputs: int) -> ColumnParallelLinear:
+            return ColumnParallelLinear(
+                inputs, outputs, config=config, init_method=init, bias=False, gather_output=False, skip_bias_add=True
+            )
+
+        self.q_a_proj = ReplicatedLinear(config, hidden, shape.q_lora_rank, init)
+        self.q_a_layernorm = RMSNorm(
+            config, shape.q_lora_rank, LATENT_NORM_EPS, scale=math.sqrt(hidden / shape.q_lora_rank)
+        )
+        self.q_b_proj = column(shape.q_lora_rank, shape.heads * sum(self.dims_qk))
+        self.kv_a_proj_with_mqa = ReplicatedLinear(config, hidden, sum(self.latent), init)
+        self.kv_a_layernorm = RMSNorm(
+            config, shape.kv_lora_rank, LATENT_NORM_EPS, scale=math.sqrt(hidden / shape.kv_lora_rank)
+        )
+        self.kv_b_proj = column(shape.kv_lora_rank, shape.heads * sum(self.dims_kv))
+        self.o_proj = RowParallelLinear(
+            shape.heads * shape.v_head_dim,
+            hidden,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+        )
+
+    def forward(self, x_sbD: Tensor, packed: Packed) -> Tensor:
+        """[s, b, D] → [s, b, D]."""
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_sbD)))[0]
+        latent, k_rope = self.kv_a_proj_with_mqa(x_sbD).split(self.latent, dim=-1)
+        kv = self.kv_b_proj(self.kv_a_layernorm(latent))[0]
+        # The one rope key serves the heads of all tensor-parallel ranks: its gradient is their sum.
+        if self.config.sequence_parallel:
+            k_rope = mappings.gather_from_sequence_parallel_region(k_rope)
+        else:
+            k_rope = mappings.copy_to_tensor_model_parallel_region(k_rope)
+
+        s, b = q.shape[:2]
+        q_nope, q_rope = q.view(s, b, self.heads, -1).split(self.dims_qk, dim=-1)
+        k_nope, v = kv.view(s, b, self.heads, -1).split(self.dims_kv, dim=-1)
+        q_rope = rotate(q_rope, packed.cos, packed.sin)
+        k_rope = rotate(k_rope.unsqueeze(2), packed.cos, packed.sin).expand(-1, -1, self.heads, -1)
+        q_bHsk = torch.cat((q_nope, q_rope), dim=-1).permute(1, 2, 0, 3)
+        k_bHsk = torch.cat((k_nope, k_rope), dim=-1).permute(1, 2, 0, 3)
+        out = scaled_dot_product_attention(q_bHsk, k_bHsk, v.permute(1, 2, 0, 3), attn_mask=packed.may_attend)
+        return self.o_proj(out.permute(2, 0, 1, 3).reshape(s, b, -1))[0]

@@ -1,0 +1,29 @@
+"""Small pieces that several layers are built of."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.transformer.utils import sharded_state_dict_default
+from torch import Tensor
+
+from mmoe.parallel.engine import TransformerConfig
+
+
+class ReplicatedLinear(torch.nn.Linear):
+    """A linear map without bias that every tensor-parallel rank holds whole."""
+
+    def __init__(self, config: TransformerConfig, inputs: int, outputs: int, init: Callable[[Tensor], Any]) -> None:
+        super().__init__(inputs, outputs, bias=False, dtype=config.params_dtype)
+        init(self.weight.data)
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)
+
+
+class ShardedList(torch.nn.ModuleList):
+    """A ModuleList whose members keep their own sharding in a distributed checkpoint."""
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        state: dict = {}
+        for name, module in self.named_children():
+            state.update(sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata))
+        return state

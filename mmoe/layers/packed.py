@@ -1,0 +1,48 @@
+"""What every layer needs to know about the packs of a batch."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Travels through Megatron's TransformerBlock in the place of its PackedSeqParams.
+
+    may_attend: bool [b, 1, s, s], True where the query (row) sees the key (column).
+    cos, sin: [s, b, 1, rope/2], in the model's dtype.
+    valid: bool [s, b], False on padding.
+    loss_tokens: fp32 scalar, how many tokens of this micro-batch carry loss.
+    """
+
+    may_attend: Tensor
+    cos: Tensor
+    sin: Tensor
+    valid: Tensor
+    loss_tokens: Tensor
+
+
+def visibility(document: Tensor, branch: Tensor) -> Tensor:
+    """bool [b, 1, s, s] from document and branch ids [b, s]: a token sees itself and what stands before it in its own
+    document, in the prefix (branch 0) or in its own branch. Padding (document 0) sees itself, to keep softmax finite."""
+    size = document.size(1)
+    same_document = (document[:, :, None] == document[:, None, :]) & (document > 0)[:, :, None]
+    same_branch = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    causal = torch.ones(size, size, dtype=torch.bool, device=document.device).tril()
+    itself = torch.eye(size, dtype=torch.bool, device=document.device)
+    return ((same_document & same_branch & causal) | itself).unsqueeze(1)
+
+
+def rotary(position: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [s, b, 1, dim/2] of position [b, s]; angles in fp32."""
+    frequency = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=position.device) / dim)
+    angle = position.t().float()[:, :, None, None] * frequency
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates interleaved pairs (x₀, x₁), (x₂, x₃), … of [s, b, heads, dim]; the result holds the pairs' first members,
+    then their second ones, as LongCat-Flash's released weights expect (queries and keys alike)."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1)

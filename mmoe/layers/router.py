@@ -1,0 +1,79 @@
+"""The router of a zero-computation-expert layer: scores, selection bias, balance loss and what the controller counts."""
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from mmoe.layers.config import LongcatConfig
+from mmoe.ops.router import RouterOutput, router
+
+
+def balance_loss(counts: Tensor, group_probs: Tensor, tokens: Tensor, config: LongcatConfig) -> Tensor:
+    """Device-level load-balance loss with the zero experts as one more group (arXiv 2509.01322, section 2.1.2).
+
+        L = α Σ_j f_j P_j,   P_j = mean over tokens of the probability mass of group j
+
+    The loss must be level, i.e. Σ_j f_j P_j must not depend on how probability moves between groups, when every FFN group
+    gets the same load and FFN : zero selections stand as K_e : (k − K_e). With D FFN groups that load is
+    count_j = K_e T / D each and count_zero = (k − K_e) T, so f_j = D count_j / (K_e T) and
+    f_zero = count_zero / ((k − K_e) T) make every f equal to 1 there, and Σ_j 1·P_j = 1: no gradient.
+
+    counts: int64 [N + Z]; group_probs: fp32 [D + 1], sums over tokens, zero group last; tokens: fp32 scalar.
+    """
+    moe = config.moe
+    groups = moe.balance_groups
+    load = counts[: moe.experts].view(groups, -1).sum(1) * (groups / moe.active_experts)
+    zero = counts[moe.experts :].sum() / (moe.top_k - moe.active_experts)
+    frequency = torch.cat((load, zero.view(1))) / tokens.clamp(min=1)
+    return moe.balance_coefficient * (frequency * group_probs / tokens.clamp(min=1)).sum()
+
+
+class ZeroExpertRouter(MegatronModule):
+    """Softmax over N FFN and Z zero experts; top-k of score + bias; weights are the unbiased scores × scaling.
+
+    ``e_score_correction_bias`` fp32 [N + Z] takes no gradient: the controller moves it (:mod:`mmoe.train.controller`).
+    ``tally`` fp64 [N + Z + 4] sums, over the micro-batches of a step and the tokens that are no padding: selections per
+    expert, tokens, FFN experts per token, their squares, and balance loss × loss tokens.
+    """
+
+    def __init__(self, config: LongcatConfig) -> None:
+        super().__init__(config)
+        self.config: LongcatConfig
+        moe = config.moe
+        outputs = moe.experts + moe.zero_experts
+        self.weight = torch.nn.Parameter(torch.empty(outputs, config.hidden_size, dtype=torch.float32))
+        torch.nn.init.normal_(self.weight, std=moe.router_init_std)
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)
+        self.register_buffer("e_score_correction_bias", torch.zeros(outputs, dtype=torch.float32))
+        self.register_buffer("tally", torch.zeros(outputs + 4, dtype=torch.float64), persistent=False)
+        self.e_score_correction_bias: Tensor
+        self.tally: Tensor
+
+    def forward(self, x_TD: Tensor, valid_T: Tensor) -> tuple[RouterOutput, Tensor]:
+        """The routing of T tokens and the balance loss (fp32 scalar)."""
+        moe = self.config.moe
+        logits = torch.nn.functional.linear(x_TD.float(), self.weight)
+        routed = router(
+            logits,
+            self.e_score_correction_bias,
+            zero_experts=moe.zero_experts,
+            top_k=moe.top_k,
+            scaling=moe.routed_scaling_factor,
+            balance_groups=moe.balance_groups,
+            valid=valid_T,
+        )
+        return routed, balance_loss(routed.counts, routed.group_probs, valid_T.sum().float(), self.config)
+
+    @torch.no_grad()
+    def count(self, routed: RouterOutput, valid_T: Tensor, weighted_loss: Tensor) -> None:
+        """Adds a micro-batch to ``tally``."""
+        active = ((routed.ids < self.config.moe.experts).sum(1) * valid_T).double()
+        sums = torch.stack((valid_T.sum().double(), active.sum(), active.square().sum(), weighted_loss.double()))
+        self.tally += torch.cat((routed.counts.double(), sums))
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True), prefix, {}, sharded_offsets
+        )

@@ -1,0 +1,68 @@
+"""The shortcut-connected MoE layer of LongCat-Flash (arXiv 2509.01322, section 2.2; ScMoE, arXiv 2404.05019).
+
+    h1 = x  + MLA_0(norm(x));      n1 = norm(h1)
+    m  = MoE(n1)                   its dispatch and combine can run beside all that follows
+    h2 = h1 + FFN_0(n1)
+    h3 = h2 + MLA_1(norm(h2))
+    y  = h3 + FFN_1(norm(h3)) + m
+"""
+
+from typing import Any
+
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
+from torch import Tensor
+
+from mmoe.layers.config import LongcatConfig
+from mmoe.layers.mla import MLA
+from mmoe.layers.modules import ShardedList
+from mmoe.layers.moe import ZeroExpertMoE
+from mmoe.layers.norms import RMSNorm
+from mmoe.layers.packed import Packed
+
+
+class ScMoELayer(MegatronModule, BaseTransformerLayer):
+    """Built by Megatron's TransformerBlock; ``layer_number`` counts from 1 over the whole model."""
+
+    def __init__(
+        self,
+        config: LongcatConfig,
+        layer_number: int = 1,
+        pg_collection: Any = None,
+        vp_stage: int | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config)
+        self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank())
+
+        def norms() -> ShardedList:
+            return ShardedList(RMSNorm(config, config.hidden_size, config.layernorm_epsilon) for _ in range(2))
+
+        def mlp() -> MLP:
+            parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            return MLP(config, parts, ffn_hidden_size=config.ffn_hidden_size, tp_group=pg_collection.tp)
+
+        self.input_layernorm = norms()
+        self.attention = ShardedList(MLA(config) for _ in range(2))
+        self.post_attention_layernorm = norms()
+        self.mlp = ShardedList(mlp() for _ in range(2))
+        self.moe = ZeroExpertMoE(config, self.layer_number)
+
+    def forward(self, hidden_states: Tensor, packed_seq_params: Packed, **_: Any) -> tuple[Tensor, None]:
+        """[s, b, D] → [s, b, D]; the second value is Megatron's cross-attention context, which there is none of."""
+        x, packed = hidden_states, packed_seq_params
+        h1 = x + self.attention[0](self.input_layernorm[0](x), packed)
+        n1 = self.post_attention_layernorm[0](h1)
+        dispatched = self.moe.dispatch(n1.reshape(-1, n1.size(-1)), packed)
+        h2 = h1 + self.mlp[0](n1)[0]
+        h3 = h2 + self.attention[1](self.input_layernorm[1](h2), packed)
+        y = h3 + self.mlp[1](self.post_attention_layernorm[1](h3))[0]
+        experts = self.moe.experts(dispatched.rows, dispatched.ends)
+        return y + self.moe.combine(experts, dispatched).view_as(y), None
+
+
+def layer_spec() -> ModuleSpec:
+    return ModuleSpec(module=ScMoELayer)
