@@ -1,0 +1,40 @@
+"""Checks shared by the operators. They read shapes and types alone, never data, so they cost no device synchronisation."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def ndim(name: str, tensor: Tensor, wanted: int) -> None:
+    if tensor.ndim != wanted:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must have {wanted} dimensions")
+
+
+def shape(name: str, tensor: Tensor, wanted: Sequence[int]) -> None:
+    if tuple(tensor.shape) != tuple(wanted):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be {tuple(wanted)}")
+
+
+def dtype(name: str, tensor: Tensor, wanted: torch.dtype) -> None:
+    if tensor.dtype != wanted:
+        raise TypeError(f"{name} is {tensor.dtype}, must be {wanted}")
+
+
+def floating(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} is {tensor.dtype}, must be a floating type")
+
+
+def integer(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} is {tensor.dtype}, must be int32 or int64")
+
+
+def boolean(name: str, tensor: Tensor) -> None:
+    dtype(name, tensor, torch.bool)
+
+
+def choice(name: str, value: str, wanted: Sequence[str]) -> None:
+    if value not in wanted:
+        raise ValueError(f"{name} is {value!r}, must be one of {', '.join(wanted)}")
