@@ -1,0 +1,86 @@
+// permute_index on the CPU: a counting sort over chunks of slots, in parallel on torch's own threads.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "permute/permute_index.h"
+
+namespace mmoe {
+namespace {
+
+constexpr int64_t kSlotsPerChunk = 16384;
+
+template <typename Id>
+PermuteIndex sort_slots(const Tensor& ids, int64_t experts) {
+  const Id* id_of_slot = ids.const_data_ptr<Id>();
+  const int64_t slots = ids.numel();
+  const int64_t chunks = (slots + kSlotsPerChunk - 1) / kSlotsPerChunk;
+  const auto for_each_chunk = [&](auto&& body) {
+    torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+      for (int64_t chunk = first; chunk < last; ++chunk) {
+        body(chunk, chunk * kSlotsPerChunk, std::min(slots, (chunk + 1) * kSlotsPerChunk));
+      }
+    });
+  };
+
+  // cursor[chunk][expert]: first the count, then the row of the next slot of that chunk and expert. The rows depend on
+  // the slots alone, so any number of threads gives the same result.
+  std::vector<int32_t> cursor(chunks * experts, 0);
+  std::atomic<bool> negative = false;
+  for_each_chunk([&](int64_t chunk, int64_t begin, int64_t end) {
+    int32_t* count = cursor.data() + chunk * experts;
+    for (int64_t slot = begin; slot < end; ++slot) {
+      const Id id = id_of_slot[slot];
+      if (id < 0) {
+        // Nothing may be thrown through torch's thread pool.
+        negative = true;
+      } else if (id < experts) {
+        ++count[id];
+      }
+    }
+  });
+  check_no_negative_id(negative);
+
+  Tensor offsets = torch::stable::new_empty(ids, {experts + 1}, ScalarType::Int);
+  int32_t* offset = offsets.mutable_data_ptr<int32_t>();
+  int32_t row = 0;
+  for (int64_t expert = 0; expert < experts; ++expert) {
+    offset[expert] = row;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      int32_t& place = cursor[chunk * experts + expert];
+      const int32_t count = place;
+      place = row;
+      row += count;
+    }
+  }
+  offset[experts] = row;
+
+  Tensor row_of_slot = torch::stable::new_empty(ids, {ids.size(0), ids.size(1)}, ScalarType::Int);
+  Tensor slot_of_row = torch::stable::new_empty(ids, {row}, ScalarType::Int);
+  int32_t* rows = row_of_slot.mutable_data_ptr<int32_t>();
+  int32_t* slots_sorted = slot_of_row.mutable_data_ptr<int32_t>();
+  for_each_chunk([&](int64_t chunk, int64_t begin, int64_t end) {
+    int32_t* next = cursor.data() + chunk * experts;
+    for (int64_t slot = begin; slot < end; ++slot) {
+      const Id id = id_of_slot[slot];
+      rows[slot] = id < experts ? next[id]++ : -1;
+      if (id < experts) slots_sorted[rows[slot]] = static_cast<int32_t>(slot);
+    }
+  });
+  return {row_of_slot, slot_of_row, offsets};
+}
+
+PermuteIndex permute_index_cpu(Tensor ids, int64_t experts) {
+  check_permute_index(ids, experts);
+  const Tensor contiguous = torch::stable::contiguous(ids);
+  return ids.scalar_type() == ScalarType::Int ? sort_slots<int32_t>(contiguous, experts)
+                                              : sort_slots<int64_t>(contiguous, experts);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mmoe, CPU, m) { m.impl("permute_index", TORCH_BOX(&permute_index_cpu)); }
+
+}  // namespace mmoe
