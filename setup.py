@@ -114,15 +114,15 @@ class NinjaBuild(build_ext):
         subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-C", folder, *jobs], check=True)
 
 
-class PyWithCards(build_py):
-    """Copies the cards of data/ to where mmoe.data.cards looks in an installed package."""
+class BuildWithCards(build_py):
+    """Copies the cards of data/ to where mmoe.data.shipped looks in an installed package."""
 
     def run(self) -> None:
         super().run()
         if self.editable_mode:
             return
         for card in ROOT.glob("data/*/*.toml"):
-            target = Path(self.build_lib, "mmoe", "data", "_cards", card.parent.name, card.name)
+            target = Path(self.build_lib, "mmoe", "data", "shipped", card.parent.name, card.name)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(card, target)
 
@@ -135,5 +135,5 @@ operators = sources("csrc/bindings.cpp", "csrc/*/*_cpu.cpp", *(["csrc/*/*_cuda.c
 host = sources("csrc/host/*.cpp")
 setup(
     ext_modules=[Extension(OPERATORS, operators), *([Extension(HOST, host)] if host else [])],
-    cmdclass={"build_ext": NinjaBuild, "build_py": PyWithCards},
+    cmdclass={"build_ext": NinjaBuild, "build_py": BuildWithCards},
 )

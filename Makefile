@@ -1,0 +1,92 @@
+# Everything from a fresh clone. PYTHON=python3.12 chooses the other lane, with an environment of its own.
+
+PYTHON ?= python3
+# A pyenv shim is found for every version but runs the chosen one only, so the command has to prove itself.
+PYENV := $(lastword $(wildcard $(HOME)/.pyenv/versions/$(patsubst python%,%,$(PYTHON))*/bin/python))
+INTERPRETER := $(shell for p in $(PYTHON) $(PYENV); do "$$p" -c 'import sys; print(sys.executable)' 2>/dev/null && break; done)
+VERSION := $(shell "$(INTERPRETER)" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(VERSION))
+BIN := $(VENV)/bin
+export PYTHON_BIN := $(BIN)/python
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export OMP_NUM_THREADS ?= 2
+
+INSTALLED := $(VENV)/.installed
+BUILT := $(VENV)/.built
+CSRC := $(shell find csrc -type f 2>/dev/null)
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+define REQUIREMENTS
+import tomllib
+p = tomllib.load(open("pyproject.toml", "rb"))["project"]
+print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")
+endef
+export REQUIREMENTS
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-full test-latest checks format build system clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
+
+quickstart: build ## train a small vision-language MoE from scratch, evaluate, export and report (about 10 minutes)
+	launch/quickstart.sh
+
+test: build ## checks, the short quickstart and every test that this machine can run
+	@status=0; \
+	$(MAKE) --no-print-directory checks || status=1; \
+	launch/quickstart.sh --short || status=1; \
+	$(BIN)/python -m pytest || status=1; \
+	exit $$status
+
+test-full: build ## every test, the long matrices among them
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+test-latest: build ## the short quickstart and the tests of the newest Megatron-Core's lane (PYTHON=python3.12)
+	@status=0; \
+	launch/quickstart.sh --short || status=1; \
+	$(BIN)/python -m pytest -m "latest and not slow" || status=1; \
+	exit $$status
+
+checks: build ## lint, formats and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
+
+format: build ## write what `make checks` asks of formats
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
+
+build: $(BUILT) ## the environment and the compiled parts
+
+# The build needs what is installed (torch's headers, ninja, pybind11), hence no isolation.
+$(BUILT): $(INSTALLED) setup.py pyproject.toml $(CSRC)
+	@echo "building mmoe"
+	@$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(INSTALLED): pyproject.toml constraints.txt | system
+	@echo "installing the environment $(VENV)"
+	@test -x $(BIN)/python || $(INTERPRETER) -m venv $(VENV)
+	@$(BIN)/python -c "$$REQUIREMENTS" >$(VENV)/requirements.txt
+	@$(PIP_INSTALL) --requirement $(VENV)/requirements.txt
+	@touch $@
+
+# What pip cannot bring. Said in one line where it cannot be installed from here.
+system:
+	@test -n "$(INTERPRETER)" || { echo "$(PYTHON) does not run: install Python 3.11 or 3.12, or name one: make PYTHON=python3.12" >&2; exit 2; }
+	@test -n "$(filter 3.11 3.12,$(VERSION))" || { echo "$(PYTHON) is Python $(VERSION), but Python 3.11 or 3.12 is needed: name one: make PYTHON=python3.12" >&2; exit 2; }
+	@need=""; \
+	command -v g++ >/dev/null || need="$$need g++"; \
+	$(INTERPRETER) -c 'import ensurepip' 2>/dev/null || need="$$need python3-venv"; \
+	$(INTERPRETER) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || need="$$need python3-dev"; \
+	if [ -n "$$need" ]; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -qq -y $$need; \
+	  else echo "missing system packages: apt-get install$$need (as root), then run make again" >&2; exit 2; fi; \
+	fi
+
+clean: ## remove the environments and what was built; runs and prepared data stay
+	rm -rf .venv .venv-* build dist *.egg-info mmoe/*.so .pytest_cache .ruff_cache
+	find mmoe tests -name __pycache__ -type d -prune -exec rm -rf {} +
