@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.run(options)
             return DONE
         except UserError as error:
-            status, message = USER_ERROR, str(error)
+            status, message = USER_ERROR, " ".join(str(error).split())
         except Interrupted as error:
             status, message, name = INTERRUPTED, str(error), ""
         except KeyboardInterrupt:

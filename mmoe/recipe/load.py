@@ -97,7 +97,7 @@ class _Reader:
         path, text = path.strip(), text.strip()
         if not equals or not _KEY.fullmatch(path):
             raise UserError("not of the form key=value", f"--set {assignment}", "write for example train.steps=100")
-        self.overridden[path] = assignment
+        self.overridden[path] = " ".join(assignment.split())
         *parents, last = path.split(".")
         place: Any = table
         for depth, key in enumerate(parents):
