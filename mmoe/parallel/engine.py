@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from mmoe.recipe.schema import Optimizer, Parallel
 
 cpu_platform.install()
 
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedObject  # noqa: E402
 from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -188,3 +190,34 @@ def forward_backward(
         micro_batch_size=micro_batch,
         forward_only=False,
     )
+
+
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def _unwrap(model: torch.nn.Module) -> Any:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _sharded(model: torch.nn.Module, optimizer: MegatronOptimizer | None, loading: bool) -> dict[str, Any]:
+    here = ranks()
+    state: dict[str, Any] = {"model": _unwrap(model).sharded_state_dict()}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=SHARDING)
+        state["random"] = ShardedObject("random", torch.get_rng_state(), (here.world,), (here.rank,))
+    return state
+
+
+def save_state(folder: Path, model: torch.nn.Module, optimizer: MegatronOptimizer) -> None:
+    """Writes weights, optimizer and random states of all ranks into the empty ``folder`` (torch_dist)."""
+    dist_checkpointing.save(_sharded(model, optimizer, loading=False), str(folder))
+
+
+def load_state(folder: Path, model: torch.nn.Module, optimizer: MegatronOptimizer | None) -> None:
+    """Fills ``model`` (and ``optimizer`` and random states, unless None) from ``folder``, saved at any layout."""
+    target = _sharded(model, optimizer, loading=True)
+    state = dist_checkpointing.load(target, str(folder))
+    _unwrap(model).load_state_dict(state["model"])
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])

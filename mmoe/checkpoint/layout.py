@@ -1,0 +1,85 @@
+"""Where a checkpoint's files lie, and how one knows that they are whole.
+
+    DIR/checkpoints/latest                      the name of the newest whole checkpoint
+    DIR/checkpoints/step_00000100/state/        Megatron's torch_dist: weights, controller, optimizer, random states
+                                 /progress.json step, position in the data stream, counters
+                                 /recipe.toml, tokenizer.json
+                                 /manifest.json size and SHA-256 of every other file
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from mmoe.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+def folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
+
+
+def sync(path: Path) -> None:
+    """Forces a file or a folder's entries to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_manifest(checkpoint: Path) -> None:
+    files = {}
+    for path in _files(checkpoint):
+        sync(path)
+        files[str(path.relative_to(checkpoint))] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+    (checkpoint / MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=1) + "\n")
+    sync(checkpoint / MANIFEST)
+
+
+def verify(checkpoint: Path) -> None:
+    """Raises :class:`UserError` unless every file of ``checkpoint`` is there and unaltered."""
+    if not checkpoint.is_dir():
+        raise UserError("no checkpoint", str(checkpoint), "name a folder like DIR/checkpoints/step_00000100")
+    fix = "restore the file, or use an older checkpoint beside this one"
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        raise UserError(f"checkpoint without {MANIFEST}", str(checkpoint), fix) from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"unreadable {MANIFEST}", str(checkpoint), fix) from None
+    for name, entry in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise UserError(f"checkpoint lacks {name}", str(checkpoint), fix)
+        if path.stat().st_size != entry["bytes"] or _digest(path) != entry["sha256"]:
+            raise UserError(f"{name} was altered since it was saved", str(checkpoint), fix)
+
+
+def newest(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None; a half-written one has another name and is never returned."""
+    pointer = run / "checkpoints" / "latest"
+    if not pointer.is_file():
+        return None
+    return run / "checkpoints" / pointer.read_text().strip()
+
+
+def point_to(checkpoint: Path) -> None:
+    """Makes ``latest`` name ``checkpoint``, in one step that a crash cannot split."""
+    pointer = checkpoint.parent / "latest"
+    fresh = checkpoint.parent / ".latest.tmp"
+    fresh.write_text(checkpoint.name + "\n")
+    sync(fresh)
+    fresh.replace(pointer)
+    sync(checkpoint.parent)

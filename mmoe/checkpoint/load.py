@@ -1,0 +1,78 @@
+"""Reads checkpoints: to go on training, to evaluate on one process, or to convert."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from mmoe.checkpoint import layout
+from mmoe.models.multimodal import MultimodalModel, build
+from mmoe.parallel import cpu_platform, engine
+from mmoe.recipe.load import load_recipe
+from mmoe.recipe.schema import Parallel, Recipe
+
+
+def resume(checkpoint: Path, model: Any, optimizer: Any) -> dict:
+    """Fills ``model`` and ``optimizer`` and the random states; returns the progress that was saved with them."""
+    engine.load_state(checkpoint / "state", model, optimizer)
+    return json.loads((checkpoint / "progress.json").read_text())
+
+
+class Loaded:
+    """A trained model on one process, whatever layout it was trained at; evaluation mode, no gradients."""
+
+    def __init__(self, recipe: Recipe, network: MultimodalModel, tokenizer: Path) -> None:
+        self.recipe = recipe
+        self.network = network.eval()
+        self.tokenizer_path = tokenizer
+        self.tokenizer: Tokenizer = Tokenizer.from_file(str(tokenizer))
+        connector, encoders = recipe.model.connector, recipe.model.encoders
+        self.image_tokens = connector.grid**2 if connector else 0
+        self.image_size = encoders[0].image_size if encoders else 0
+
+    @torch.no_grad()
+    def forward_batch(self, batch: dict[str, Any]) -> Tensor:
+        """Logits fp32 [b, s, V] of a batch as docs/architecture.md describes it."""
+        device = cpu_platform.device()
+        return self.network.logits({k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()})
+
+    def logits(self, input_ids: Tensor, images: Tensor | None = None) -> Tensor:
+        """Logits fp32 [b, s, V] of plain sequences: input_ids int64 [b, s] with <image> runs filled, in order, from
+        images fp32 [n, 3, H, W]."""
+        b, s = input_ids.shape
+        size = self.image_size
+        return self.forward_batch(
+            {
+                "tokens": input_ids,
+                "loss_mask": torch.zeros(b, s),
+                "position": torch.arange(s).expand(b, s),
+                "document": torch.ones(b, s, dtype=torch.int32),
+                "branch": torch.zeros(b, s, dtype=torch.int32),
+                "images": torch.zeros(0, 3, size, size) if images is None else images,
+            }
+        )
+
+
+def load(path: str | Path) -> Loaded:
+    """The model of the checkpoint at ``path``, on one process.
+
+    Raises :class:`mmoe.errors.UserError` where a file is missing or altered.
+    """
+    checkpoint = Path(path)
+    layout.verify(checkpoint)
+    recipe = load_recipe(str(checkpoint / "recipe.toml"), [])
+    engine.start(Parallel(), recipe.train.seed)
+    network = build(dataclasses.replace(recipe, parallel=Parallel())).to(cpu_platform.device())
+    engine.load_state(checkpoint / "state", network, None)
+    return Loaded(recipe, network, checkpoint / "tokenizer.json")
+
+
+def state_dict(path: str | Path) -> tuple[Recipe, dict[str, Tensor], Path]:
+    """Recipe, every weight under its name (docs/conversion.md), and the tokenizer's path."""
+    loaded = load(path)
+    tensors = {k: v.detach() for k, v in loaded.network.state_dict().items() if torch.is_tensor(v)}
+    return loaded.recipe, tensors, loaded.tokenizer_path

@@ -1,0 +1,112 @@
+"""One optimizer step: micro-batches forward and backward, the decision to take or skip it, the controller."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmoe.models.multimodal import MultimodalModel
+from mmoe.parallel import cpu_platform, engine
+from mmoe.recipe.schema import Recipe
+from mmoe.train import controller
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step did, the same on every rank. Losses in nats per token that carries loss."""
+
+    taken: bool
+    loss: float
+    balance_loss: float
+    grad_norm: float
+    tokens: int
+    samples: int
+    skipped_samples: int
+    interrupted: bool
+    tallies: Tensor
+    """fp64 [layers, N + Z + 4], summed over ranks: see ZeroExpertRouter."""
+
+
+def _on_device(batch: dict[str, Any]) -> dict[str, Any]:
+    device = cpu_platform.device()
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+
+
+def _forward(batches: Iterator[dict[str, Any]], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    batch = _on_device(next(batches))
+
+    def loss(losses_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        count = torch.tensor(losses_n.numel(), dtype=torch.int, device=losses_n.device)
+        record = torch.tensor(
+            [
+                float(losses_n.detach().double().sum()),
+                losses_n.numel(),
+                int((batch["document"] > 0).sum()),
+                sum(len(pack) for pack in batch["samples"]),
+                len(batch["skipped"]),
+            ],
+            dtype=torch.float64,
+        )
+        return losses_n.sum(), count, record
+
+    return model(batch), loss
+
+
+class Stepper:
+    """Model and optimizer of a run, ready to step."""
+
+    def __init__(self, recipe: Recipe, model: MultimodalModel) -> None:
+        self.recipe = recipe
+        self.model = model
+        self.wrapped = engine.prepare(model, model.config)
+        self.optimizer = engine.build_optimizer(recipe.optimizer, self.wrapped, model.config)
+        self.micro_batches = recipe.train.global_batch // (recipe.train.micro_batch * engine.ranks().data_size)
+
+    def step(self, batches: Iterator[dict[str, Any]], rate: float, interrupted: bool = False) -> Outcome:
+        """Consumes this rank's micro-batches of one global batch and updates the weights with learning rate ``rate``.
+
+        A loss or a gradient norm that is not finite on any rank makes all ranks skip the update together: weights,
+        optimizer and controller stay as they were. ``interrupted`` on any rank comes back as True on all.
+        """
+        self.wrapped.train()
+        # The optimizer's gradients are the reduction buffers: left in place, the next backward would add to them twice.
+        self.optimizer.zero_grad()
+        records = engine.forward_backward(
+            self.wrapped,
+            _forward,
+            batches,
+            self.micro_batches,
+            self.recipe.data.sequence_length,
+            self.recipe.train.micro_batch,
+        )
+        tallies = controller.take_tallies(self.model)
+        local = torch.cat((torch.stack(records).sum(0).to(tallies.device), tallies.new_tensor([interrupted])))
+        sums = engine.sum_over_data(torch.cat((local, tallies.flatten())))
+        loss_sum, loss_tokens, tokens, samples, skipped, stop = sums[:6].tolist()
+        tallies = sums[6:].view_as(tallies)
+        loss = loss_sum / max(loss_tokens, 1)
+
+        taken, grad_norm = False, math.nan
+        if math.isfinite(loss):
+            self.optimizer.prepare_grads()
+            grad_norm = float(self.optimizer.get_grad_norm())
+            if math.isfinite(grad_norm):
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                taken = bool(self.optimizer.step()[0])
+        if taken:
+            controller.steer(self.model, tallies)
+        return Outcome(
+            taken=taken,
+            loss=loss,
+            balance_loss=float(tallies[:, -1].sum()) / max(loss_tokens, 1),
+            grad_norm=grad_norm,
+            tokens=int(tokens),
+            samples=int(samples),
+            skipped_samples=int(skipped),
+            interrupted=stop > 0,
+            tallies=tallies,
+        )
