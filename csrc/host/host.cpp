@@ -1,0 +1,50 @@
+// The host side's hot loops: the order of the samples and the packing. They hold no tensors and no torch.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include "order.h"
+#include "pack.h"
+
+namespace py = pybind11;
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+static py::tuple blend(const Array<std::int64_t>& counts) {
+  const auto period = mmoe::total(counts.data(), counts.size());
+  Array<std::int32_t> source(period);
+  Array<std::int64_t> rank(period);
+  mmoe::blend(counts.data(), counts.size(), source.mutable_data(), rank.mutable_data());
+  return py::make_tuple(source, rank);
+}
+
+static Array<std::int64_t> permute(const Array<std::int64_t>& index, std::int64_t size, std::uint64_t key) {
+  const mmoe::Permutation permutation(size, key);
+  Array<std::int64_t> out(index.size());
+  for (py::ssize_t i = 0; i < index.size(); ++i) {
+    const std::int64_t value = index.data()[i];
+    if (value < 0 || value >= size) throw py::index_error("index outside of [0, size)");
+    out.mutable_data()[i] = permutation(value);
+  }
+  return out;
+}
+
+static Array<std::int32_t> best_fit_decreasing(const Array<std::int64_t>& tokens, const Array<std::int64_t>& images,
+                                               std::int64_t max_tokens, std::int64_t max_images) {
+  if (tokens.size() != images.size()) throw py::value_error("tokens and images differ in length");
+  Array<std::int32_t> pack(tokens.size());
+  mmoe::best_fit_decreasing(tokens.data(), images.data(), tokens.size(), max_tokens, max_images, pack.mutable_data());
+  return pack;
+}
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "Order and packing of the samples.";
+  m.def("blend", &blend, py::arg("counts"),
+        "Spreads sources evenly: counts[k] times source k in sum(counts) places.\n\n"
+        "Returns (source int32, rank int64): place i belongs to source[i], which came rank[i] times before.");
+  m.def("permute", &permute, py::arg("index"), py::arg("size"), py::arg("key"),
+        "The keyed permutation of [0, size) at each index, int64; O(1) each, without state.");
+  m.def("best_fit_decreasing", &best_fit_decreasing, py::arg("tokens"), py::arg("images"), py::arg("max_tokens"),
+        py::arg("max_images"), "The pack of each item, int32; -1 for an item that fits in no pack.");
+}

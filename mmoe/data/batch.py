@@ -1,0 +1,135 @@
+"""Packed documents with their images → the batch that the model takes."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from mmoe.data.document import BadSample, Document, tokenize
+from mmoe.data.image import Decoder
+from mmoe.data.pack import assemble
+from mmoe.data.source import Encoded, Source
+from mmoe.errors import UserError
+
+Batch = dict[str, Any]
+"""The dict that `docs/architecture.md` describes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Illustrated:
+    """A document with the images of its sample, still encoded."""
+
+    document: Document
+    images: tuple[bytes, ...] = ()
+    problem: str = ""
+    """Why the sample is bad, where that is known before decoding; the document then holds its place."""
+
+
+def illustrate(sample: Encoded, tokenizer: Tokenizer, image_tokens: int, key: str) -> Illustrated:
+    """The document of a sample as it was read.
+
+    Raises:
+        BadSample: the record is not of the right form, or names an image that the sample does not have.
+    """
+    document = tokenize(sample.record, tokenizer, image_tokens, key=key)
+    for i in document.images:
+        if not 0 <= i < len(sample.images):
+            raise BadSample(f"image {i} is named but not there, of {len(sample.images)}")
+    return Illustrated(document=document, images=sample.images)
+
+
+def collate(packs: Sequence[Sequence[Illustrated]], sequence_length: int, decoder: Decoder) -> tuple[Batch, list[str]]:
+    """One batch of documents that are already packed.
+
+    A document with a bad image keeps its tokens, but nothing of it is trained on and its images become zeros.
+
+    Returns:
+        the batch, and for each document in order what is wrong with it, ``""`` for nothing. The batch's ``skipped``
+        names the documents with something wrong, ``key: reason``.
+    """
+    pixels, bad = decoder([item.images[i] for pack in packs for item in pack for i in item.document.images])
+    rows: list[list[Document]] = []
+    problems: list[str] = []
+    skipped: list[str] = []
+    start = 0
+    for pack in packs:
+        rows.append([])
+        for item in pack:
+            document, problem = item.document, item.problem
+            here = range(start, start := start + len(document.images))
+            culprit = next((i for i in here if i in bad), None)
+            if culprit is not None:
+                problem = f"image {document.images[culprit - here.start]}: {bad[culprit]}"
+                document = document.without_loss()
+                pixels[here.start : here.stop] = 0
+            if problem:
+                skipped.append(f"{document.key}: {problem}")
+            rows[-1].append(document)
+            problems.append(problem)
+    return {**assemble(rows, sequence_length), "images": pixels, "skipped": skipped}, problems
+
+
+def batches_from_documents(
+    documents: Iterable[Illustrated], *, decoder: Decoder, sequence_length: int, packs: int, images_per_pack: int
+) -> Iterator[Batch]:
+    """Packs documents in the order in which they come, for evaluation; every batch but the last has ``packs`` packs.
+
+    Raises:
+        UserError: a document fits in no pack.
+    """
+    rows: list[list[Illustrated]] = [[]]
+    tokens = images = 0
+    for item in documents:
+        length, pictures = len(item.document), len(item.document.images)
+        if length > sequence_length or pictures > images_per_pack:
+            raise UserError(
+                f"a document has {length} tokens and {pictures} images, a pack holds {sequence_length} and"
+                f" {images_per_pack}",
+                item.document.key,
+                "raise data.sequence_length or data.images_per_pack",
+            )
+        if tokens + length > sequence_length or images + pictures > images_per_pack:
+            if len(rows) == packs:
+                yield collate(rows, sequence_length, decoder)[0]
+                rows = []
+            rows.append([])
+            tokens = images = 0
+        rows[-1].append(item)
+        tokens, images = tokens + length, images + pictures
+    if rows[-1]:
+        yield collate(rows, sequence_length, decoder)[0]
+
+
+def evaluation_batches(
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    decoder: Decoder,
+    image_tokens: int,
+    sequence_length: int,
+    packs: int,
+    images_per_pack: int,
+) -> Iterator[Batch]:
+    """A data set once, in its own order. An unreadable sample has no tokens; the next batch names it in ``skipped``.
+
+    Raises:
+        UserError: a sample fits in no pack.
+    """
+    unreadable: list[str] = []
+
+    def documents() -> Iterator[Illustrated]:
+        for number in range(len(source)):
+            key = source.key(number)
+            try:
+                yield illustrate(source.read(number), tokenizer, image_tokens, key)
+            except BadSample as error:
+                unreadable.append(f"{key}: {error}")
+
+    batches = batches_from_documents(
+        documents(), decoder=decoder, sequence_length=sequence_length, packs=packs, images_per_pack=images_per_pack
+    )
+    for batch in batches:
+        batch["skipped"] += unreadable
+        unreadable.clear()
+        yield batch

@@ -1,0 +1,125 @@
+"""Encoded images → pixels, through DALI on the CPU or a GPU.
+
+What an image means is defined in :mod:`mmoe.data.pixels`; here it is done fast. Measured bounds between the two are in
+``docs/data.md`` and asserted in the tests.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from nvidia.dali import fn, types
+from nvidia.dali.pipeline import Pipeline
+from torch import Tensor
+
+from mmoe.data.pixels import MAX_PIXELS, MEAN, SCALE, BadImage, canonical
+
+LARGEST_BATCH = 64
+"""Images in one run of the pipeline; longer lists are split, which bounds DALI's buffers."""
+
+
+class Decoder:
+    """Decodes, resizes and normalises lists of encoded images.
+
+    DALI fails a whole batch for one image that it cannot decode. Such a batch is halved until the culprits stand alone.
+
+    Args:
+        image_size: side of the square that every image is resized to, pixels.
+        threads: DALI's decoding threads.
+        max_pixels: an image whose header announces more is bad.
+        device: ``"cpu"``, or ``"mixed"``: nvJPEG, resize and normalisation on the current CUDA device.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        threads: int = 1,
+        max_pixels: int = MAX_PIXELS,
+        device: Literal["cpu", "mixed"] = "cpu",
+    ) -> None:
+        self.image_size, self.threads, self.max_pixels, self.device = image_size, threads, max_pixels, device
+        self._cuda = torch.device("cuda", torch.cuda.current_device()) if device == "mixed" else None
+        self._pipeline = self._build()
+
+    def __call__(self, images: Sequence[bytes]) -> tuple[Tensor, dict[int, str]]:
+        """Decodes ``n`` images.
+
+        Returns:
+            float32 ``[n, 3, image_size, image_size]``, normalised (x/255 − 0.5)·4, on the CPU or the CUDA device, a bad
+            image all zeros; and why each bad image is bad, by its index.
+        """
+        bad: dict[int, str] = {}
+        encoded: dict[int, bytes] = {}
+        for i, image in enumerate(images):
+            try:
+                encoded[i] = canonical(image, self.max_pixels)
+            except BadImage as error:
+                bad[i] = str(error)
+        shape = (len(images), 3, self.image_size, self.image_size)
+        out = torch.zeros(shape, dtype=torch.float32, device=self._cuda)
+        indices = list(encoded)
+        for start in range(0, len(indices), LARGEST_BATCH):
+            self._decode(encoded, indices[start : start + LARGEST_BATCH], out, bad)
+        return out, bad
+
+    def _decode(self, encoded: dict[int, bytes], indices: list[int], out: Tensor, bad: dict[int, str]) -> None:
+        try:
+            pixels = self._run([encoded[i] for i in indices])
+        except RuntimeError as error:
+            self._pipeline = self._build()  # a pipeline is not valid after an error
+            if len(indices) == 1:
+                bad[indices[0]] = f"corrupt image: {_reason(error)}"
+                return
+            half = len(indices) // 2
+            self._decode(encoded, indices[:half], out, bad)
+            self._decode(encoded, indices[half:], out, bad)
+            return
+        out[torch.tensor(indices, device=out.device)] = pixels
+
+    def _run(self, images: list[bytes]) -> Tensor:
+        # DALI copies what it is fed before feed_input returns.
+        self._pipeline.feed_input("encoded", [np.frombuffer(image, np.uint8) for image in images])
+        if self._cuda is None:
+            (pixels,) = self._pipeline.run()
+            return torch.from_numpy(np.asarray(pixels.as_array()))
+        # On the current stream, so that what reads the pixels comes after what wrote them.
+        stream = torch.cuda.current_stream(self._cuda)
+        (pixels,) = self._pipeline.run(cuda_stream=stream.cuda_stream)
+        return torch.from_dlpack(pixels.as_tensor())
+
+    def _build(self) -> Pipeline:
+        pipeline = Pipeline(
+            batch_size=LARGEST_BATCH,
+            num_threads=self.threads,
+            device_id=None if self._cuda is None else self._cuda.index,
+            prefetch_queue_depth=1,
+            exec_dynamic=True,
+        )
+        with pipeline:
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+            pixels: Any = fn.decoders.image(
+                encoded,
+                device=self.device,
+                output_type=types.RGB,
+                adjust_orientation=False,  # canonical() has applied it
+                jpeg_fancy_upsampling=True,  # as libjpeg-turbo does on the CPU
+            )
+            pixels = fn.resize(
+                pixels,
+                size=[self.image_size, self.image_size],
+                interp_type=types.INTERP_TRIANGULAR,
+                antialias=True,
+                dtype=types.FLOAT,
+            )
+            pixels = fn.crop_mirror_normalize(pixels, output_layout="CHW", mean=[MEAN] * 3, std=[SCALE] * 3)
+            pipeline.set_outputs(pixels)
+        pipeline.build()
+        return pipeline
+
+
+def _reason(error: RuntimeError) -> str:
+    """The last telling line of DALI's long message."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    telling = [line for line in lines if line and not line.startswith("Current pipeline object")]
+    return telling[-1] if telling else "DALI cannot decode it"
