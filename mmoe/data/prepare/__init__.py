@@ -1,0 +1,145 @@
+"""Offline preparation: a public source becomes data sets on disk, the same bytes for the same options."""
+
+import argparse
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmoe.data.prepare import scenes as scenes_module
+from mmoe.data.prepare import stamps as stamps_module
+from mmoe.data.prepare.build import build
+from mmoe.data.prepare.catalogue import Catalogue, load_card, load_catalogue
+from mmoe.data.prepare.compose import load_sprites
+from mmoe.data.prepare.package import fetch_stamps
+from mmoe.data.prepare.questions import wording
+from mmoe.data.prepare.scenes import HELD_OUT, TEST, TRAIN, SceneMaker
+from mmoe.data.prepare.stamps import StampMaker, usable
+from mmoe.data.shards import Description
+from mmoe.data.tokenizer import tokenizer_hash, train_tokenizer
+from mmoe.errors import UserError
+
+TOKENIZER = "tokenizer.json"
+VOCAB_SIZE = 1024
+SAMPLES_PER_SHARD = 2000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `mmoe data prepare NAME OUT`, of which :func:`run` takes the parsed ones."""
+    parser.add_argument("--train", type=int, default=48_000, help="scenes to train on (default %(default)s)")
+    parser.add_argument("--test", type=int, default=4_800, help="scenes in each test split (default %(default)s)")
+    parser.add_argument("--size", type=int, default=64, help="side of a scene in pixels (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+
+
+def run(name: str, out: Path, options: argparse.Namespace) -> None:
+    """Prepare the data sets called ``name`` under the data root ``out``.
+
+    Args:
+        name: ``"stamps"`` or ``"scenes"``.
+        out: data root; gets ``NAME/SPLIT/`` and ``tokenizer.json``.
+        options: as :func:`add_arguments` defines them.
+
+    Raises:
+        UserError: an unknown name, an impossible option, or the source cannot be had.
+    """
+    if name not in ("stamps", "scenes"):
+        raise UserError(f"nothing is known of a data set called {name!r}", "", "prepare stamps or scenes")
+    for option, least in (("train", 1), ("test", 1), ("size", 16), ("workers", 1)):
+        if getattr(options, option) < least:
+            raise UserError(f"--{option} must be at least {least}", f"--{option} {getattr(options, option)}")
+    card = load_card()
+    catalogue = load_catalogue(fetch_stamps(card), card)
+    if name == "stamps":
+        stamps(catalogue, out, workers=options.workers)
+    else:
+        scenes(
+            catalogue,
+            out,
+            train=options.train,
+            test=options.test,
+            size=options.size,
+            seed=options.seed,
+            workers=options.workers,
+        )
+
+
+def tokenizer(catalogue: Catalogue, out: Path) -> Path:
+    """Write the tokenizer of a catalogue to the data root, unless it is there; returns its path.
+
+    It depends on the catalogue's training stamps and the scenes' wording alone, so that every data set made from it
+    shares one tokenizer.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path, partial = out / TOKENIZER, out / f".{TOKENIZER}.{os.getpid()}"
+    train_tokenizer(_texts(catalogue), VOCAB_SIZE).save(str(partial))
+    if path.is_file() and tokenizer_hash(path) == tokenizer_hash(partial):
+        partial.unlink()
+    else:
+        partial.replace(path)
+    return path
+
+
+def _texts(catalogue: Catalogue) -> Iterator[str]:
+    """What the tokenizer learns from; scenes' sentences weigh so much that each of their words is one token."""
+    captions = [f" {text}" for stamp in catalogue.stamps if not stamp.held_out for text in stamp.captions.values()]
+    for sentence in wording(catalogue.plurals):
+        yield from [sentence] * 300
+    yield from captions
+
+
+def stamps(catalogue: Catalogue, out: Path, *, workers: int) -> None:
+    """Make ``stamps/train`` and ``stamps/heldout`` under the data root ``out``."""
+    path = tokenizer(catalogue, out)
+    for split, held_out in (("train", False), ("heldout", True)):
+        members, skipped = usable(catalogue, held_out=held_out)
+        description = Description(
+            name=f"stamps/{split}",
+            source=catalogue.card["name"],
+            license=catalogue.card["license"],
+            samples=len(members),
+            samples_per_shard=SAMPLES_PER_SHARD,
+            tokenizer=tokenizer_hash(path),
+            recipe={"version": stamps_module.VERSION, "package": catalogue.card["package"]["sha256"]},
+        )
+        maker = StampMaker(catalogue.root, members, catalogue.card["license"])
+        _report(description, build(out / description.name, description, maker, path, workers=workers, skipped=skipped))
+
+
+def scenes(catalogue: Catalogue, out: Path, *, train: int, test: int, size: int, seed: int, workers: int) -> None:
+    """Make ``scenes/train``, ``scenes/test`` and ``scenes/heldout`` under the data root ``out``.
+
+    Args:
+        catalogue: the stamps.
+        out: data root.
+        train: number of scenes to train on.
+        test: number of scenes in each of the others.
+        size: side of a picture in pixels.
+        seed: of everything drawn at random; the number of workers changes nothing.
+        workers: processes.
+    """
+    path = tokenizer(catalogue, out)
+    splits = (("train", train, TRAIN, False), ("test", test, TEST, False), ("heldout", test, HELD_OUT, True))
+    for split, samples, kinds, held_out in splits:
+        description = Description(
+            name=f"scenes/{split}",
+            source=catalogue.card["name"],
+            license=catalogue.card["license"],
+            samples=samples,
+            samples_per_shard=SAMPLES_PER_SHARD,
+            tokenizer=tokenizer_hash(path),
+            recipe={
+                "version": scenes_module.VERSION,
+                "package": catalogue.card["package"]["sha256"],
+                "seed": seed,
+                "size": size,
+                **{f"kind_{kind}": number for kind, number in kinds.items()},
+            },
+        )
+        sprites = load_sprites(catalogue, held_out=held_out, side=size)
+        maker = SceneMaker(split, seed, size, kinds, sprites, catalogue.plurals, catalogue.card["license"])
+        _report(description, build(out / description.name, description, maker, path, workers=workers))
+
+
+def _report(description: Description, made: bool) -> None:
+    print(f"{description.name}: {description.samples} samples, {'written' if made else 'up to date'}")

@@ -1,0 +1,68 @@
+"""Stamps as samples: the picture on white, and its captions in several languages as branches."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from mmoe.data.prepare.catalogue import Catalogue, Stamp
+from mmoe.data.prepare.compose import cut
+from mmoe.data.shards import Sample
+
+VERSION = 1
+"""Of the samples' contents: raise it when the same stamps give other samples."""
+LONGEST_SIDE = 256
+
+
+@dataclass(frozen=True)
+class StampMaker:
+    """Makes the sample of stamp ``index`` of one side of the split."""
+
+    root: Path
+    stamps: tuple[Stamp, ...]
+    license: str
+
+    def __call__(self, index: int) -> Sample:
+        stamp = self.stamps[index]
+        with Image.open(self.root / stamp.path) as image:
+            whole = cut(image)
+        whole.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+        page = Image.new("RGB", whole.size, "white")
+        page.paste(whole, mask=whole.getchannel("A"))
+        file = io.BytesIO()
+        page.save(file, "PNG")
+        record = {
+            "source": "stamps",
+            "license": self.license,
+            "category": stamp.category,
+            "prefix": [{"image": 0}],
+            "branches": [
+                {"task": f"caption_{language}", "prompt": f"describe ( {language} ) :", "answer": f" {caption}"}
+                for language, caption in stamp.captions.items()
+            ],
+            "truth": {"stamp": stamp.path},
+        }
+        return Sample(f"stamps-{index:05d}", record, [("png", file.getvalue())])
+
+
+def usable(catalogue: Catalogue, *, held_out: bool) -> tuple[tuple[Stamp, ...], list[str]]:
+    """The stamps of one side that have a caption and a visible picture; and the others, each with the reason."""
+    good, skipped = [], list(catalogue.skipped)
+    for stamp in catalogue.stamps:
+        if stamp.held_out != held_out:
+            continue
+        if not stamp.captions:
+            skipped.append(f"{stamp.path}: no caption")
+            continue
+        try:
+            with Image.open(catalogue.root / stamp.path) as image:
+                visible = image.convert("RGBA").getchannel("A").getbbox() is not None
+        except OSError as error:
+            skipped.append(f"{stamp.path}: {error}")
+            continue
+        if visible:
+            good.append(stamp)
+        else:
+            skipped.append(f"{stamp.path}: fully transparent")
+    return tuple(good), skipped

@@ -1,0 +1,55 @@
+"""The byte-level BPE tokenizer: training, loading, identity."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mmoe.errors import UserError
+
+PAD, BOS, EOS, IMAGE = range(4)
+SPECIAL = ("<pad>", "<bos>", "<eos>", "<image>")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> Tokenizer:
+    """Train on texts, each counted as often as it occurs; the same texts give the same tokenizer.
+
+    Every byte is in the vocabulary, so that any text has tokens. Specials are 0 to 3, see :data:`SPECIAL`.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """Read a tokenizer.json; a special token's name inside a text is read as plain text.
+
+    Raises:
+        UserError: the file is missing, unreadable, or does not number the specials 0 to 3.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError("no such tokenizer", str(path), "`mmoe data prepare` writes one beside the data sets")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception for whatever is wrong with the file
+        raise UserError(f"cannot read the tokenizer: {error}", str(path), "prepare the data again") from error
+    for number, token in enumerate(SPECIAL):
+        if tokenizer.token_to_id(token) != number:
+            raise UserError(f"{token} must be token {number}", str(path), "use a tokenizer made by `mmoe data prepare`")
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def tokenizer_hash(path: Path | str) -> str:
+    """Identity of a tokenizer: SHA-256 of its file, hexadecimal, as data sets record it."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
