@@ -1,4 +1,4 @@
-"""Checks shared by the operators. They read shapes and types alone, never data, so they cost no device synchronisation."""
+"""Checks shared by the operators: of shapes and types alone, never of data, so they cost no synchronisation."""
 
 from collections.abc import Sequence
 

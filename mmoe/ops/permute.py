@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from mmoe.ops import check
+from mmoe.ops.permute_index import permute_index
 from mmoe.reference import permute as reference
 from mmoe.reference.permute import PermuteOutput
 
@@ -32,4 +33,5 @@ def permute(x: Tensor, ids: Tensor, experts: int) -> PermuteOutput:
     check.shape("ids", ids, (x.shape[0], ids.shape[1]))
     if experts < 1:
         raise ValueError(f"permute: experts is {experts}, must be at least 1")
-    return reference.permute(x, ids, experts)
+    index = permute_index(ids, experts)
+    return PermuteOutput(reference.gather(x, index.slot_of_row, ids.shape[1]), *index)

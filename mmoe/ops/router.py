@@ -38,8 +38,8 @@ def router(
         balance_groups: D; group j holds the j-th of D equal runs of FFN experts, group D all zero experts.
         valid: [T] bool or None. A False token (padding) is routed, but is left out of ``counts`` and ``group_probs``,
             and its ``identity`` is 0.
-        identity: weight of x for a token's zero slots: ``scaled`` Σ w (the released models), ``unscaled`` Σ w / scaling,
-            ``copy`` their number, ``drop`` 0.
+        identity: weight of x for a token's zero slots: ``scaled`` Σ w (the released models), ``unscaled`` Σ w before
+            scaling, ``copy`` their number, ``drop`` 0.
 
     Returns:
         ids [T, k] int64, by falling s + b, ties to the lowest index (NaN ranks first); weights [T, k], of every slot;

@@ -9,11 +9,11 @@ __all__ = ["unpermute"]
 
 
 def unpermute(rows: Tensor, row_of_slot: Tensor, weights: Tensor, x: Tensor, identity: Tensor) -> Tensor:
-    """out_t = Σ_j weights_tj · rows[row_of_slot_tj] + identity_t · x_t, summed in fp32 in slot order: bitwise repeatable.
+    """out_t = Σ_j weights_tj · rows[row_of_slot_tj] + identity_t · x_t, summed in fp32, in slot order.
 
     Args:
         rows: [R, d]: the experts' outputs in the order of :func:`mmoe.ops.permute.permute`. R may be 0.
-        row_of_slot: [T, k] int32 or int64; −1 (a zero expert's slot) adds nothing, and its weight takes no gradient here.
+        row_of_slot: [T, k] int32 or int64; −1 (a zero expert's slot) adds nothing, its weight takes no gradient.
         weights: [T, k] float32 (float64 for checks).
         x: [T, d], dtype of ``rows``: the tokens before the experts.
         identity: [T], dtype of ``weights``: the zero experts' weight of x.

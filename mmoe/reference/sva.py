@@ -47,7 +47,7 @@ def windows(grid: Tensor, side: int) -> Tensor:
 
 
 def _valid(masks: Masks, sizes: Sequence[int], q: Tensor) -> Tensor | None:
-    """The keys' validity [B, L, L, K]; a window in which an encoder has no valid key counts as fully valid, as released."""
+    """Validity of the keys [B, L, L, K]; an encoder's window without a valid key is fully valid, as released."""
     if all(mask is None for mask in masks):
         return None
     batch, side = q.shape[:2]
@@ -82,7 +82,7 @@ def sva(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], masks: Mask
 
 
 def sva_absorbed(q: Tensor, sources: Sequence[Projected | Absorbed], masks: Masks | None = None) -> Tensor:
-    """:func:`sva` without ever forming an absorbed encoder's keys and values. Contract: :func:`mmoe.ops.sva.sva_absorbed`.
+    """:func:`sva` without an absorbed encoder's keys and values. Contract: :func:`mmoe.ops.sva.sva_absorbed`.
 
     With x̂ the normalised features before weight γ and bias β: q·k = (γ_k ⊙ W_kᵀq)·x̂ + q·W_kβ_k, and
     Σ a·v = W_v(γ_v ⊙ Σ a·x̂ + β_v Σ a). The constant q·W_kβ_k stays, because the softmax spans the encoders.

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def unpermute(rows: Tensor, row_of_slot: Tensor, weights: Tensor, x: Tensor, identity: Tensor) -> Tensor:
-    """Weighted sum of every token's rows in slot order, plus identity · x. Contract: :func:`mmoe.ops.unpermute.unpermute`."""
+    """Weighted sum of a token's rows, plus identity · x. Contract: :func:`mmoe.ops.unpermute.unpermute`."""
     tokens, top_k = row_of_slot.shape
     accumulate = torch.promote_types(torch.float32, rows.dtype)
     # A zero slot reads a row of zeros after the last one, so no slot needs a branch.

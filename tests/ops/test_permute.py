@@ -5,6 +5,7 @@ import torch
 
 from mmoe.ops.permute import permute
 from mmoe.ops.unpermute import unpermute
+from mmoe.reference import permute as reference
 
 N = 4
 CASES = {
@@ -21,7 +22,8 @@ def ids_of(case: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_against_a_loop(case):
+@pytest.mark.parametrize("permute", [permute, reference.permute])
+def test_against_a_loop(permute, case):
     ids = ids_of(case)
     x = torch.randn(ids.shape[0], 3)
     out = permute(x, ids, N)
