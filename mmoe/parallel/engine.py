@@ -200,11 +200,11 @@ def _unwrap(model: torch.nn.Module) -> Any:
 
 
 def _sharded(model: torch.nn.Module, optimizer: MegatronOptimizer | None, loading: bool) -> dict[str, Any]:
-    here = ranks()
     state: dict[str, Any] = {"model": _unwrap(model).sharded_state_dict()}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=SHARDING)
-        state["random"] = ShardedObject("random", torch.get_rng_state(), (here.world,), (here.rank,))
+        # Every rank draws the same numbers (start() seeds them alike), so one state serves any layout.
+        state["random"] = ShardedObject("random", torch.get_rng_state(), (1,), (0,), replica_id=ranks().rank)
     return state
 
 

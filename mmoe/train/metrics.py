@@ -1,0 +1,128 @@
+"""What a run writes about itself: metrics.jsonl, TensorBoard, and lines or a progress bar on the terminal."""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from mmoe.recipe.schema import MoE, Recipe
+from mmoe.train.step import Outcome
+
+
+def routing(tallies: Tensor, moe: MoE) -> dict[str, Any]:
+    """Scalars and shares from the tallies of one step, fp64 [layers, N + Z + 4].
+
+    ``active_experts_mean`` and ``_std`` are over tokens and layers; ``expert_load_max`` is the busiest FFN expert's load
+    over its layer's mean (1 = even); ``expert_load`` holds, a list per layer, each expert's share of all selections.
+    """
+    slots = moe.experts + moe.zero_experts
+    counts, (tokens, active, squares) = tallies[:, :slots], tallies[:, slots : slots + 3].unbind(1)
+    selections = counts.sum(1, keepdim=True).clamp(min=1)
+    total = float(tokens.sum()) or 1.0
+    mean = float(active.sum()) / total
+    ffn = counts[:, : moe.experts]
+    return {
+        "zero_expert_share": float(counts[:, moe.experts :].sum() / selections.sum()),
+        "active_experts_mean": mean,
+        "active_experts_std": math.sqrt(max(0.0, float(squares.sum()) / total - mean * mean)),
+        "expert_load_max": float((ffn.max(1).values / ffn.mean(1).clamp(min=1e-9)).max()),
+        "expert_load": [[round(share, 5) for share in layer] for layer in (counts / selections).tolist()],
+    }
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drops the lines of ``path`` behind ``step``: a run that goes on from a checkpoint writes them again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue  # the half-written last line of a killed run
+    partial = path.with_suffix(".tmp")
+    partial.write_text("".join(line + "\n" for line in kept))
+    partial.replace(path)
+
+
+class Recorder:
+    """Writes on the first rank only; everywhere else its methods do nothing."""
+
+    def __init__(self, recipe: Recipe, run: Path, first_rank: bool, done: int) -> None:
+        self.recipe, self.active = recipe, first_rank
+        if not first_rank:
+            return
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        path = run / "metrics.jsonl"
+        keep_until(path, done)
+        self.file = path.open("a", buffering=1)
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=done + 1)
+        self.console = Console(stderr=True)
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"),
+            TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self.progress.start()
+        self.bar = self.progress.add_task(recipe.name, total=recipe.train.steps, completed=done, state="")
+
+    def record(self, step: int, outcome: Outcome, rate: float, seconds: float, bias_norm: float) -> None:
+        """One line for step ``step`` (from 1); ``seconds`` is its wall time."""
+        if not self.active:
+            return
+        shares = routing(outcome.tallies, self.recipe.model.moe)
+        load = shares.pop("expert_load")
+        row = {
+            "step": step,
+            "loss": outcome.loss,
+            "balance_loss": outcome.balance_loss,
+            "lr": rate,
+            "grad_norm": outcome.grad_norm,
+            "tokens": outcome.tokens,
+            "samples": outcome.samples,
+            "seconds": seconds,
+            **shares,
+            "bias_norm": bias_norm,
+            "skipped_samples": outcome.skipped_samples,
+            "skipped_step": not outcome.taken,
+        }
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        often = step % self.recipe.train.log_every == 0 or step == self.recipe.train.steps
+        if often:
+            row["expert_load"] = load
+        self.file.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and name != "step":
+                self.board.add_scalar(f"train/{name}", value, step)
+        if often:
+            for layer, values in enumerate(outcome.tallies[:, : len(load[0])]):
+                self.board.add_histogram(f"expert_load/layer_{layer}", values / values.sum().clamp(min=1), step)
+        state = f"loss {outcome.loss:.3f} · {outcome.tokens / seconds:,.0f} tokens/s · {shares['active_experts_mean']:.2f} active"
+        self.progress.update(self.bar, completed=step, state=state)
+        if often and not self.console.is_terminal:
+            print(f"step {step}/{self.recipe.train.steps} · {state}", file=sys.stderr, flush=True)
+
+    def pictures(self, step: int, images: Tensor, names: list[str]) -> None:
+        """Up to eight pictures of a batch, fp32 [n, 3, H, W] as the model sees them, for TensorBoard."""
+        if self.active and images.size(0):
+            self.board.add_images("samples", (images[:8].float().cpu() / 4 + 0.5).clamp(0, 1), step)
+            self.board.add_text("samples", ", ".join(names[:8]), step)
+
+    def say(self, line: str) -> None:
+        """A line for the user, on the first rank."""
+        if self.active:
+            self.console.print(line, highlight=False)
+
+    def close(self) -> None:
+        if self.active:
+            self.progress.stop()
+            self.board.close()
+            os.fsync(self.file.fileno())
+            self.file.close()

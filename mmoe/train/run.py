@@ -1,0 +1,182 @@
+"""A training run: a recipe and a folder in, checkpoints and metrics out; it can be interrupted and goes on exactly."""
+
+import dataclasses
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmoe.checkpoint import layout as files
+from mmoe.checkpoint.load import resume as load_checkpoint
+from mmoe.checkpoint.save import save
+from mmoe.data.loader import Loader
+from mmoe.errors import Interrupted, UserError
+from mmoe.models.multimodal import build
+from mmoe.parallel import engine, layout
+from mmoe.recipe.load import dump_recipe, load_recipe
+from mmoe.recipe.schema import Recipe
+from mmoe.train import controller
+from mmoe.train.metrics import Recorder
+from mmoe.train.schedule import learning_rate
+from mmoe.train.step import Outcome, Stepper
+
+
+def _neutral(recipe: Recipe) -> Recipe:
+    """The recipe without what may change between a run and its continuation: none of it changes the curve."""
+    data = dataclasses.replace(recipe.data, workers=1, prefetch=1)
+    train = dataclasses.replace(recipe.train, log_every=1)
+    plain = {"parallel": type(recipe.parallel)(), "checkpoint": type(recipe.checkpoint)()}
+    return dataclasses.replace(recipe, data=data, train=train, description="", **plain)
+
+
+def _starting_point(recipe: Recipe, out: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from; refuses a folder that this run must not write into."""
+    saved = out / "recipe.toml"
+    if not saved.exists():
+        return None
+    old, new = _neutral(load_recipe(saved)), _neutral(recipe)
+    if old != new:
+        pairs = zip(dump_recipe(old).splitlines(), dump_recipe(new).splitlines(), strict=False)
+        first = next((f"there `{a}`, here `{b}`" for a, b in pairs if a != b), "they differ")
+        raise UserError(f"{out} holds another recipe's run: {first}", str(saved), "choose another --out")
+    newest = files.newest(out)
+    if newest is not None and not resume:
+        raise UserError(f"{out} holds a run already", newest.name, "add --resume to go on with it, or choose another --out")
+    return newest
+
+
+class _StopRequest:
+    """Whether SIGTERM or SIGINT has come; the step under way is finished first."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class _Watch:
+    """Hands batches through and remembers what was in them, for messages and pictures."""
+
+    def __init__(self, loader: Loader, show: Any) -> None:
+        self.loader, self.show = loader, show
+        self.names: list[str] = []
+
+    def __iter__(self) -> "_Watch":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        batch = next(self.loader)
+        self.names += [name for pack in batch["samples"] for name in pack]
+        self.show(batch)
+        return batch
+
+
+def _not_finite(step: int, row: int, names: list[str]) -> UserError:
+    everyone: list[list[str]] = [[] for _ in range(engine.ranks().world)]
+    torch.distributed.all_gather_object(everyone, names)
+    shown = [name for part in everyone for name in part]
+    return UserError(
+        f"the loss was not finite for {row} steps in a row, the last one with samples {', '.join(shown[:8])}"
+        f"{f' and {len(shown) - 8} more' if len(shown) > 8 else ''}",
+        f"step {step}",
+        "lower optimizer.lr or look at these samples; the last checkpoint is untouched, --resume goes on from it",
+    )
+
+
+def train(recipe: Recipe, out: Path, resume: bool = False) -> None:
+    """Trains ``recipe`` into ``out`` on all ranks of the launch, from its newest checkpoint when ``resume``.
+
+    Raises:
+        UserError: the layout does not fit the ranks, the data or the folder do not fit the recipe, the loss diverged.
+        Interrupted: SIGTERM or SIGINT came; a checkpoint was saved.
+    """
+    layout.check(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    start = _starting_point(recipe, out, resume)
+    if start is not None:
+        files.verify(start)
+    here = engine.start(recipe.parallel, recipe.train.seed)
+    torch.use_deterministic_algorithms(True)
+    stepper = Stepper(recipe, build(recipe))
+    progress: dict[str, Any] = {"step": 0, "data": None, "skipped_samples": 0, "skipped_in_a_row": 0}
+    if start is not None:
+        progress = load_checkpoint(start, stepper.wrapped, stepper.optimizer)
+    connector, encoders = recipe.model.connector, recipe.model.encoders
+    loader = Loader(
+        recipe.data,
+        image_tokens=connector.grid**2 if connector else 0,
+        image_size=encoders[0].image_size if encoders else 0,
+        micro_batch=recipe.train.micro_batch,
+        global_batch=recipe.train.global_batch,
+        seed=recipe.train.seed,
+        rank=here.data_rank,
+        ranks=here.data_size,
+        state=progress["data"],
+    )
+    if here.first:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "recipe.toml").write_text(dump_recipe(recipe))
+    recorder = Recorder(recipe, out, here.first, progress["step"])
+    stop = _StopRequest()
+    try:
+        _loop(recipe, out, stepper, loader, recorder, stop, progress)
+    finally:
+        stop.restore()
+        recorder.close()
+        loader.close()
+
+
+def _loop(
+    recipe: Recipe,
+    out: Path,
+    stepper: Stepper,
+    loader: Loader,
+    recorder: Recorder,
+    stop: _StopRequest,
+    progress: dict[str, Any],
+) -> None:
+    steps, tokenizer = recipe.train.steps, Path(recipe.data.root) / recipe.data.tokenizer
+    if progress["step"] >= steps:
+        recorder.say(f"{recipe.name}: complete, {steps} steps; see {out}")
+        return
+    while progress["step"] < steps:
+        step, begin = progress["step"], time.perf_counter()
+        first = step % recipe.checkpoint.every == 0
+
+        def show(batch: dict[str, Any], step: int = step, first: bool = first) -> None:
+            if first:
+                recorder.pictures(step + 1, batch["images"], [name for pack in batch["samples"] for name in pack])
+            for reason in batch["skipped"]:
+                recorder.say(f"skipped sample {reason}")
+
+        watch = _Watch(loader, show)
+        rate = learning_rate(recipe.optimizer, step, steps)
+        outcome: Outcome = stepper.step(watch, rate, stop.asked)
+        progress["step"] = step + 1
+        progress["skipped_samples"] += outcome.skipped_samples
+        progress["skipped_in_a_row"] = 0 if outcome.taken else progress["skipped_in_a_row"] + 1
+        recorder.record(step + 1, outcome, rate, time.perf_counter() - begin, _bias_norm(stepper))
+        if not outcome.taken:
+            recorder.say(f"step {step + 1}: loss {outcome.loss}, gradient norm {outcome.grad_norm}: skipped on all ranks")
+            if progress["skipped_in_a_row"] >= recipe.train.max_skipped_in_a_row:
+                raise _not_finite(step + 1, progress["skipped_in_a_row"], watch.names)
+        done = step + 1 == steps
+        if done or outcome.interrupted or (step + 1) % recipe.checkpoint.every == 0:
+            progress["data"] = loader.state()
+            save(out, step + 1, stepper.wrapped, stepper.optimizer, progress, recipe, tokenizer)
+        if outcome.interrupted and not done:
+            raise Interrupted(f"stopped after step {step + 1} of {steps}, saved; go on with --resume")
+
+
+def _bias_norm(stepper: Stepper) -> float:
+    biases = [router.e_score_correction_bias for router in controller.routers(stepper.model)]
+    return math.sqrt(sum(float(bias.square().sum()) for bias in biases))
