@@ -30,12 +30,12 @@ static Array<std::int64_t> permute(const Array<std::int64_t>& index, std::int64_
   return out;
 }
 
-static Array<std::int32_t> best_fit_decreasing(const Array<std::int64_t>& tokens, const Array<std::int64_t>& images,
-                                               std::int64_t max_tokens, std::int64_t max_images) {
+static Array<std::int32_t> pack(const Array<std::int64_t>& tokens, const Array<std::int64_t>& images,
+                                std::int64_t max_tokens, std::int64_t max_images) {
   if (tokens.size() != images.size()) throw py::value_error("tokens and images differ in length");
-  Array<std::int32_t> pack(tokens.size());
-  mmoe::best_fit_decreasing(tokens.data(), images.data(), tokens.size(), max_tokens, max_images, pack.mutable_data());
-  return pack;
+  Array<std::int32_t> out(tokens.size());
+  mmoe::Packing(tokens.data(), images.data(), tokens.size(), max_tokens, max_images).run(out.mutable_data());
+  return out;
 }
 
 PYBIND11_MODULE(_host, m) {
@@ -45,6 +45,6 @@ PYBIND11_MODULE(_host, m) {
         "Returns (source int32, rank int64): place i belongs to source[i], which came rank[i] times before.");
   m.def("permute", &permute, py::arg("index"), py::arg("size"), py::arg("key"),
         "The keyed permutation of [0, size) at each index, int64; O(1) each, without state.");
-  m.def("best_fit_decreasing", &best_fit_decreasing, py::arg("tokens"), py::arg("images"), py::arg("max_tokens"),
-        py::arg("max_images"), "The pack of each item, int32; -1 for an item that fits in no pack.");
+  m.def("pack", &pack, py::arg("tokens"), py::arg("images"), py::arg("max_tokens"), py::arg("max_images"),
+        "The pack of each item, int32; -1 for an item that fits in no pack. Every pack holds something.");
 }

@@ -113,10 +113,11 @@ def tokenize(sample: dict[str, Any], tokenizer: Tokenizer, image_tokens: int, *,
     # A token is predicted at the place before it; a branch's first token has no loss, so none crosses a branch.
     mask = np.array([*loss[1:], 0.0], np.float32)
     ids = np.array(tokens, np.int64)
+    following = np.append(ids[1:], PAD)
     return Document(
         key=key,
         tokens=ids,
-        labels=np.where(mask > 0, np.roll(ids, -1), 0),
+        labels=np.where(mask > 0, following, 0),
         loss_mask=mask,
         position=np.array(position, np.int64),
         branch=np.array(branch, np.int32),

@@ -1,7 +1,7 @@
 """Packs: several documents to a sequence, planned from lengths alone, then put together as tensors.
 
-The plan goes by windows of consecutive samples of the stream. Within a window the packs are filled by best fit
-decreasing and come in a keyed random order; a window is planned on its own, in O(1) from its number.
+The plan goes by windows of consecutive samples of the stream. Within a window the packs are filled largest document
+first (csrc/host/pack.h) and come in a keyed random order; a window is planned on its own, from its number alone.
 """
 
 from collections.abc import Sequence
@@ -77,7 +77,7 @@ class Planner:
         for k, part in enumerate(self.lengths):
             mine = source == k
             tokens[mine], images[mine] = part.tokens[sample[mine]], part.images[sample[mine]]
-        pack = _host.best_fit_decreasing(tokens, images, self.sequence_length, self.images_per_pack)
+        pack = _host.pack(tokens, images, self.sequence_length, self.images_per_pack)
         slots = list(zip(source.tolist(), sample.tolist(), strict=True))
         packs: list[list[Slot]] = [[] for _ in range(pack.max() + 1)]
         for slot, p in zip(slots, pack.tolist(), strict=True):
