@@ -64,8 +64,10 @@ def test_user_errors_are_one_line_and_status_2(
 ) -> None:
     assert cli.main(arguments) == 2
     printed = capsys.readouterr()
-    assert printed.out == "" and len(printed.err.splitlines()) == 1
-    assert printed.err.startswith("mmoe: ") and what in printed.err
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1
+    assert printed.err.startswith("mmoe: ")
+    assert what in printed.err
 
 
 def ended_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -99,7 +101,8 @@ def test_statuses(
 def test_a_defect_shows_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert ended_with(ValueError("broken"), monkeypatch) == 1
     printed = capsys.readouterr().err
-    assert "Traceback (most recent call last)" in printed and printed.endswith("ValueError: broken\n")
+    assert "Traceback (most recent call last)" in printed
+    assert printed.endswith("ValueError: broken\n")
 
 
 def test_other_ranks_print_only_their_errors_with_their_name(
@@ -133,7 +136,8 @@ def test_verify_lists_differences(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr("mmoe.convert.verify", lambda a, b: ["embedding: 3 values differ"], raising=False)
     assert cli.main(["convert", "verify", "a", "b"]) == 2
     printed = capsys.readouterr()
-    assert printed.out == "embedding: 3 values differ\n" and "1 differences (a and b)" in printed.err
+    assert printed.out == "embedding: 3 values differ\n"
+    assert "1 differences (a and b)" in printed.err
     monkeypatch.setattr("mmoe.convert.verify", lambda a, b: [], raising=False)
     assert cli.main(["convert", "verify", "a", "b"]) == 0
     assert capsys.readouterr().out == "a and b: no differences\n"

@@ -20,7 +20,8 @@ from mmoe import cli
 from mmoe.errors import Interrupted, UserError
 
 rank, stopped = int(os.environ["RANK"]), []
-signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: stopped.append(True))
 
 def wait_for_the_signal():
     Path(str(rank)).touch()
@@ -59,21 +60,23 @@ def test_statuses_come_through(tmp_path: Path, body: str, status: int, out: str,
     process = launch(tmp_path, body)
     printed = process.communicate(timeout=120)
     assert (process.returncode, printed[0]) == (status, out)
-    assert printed[1].endswith(err) and len(printed[1].splitlines()) == len(err.splitlines())
+    assert printed[1].endswith(err)
+    assert len(printed[1].splitlines()) == len(err.splitlines())
 
 
 def test_a_defect_shows_one_traceback(tmp_path: Path) -> None:
     process = launch(tmp_path, "if rank: raise ValueError('broken')\n    wait_for_the_signal()")
     err = process.communicate(timeout=120)[1]
     assert process.returncode == 1
-    assert err.startswith("mmoe: rank 1: ValueError\n") and err.count("Traceback") == 1
+    assert err.startswith("mmoe: rank 1: ValueError\n")
+    assert err.count("Traceback") == 1
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_every_rank_and_75_comes_back(tmp_path: Path, signum: signal.Signals) -> None:
     process = launch(
         tmp_path,
-        "signal.signal(signal.SIGINT, lambda *_: stopped.append(True)); wait_for_the_signal(); raise Interrupted('saved')",
+        "wait_for_the_signal()\n    raise Interrupted('saved')",
     )
     while len(list(tmp_path.glob("[01]"))) < 2:
         assert process.poll() is None
@@ -94,4 +97,6 @@ def test_wrong_use_and_a_missing_interpreter_are_user_errors(tmp_path: Path) -> 
         (["2", "doctor"], {"PYTHON_BIN": str(tmp_path / "python")}, "no Python at"),
     ]:
         done = subprocess.run([SCRIPT, *arguments], env=os.environ | variables, capture_output=True, text=True)
-        assert done.returncode == 2 and what in done.stderr and len(done.stderr.splitlines()) == 1
+        assert done.returncode == 2
+        assert what in done.stderr
+        assert len(done.stderr.splitlines()) == 1

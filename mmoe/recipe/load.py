@@ -139,7 +139,7 @@ class _Reader:
             return float(value)
         if hint in (bool, int, str) and type(value) is hint:
             return value
-        self.fail(path, f"{path} must be {_expected(hint)}, found {_found(value)}", "correct the value")
+        return self.fail(path, f"{path} must be {_expected(hint)}, found {_found(value)}", "correct the value")
 
     def _table(self, cls: type, table: Mapping[str, Any], path: str) -> Any:
         prefix = f"{path}." if path else ""

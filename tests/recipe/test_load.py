@@ -20,9 +20,12 @@ def test_reads_values_and_fills_in_defaults(tiny: Path) -> None:
     recipe = load_recipe(tiny)
     assert [encoder.name for encoder in recipe.model.encoders] == ["vit", "conv"]
     assert recipe.model.encoders[1].widths == (16, 32, 64)
-    assert recipe.optimizer.lr == 1e-3 and recipe.optimizer.betas == (0.9, 0.95)
-    assert recipe.model.connector is not None and recipe.model.connector.grid == 2
-    assert recipe.precision.dtype == "fp32" and recipe.parallel.expert == 1
+    assert recipe.optimizer.lr == 1e-3
+    assert recipe.optimizer.betas == (0.9, 0.95)
+    assert recipe.model.connector is not None
+    assert recipe.model.connector.grid == 2
+    assert recipe.precision.dtype == "fp32"
+    assert recipe.parallel.expert == 1
 
 
 def test_an_integer_stands_for_a_number_but_not_the_reverse(tiny: Path) -> None:
@@ -64,7 +67,8 @@ def test_set_takes_bare_and_quoted_strings_booleans_and_list_entries(tiny: Path)
     )
     assert (recipe.data.root, recipe.data.tokenizer, recipe.parallel.sequence) == ("/a/b c", "t.json", True)
     assert [encoder.layers for encoder in recipe.model.encoders] == [3, 2]
-    assert recipe.optimizer.betas == (0.8, 0.9) and recipe.model.encoders[1].widths == (8, 32)
+    assert recipe.optimizer.betas == (0.8, 0.9)
+    assert recipe.model.encoders[1].widths == (8, 32)
 
 
 def test_the_last_set_wins(tiny: Path) -> None:
@@ -82,7 +86,8 @@ def test_missing_file_and_folder_and_bytes_are_named(tmp_path: Path) -> None:
     assert "cannot be read" in refusal(folder).what
     (tmp_path / "bytes.toml").write_bytes(b"name = '\xff'")
     error = refusal(tmp_path / "bytes.toml")
-    assert "not UTF-8" in error.what and str(tmp_path) in error.where
+    assert "not UTF-8" in error.what
+    assert str(tmp_path) in error.where
 
 
 def test_unknown_name_offers_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +99,8 @@ def test_unknown_name_offers_the_nearest(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_broken_toml_names_the_file_and_the_line(tiny: Path) -> None:
     tiny.write_text("name = \n")
     error = refusal(tiny)
-    assert "line 1" in error.what and error.where == str(tiny)
+    assert "line 1" in error.what
+    assert error.where == str(tiny)
 
 
 def test_unknown_key_names_the_nearest_in_its_table_and_elsewhere(tiny: Path) -> None:
@@ -128,8 +134,10 @@ def test_unknown_key_names_the_nearest_in_its_table_and_elsewhere(tiny: Path) ->
 )
 def test_refusals_of_set_name_the_assignment(tiny: Path, override: str, what: str, fix: str) -> None:
     error = refusal(tiny, override)
-    assert what in error.what and fix in error.fix
-    assert error.where in (f"--set {override}", str(tiny)) and (override in error.where or "entry" in error.what)
+    assert what in error.what
+    assert fix in error.fix
+    assert error.where in (f"--set {override}", str(tiny))
+    assert override in error.where or "entry" in error.what
 
 
 def test_missing_key_says_what_it_must_be(tiny: Path) -> None:
