@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.functional import silu
 
-from mmoe.parallel.engine import TransformerConfig
+from mmoe.parallel.engine import TransformerConfig, version_settings
 from mmoe.recipe.schema import Backbone, MoE, Recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -65,4 +65,5 @@ def make_config(recipe: Recipe) -> LongcatConfig:
         use_cpu_initialization=True,
         # Losses are summed over tokens and divided once by the global number: layouts then agree to rounding.
         calculate_per_token_loss=True,
+        **version_settings(),
     )

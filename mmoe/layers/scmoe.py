@@ -1,10 +1,10 @@
 """The shortcut-connected MoE layer of LongCat-Flash (arXiv 2509.01322, section 2.2; ScMoE, arXiv 2404.05019).
 
-    h1 = x  + MLA_0(norm(x));      n1 = norm(h1)
-    m  = MoE(n1)                   its dispatch and combine can run beside all that follows
-    h2 = h1 + FFN_0(n1)
-    h3 = h2 + MLA_1(norm(h2))
-    y  = h3 + FFN_1(norm(h3)) + m
+h1 = x  + MLA_0(norm(x));      n1 = norm(h1)
+m  = MoE(n1)                   its dispatch and combine can run beside all that follows
+h2 = h1 + FFN_0(n1)
+h3 = h2 + MLA_1(norm(h2))
+y  = h3 + FFN_1(norm(h3)) + m
 """
 
 from typing import Any

@@ -126,7 +126,9 @@ def _stand_in_for_triton() -> None:
     if importlib.util.find_spec("triton") is None:
         name = "megatron.core.transformer.moe.ops.paged_stash"
         module = types.ModuleType(name)
-        setattr(module, "__getattr__", lambda attribute: None if not attribute.startswith("__") else _missing(attribute))
+        setattr(
+            module, "__getattr__", lambda attribute: None if not attribute.startswith("__") else _missing(attribute)
+        )
         sys.modules[name] = module
 
 

@@ -7,6 +7,7 @@ this file and :mod:`mmoe.parallel.cpu_platform`.
 import atexit
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,18 +22,22 @@ from mmoe.recipe.schema import Optimizer, Parallel
 
 cpu_platform.install()
 
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # noqa: E402
-from megatron.core.dist_checkpointing.mapping import ShardedObject  # noqa: E402
-from megatron.core.distributed import (  # noqa: E402
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
-from megatron.core.optimizer.optimizer import MegatronOptimizer  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+with warnings.catch_warnings():
+    # What is missing and what stands in for it is for `mmoe doctor` to say, not for every import.
+    warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (are|is) not installed")
+    import megatron.core.models.backends
+    from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
@@ -133,6 +138,12 @@ def attach_loss(hidden: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
     return MoEAuxLossAutoScaler.apply(hidden, loss)
 
 
+def version_settings() -> dict[str, Any]:
+    """Configuration that only one of the supported Megatron-Core versions knows."""
+    # 0.16: transformer_config.py:784, the default "full" warns that it is deprecated.
+    return {"cuda_graph_scope": []} if "cuda_graph_scope" in TransformerConfig.__dataclass_fields__ else {}
+
+
 def prepare(model: torch.nn.Module, config: TransformerConfig) -> DistributedDataParallel:
     """Wraps ``model`` for gradient reduction over the data-parallel ranks (expert parameters over theirs)."""
     for name, parameter in model.named_parameters():
@@ -141,7 +152,9 @@ def prepare(model: torch.nn.Module, config: TransformerConfig) -> DistributedDat
             setattr(parameter, "allreduce", False)
     wrapped = DistributedDataParallel(
         config,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False),
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
+        ),
         model,
     )
     wrapped.broadcast_params()
@@ -149,7 +162,9 @@ def prepare(model: torch.nn.Module, config: TransformerConfig) -> DistributedDat
     return wrapped
 
 
-def build_optimizer(settings: Optimizer, model: DistributedDataParallel, config: TransformerConfig) -> MegatronOptimizer:
+def build_optimizer(
+    settings: Optimizer, model: DistributedDataParallel, config: TransformerConfig
+) -> MegatronOptimizer:
     """AdamW on fp32 main weights with clipping by the global norm; apex's or TE's fused Adam where installed."""
     optimizer = get_megatron_optimizer(
         OptimizerConfig(

@@ -28,7 +28,9 @@ def check(recipe: Recipe, ranks: int) -> None:
     for key, name in NOT_YET.items():
         if getattr(parallel, key) != 1:
             raise UserError(
-                f"{name} is not built yet", f"parallel.{key} = {getattr(parallel, key)}", "set it to 1 and use parallel.expert"
+                f"{name} is not built yet",
+                f"parallel.{key} = {getattr(parallel, key)}",
+                "set it to 1 and use parallel.expert",
             )
     if parallel.sequence:
         raise UserError("sequence parallelism needs tensor parallelism", "parallel.sequence = true", "set it to false")

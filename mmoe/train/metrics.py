@@ -37,7 +37,7 @@ def routing(tallies: Tensor, moe: MoE) -> dict[str, Any]:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drops the lines of ``path`` behind ``step``: a run that goes on from a checkpoint writes them again."""
+    """Drops the JSON lines of ``path`` behind ``step``: a run that goes on from a checkpoint writes them again."""
     if not path.exists():
         return
     kept = []
@@ -53,16 +53,18 @@ def keep_until(path: Path, step: int) -> None:
 
 
 class Recorder:
-    """Writes on the first rank only; everywhere else its methods do nothing."""
+    """Writes on the first rank only; on the others its methods do nothing, but for :meth:`skipped`."""
 
     def __init__(self, recipe: Recipe, run: Path, first_rank: bool, done: int) -> None:
         self.recipe, self.active = recipe, first_rank
+        self.skip_file = run / "skipped.jsonl"
         if not first_rank:
             return
         from torch.utils.tensorboard.writer import SummaryWriter
 
         path = run / "metrics.jsonl"
         keep_until(path, done)
+        keep_until(self.skip_file, done)
         self.file = path.open("a", buffering=1)
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=done + 1)
         self.console = Console(stderr=True)
@@ -114,6 +116,14 @@ class Recorder:
         if self.active and images.size(0):
             self.board.add_images("samples", (images[:8].float().cpu() / 4 + 0.5).clamp(0, 1), step)
             self.board.add_text("samples", ", ".join(names[:8]), step)
+
+    def skipped(self, step: int, reasons: list[str]) -> None:
+        """Names bad samples in skipped.jsonl, whichever rank met them."""
+        if reasons:
+            # One write a call: lines of several ranks do not mix (O_APPEND).
+            lines = "".join(json.dumps({"step": step, "sample": reason}) + "\n" for reason in reasons)
+            with self.skip_file.open("a") as file:
+                file.write(lines)
 
     def say(self, line: str) -> None:
         """A line for the user, on the first rank."""

@@ -45,7 +45,9 @@ def _starting_point(recipe: Recipe, out: Path, resume: bool) -> Path | None:
         raise UserError(f"{out} holds another recipe's run: {first}", str(saved), "choose another --out")
     newest = files.newest(out)
     if newest is not None and not resume:
-        raise UserError(f"{out} holds a run already", newest.name, "add --resume to go on with it, or choose another --out")
+        raise UserError(
+            f"{out} holds a run already", newest.name, "add --resume to go on with it, or choose another --out"
+        )
     return newest
 
 
@@ -155,8 +157,7 @@ def _loop(
         def show(batch: dict[str, Any], step: int = step, first: bool = first) -> None:
             if first:
                 recorder.pictures(step + 1, batch["images"], [name for pack in batch["samples"] for name in pack])
-            for reason in batch["skipped"]:
-                recorder.say(f"skipped sample {reason}")
+            recorder.skipped(step + 1, batch["skipped"])
 
         watch = _Watch(loader, show)
         rate = learning_rate(recipe.optimizer, step, steps)
@@ -164,9 +165,15 @@ def _loop(
         progress["step"] = step + 1
         progress["skipped_samples"] += outcome.skipped_samples
         progress["skipped_in_a_row"] = 0 if outcome.taken else progress["skipped_in_a_row"] + 1
+        if outcome.skipped_samples:
+            recorder.say(
+                f"step {step + 1}: {outcome.skipped_samples} bad sample(s) skipped, named in {out}/skipped.jsonl"
+            )
         recorder.record(step + 1, outcome, rate, time.perf_counter() - begin, _bias_norm(stepper))
         if not outcome.taken:
-            recorder.say(f"step {step + 1}: loss {outcome.loss}, gradient norm {outcome.grad_norm}: skipped on all ranks")
+            recorder.say(
+                f"step {step + 1}: loss {outcome.loss}, gradient norm {outcome.grad_norm}: skipped on all ranks"
+            )
             if progress["skipped_in_a_row"] >= recipe.train.max_skipped_in_a_row:
                 raise _not_finite(step + 1, progress["skipped_in_a_row"], watch.names)
         done = step + 1 == steps
