@@ -1,0 +1,235 @@
+"""Check a prepared data set: files against the card, index against tars, records, images, leaks and balance."""
+
+import hashlib
+import io
+import re
+import tarfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from mmoe.data.shards import Sample, read_card, read_index, read_sample, shard_name, text_tokens, token_counter
+from mmoe.data.tokenizer import load_tokenizer, tokenizer_hash
+
+MAX_PIXELS = 64_000_000
+KEY = re.compile(r"[A-Za-z0-9_-]+")
+DTYPES = {
+    "shard": np.int32,
+    "json_offset": np.int64,
+    "json_length": np.int32,
+    "image_start": np.int64,
+    "image_offset": np.int64,
+    "image_length": np.int32,
+    "prefix_tokens": np.int32,
+    "branch_tokens": np.int32,
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong in a data set: where (a file or a sample's key) and what."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+def lint(path: Path) -> list[Problem]:
+    """Check a data set from end to end.
+
+    Args:
+        path: its folder. Token counts are checked where its tokenizer lies in a folder above.
+
+    Returns:
+        Every problem found; an empty list if there is none.
+
+    Raises:
+        UserError: there is no data set, or its index is unreadable.
+    """
+    card, index = read_card(path), read_index(path)
+    problems = [*_files(path, card), *_index(card, index)]
+    if problems:
+        return problems  # what the index says of a sample's place cannot be trusted
+    problems += _members(path, index)
+    if problems:
+        return problems
+    tokenizer = _find_tokenizer(path, str(index["tokenizer"]))
+    count = token_counter(load_tokenizer(tokenizer)) if tokenizer else None
+    answers: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
+    firsts: dict[str, Counter[bool]] = defaultdict(Counter)
+    for number in range(len(index["key"])):
+        key = index["key"][number].decode()
+        try:
+            sample = read_sample(path, index, number)
+        except ValueError as error:  # bad UTF-8 and bad JSON both
+            problems.append(Problem(key, f"unreadable record: {error}"))
+            continue
+        found = [Problem(key, what) for what in _record(sample)]
+        found += [Problem(key, what) for what in _images(sample)]
+        problems += found
+        if found:
+            continue
+        wanted = (int(index["prefix_tokens"][number]), int(index["branch_tokens"][number]))
+        if count and text_tokens(sample.record, count) != wanted:
+            problems.append(Problem(key, f"token counts {wanted}, found {text_tokens(sample.record, count)}"))
+        for branch in sample.record["branches"]:
+            if "choices" in branch:
+                place = branch["choices"].index(branch["answer"])
+                answers[branch["task"], len(branch["choices"])][place] += 1
+                named = _named(branch)
+                if len(named) > 1 and branch["answer"] in named:
+                    firsts[branch["task"]][named[0] == branch["answer"]] += 1
+    return problems + list(_balance(answers, firsts))
+
+
+def _files(path: Path, card: dict[str, Any]) -> Iterator[Problem]:
+    """Shards that are missing or are not the card's."""
+    for number, shard in enumerate(card.get("shard", [])):
+        file = path / shard_name(number)
+        if shard["file"] != file.name:
+            yield Problem(str(file), f"the card calls it {shard['file']}")
+        elif not file.is_file():
+            yield Problem(str(file), "missing")
+        elif file.stat().st_size != shard["bytes"]:
+            yield Problem(str(file), f"{file.stat().st_size} bytes, expected {shard['bytes']}")
+        else:
+            with file.open("rb") as content:
+                if hashlib.file_digest(content, "sha256").hexdigest() != shard["sha256"]:
+                    yield Problem(str(file), "altered: another SHA-256 than the card's")
+
+
+def _index(card: dict[str, Any], index: dict[str, np.ndarray]) -> Iterator[Problem]:
+    """Arrays that are missing, of another type, or do not fit each other."""
+    missing = [name for name in (*DTYPES, "key", "tokenizer", "format") if name not in index]
+    if missing:
+        yield Problem("index.npz", f"no array {', '.join(missing)}")
+        return
+    for name, dtype in DTYPES.items():
+        if index[name].dtype != dtype:
+            yield Problem("index.npz", f"{name} is {index[name].dtype}, expected {np.dtype(dtype)}")
+    samples, images = len(index["key"]), len(index["image_offset"])
+    for name in ("shard", "json_offset", "json_length", "prefix_tokens", "branch_tokens"):
+        if index[name].shape != (samples,):
+            yield Problem("index.npz", f"{name} has shape {index[name].shape}, expected ({samples},)")
+    starts = index["image_start"]
+    if starts.shape != (samples + 1,) or starts[0] != 0 or starts[-1] != images or np.any(np.diff(starts) < 0):
+        yield Problem("index.npz", f"image_start does not share out {images} images among {samples} samples")
+    if samples != card["samples"]:
+        yield Problem("index.npz", f"{samples} samples, the card says {card['samples']}")
+    if str(index["tokenizer"]) != card["tokenizer"]:
+        yield Problem("index.npz", "its tokenizer is not the card's")
+    for key, times in Counter(index["key"].tolist()).items():
+        if times > 1:
+            yield Problem(key.decode(errors="replace"), "the key occurs twice")
+        if not KEY.fullmatch(key.decode(errors="replace")):
+            yield Problem(key.decode(errors="replace"), "a key holds letters, digits, - and _ only")
+
+
+def _members(path: Path, index: dict[str, np.ndarray]) -> Iterator[Problem]:
+    """Members of the tars that are not where the index says, or not named as they must be."""
+    for number in np.unique(index["shard"]):
+        expected: list[tuple[str, int, int]] = []
+        for i in np.flatnonzero(index["shard"] == number):
+            key = index["key"][i].decode()
+            expected.append((f"{key}.json", int(index["json_offset"][i]), int(index["json_length"][i])))
+            pictures = range(int(index["image_start"][i]), int(index["image_start"][i + 1]))
+            for place, j in enumerate(pictures):
+                expected.append((f"{key}.{place}.", int(index["image_offset"][j]), int(index["image_length"][j])))
+        file = path / shard_name(int(number))
+        try:
+            with tarfile.open(file) as tar:
+                found = [(member.name, member.offset_data, member.size) for member in tar]
+        except tarfile.TarError as error:
+            yield Problem(str(file), f"unreadable tar: {error}")
+            continue
+        if len(found) != len(expected):
+            yield Problem(str(file), f"{len(found)} members, the index has {len(expected)}")
+        for (name, *place), (wanted, *wanted_place) in zip(found, expected, strict=False):
+            if not name.startswith(wanted) or place != wanted_place:
+                yield Problem(str(file), f"{name} at {place[0]}, the index has {wanted} at {wanted_place[0]}")
+                break
+
+
+def _record(sample: Sample) -> Iterator[str]:
+    """What is wrong with a record's form, or gives an answer away."""
+    record = sample.record
+    if not isinstance(record, dict):
+        yield "the record is no object"
+        return
+    for name, kind in (("source", str), ("license", str), ("category", str), ("prefix", list), ("branches", list)):
+        if not isinstance(record.get(name), kind):
+            yield f"{name!r} must be a {kind.__name__}"
+            return
+    parts = record["prefix"]
+    if not all(isinstance(part, dict) and (("image" in part) != isinstance(part.get("text"), str)) for part in parts):
+        yield "a part of the prefix is either an image or a text"
+        return
+    if [part["image"] for part in parts if "image" in part] != list(range(len(sample.images))):
+        yield f"the prefix must show its {len(sample.images)} images each once and in order"
+    seen: dict[str, str] = {}
+    for branch in record["branches"]:
+        texts = ("task", "prompt", "answer")
+        if not isinstance(branch, dict) or not all(isinstance(branch.get(name), str) for name in texts):
+            yield "a branch has the texts 'task', 'prompt' and 'answer'"
+            return
+        if not branch["prompt"] or not branch["answer"]:
+            yield f"{branch['task']}: empty prompt or answer"
+        if seen.setdefault(branch["prompt"], branch["answer"]) != branch["answer"]:
+            yield f"{branch['prompt']!r} is asked twice with two answers"
+        if "choices" in branch:
+            if not isinstance(branch["choices"], list) or branch["choices"].count(branch["answer"]) != 1:
+                yield f"{branch['task']}: the answer {branch['answer']!r} is not one of the choices"
+                return
+            if _named(branch) == [branch["answer"]]:
+                yield f"{branch['prompt']!r} names its answer and no other choice"
+
+
+def _named(branch: dict[str, Any]) -> list[str]:
+    """The choices that the prompt names, in its order."""
+    words = branch["prompt"].split()
+    return sorted((c for c in branch["choices"] if c.strip() in words), key=lambda c: words.index(c.strip()))
+
+
+def _images(sample: Sample) -> Iterator[str]:
+    """Images whose header is unreadable or announces too much; nothing is decoded."""
+    for number, (_, content) in enumerate(sample.images):
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    yield f"image {number} has {image.width} × {image.height} pixels"
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+            yield f"image {number}: {error}"
+
+
+def _balance(answers: dict[tuple[str, int], Counter[int]], firsts: dict[str, Counter[bool]]) -> Iterator[Problem]:
+    """Tasks in which one answer, or the option named first, is right more often than chance allows (5 σ, and 2%)."""
+    for (task, choices), counter in answers.items():
+        # Two choices that stand in the prompt are checked by their order there: their list has no meaning.
+        if task not in firsts:
+            share, samples = max(counter.values()) / counter.total(), counter.total()
+            if share > _allowed(1 / choices, samples):
+                yield Problem(task, f"one of {choices} answers is right in {share:.0%} of {samples} questions")
+    for task, counter in firsts.items():
+        share, samples = counter[True] / counter.total(), counter.total()
+        if max(share, 1 - share) > _allowed(0.5, samples):
+            yield Problem(task, f"the option named first is right in {share:.0%} of {samples} questions")
+
+
+def _allowed(chance: float, samples: int) -> float:
+    return chance + 0.02 + 5 * (chance * (1 - chance) / samples) ** 0.5
+
+
+def _find_tokenizer(path: Path, digest: str) -> Path | None:
+    """The data set's tokenizer.json in its folder or one above."""
+    for folder in (path, *path.resolve().parents):
+        file = folder / "tokenizer.json"
+        if file.is_file():
+            return file if tokenizer_hash(file) == digest else None
+    return None
