@@ -5,15 +5,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from mmoe.data.prepare import scenes as scenes_module
-from mmoe.data.prepare import stamps as stamps_module
 from mmoe.data.prepare.build import build
 from mmoe.data.prepare.catalogue import Catalogue, load_card, load_catalogue
 from mmoe.data.prepare.compose import load_sprites
 from mmoe.data.prepare.package import fetch_stamps
 from mmoe.data.prepare.questions import wording
-from mmoe.data.prepare.scenes import HELD_OUT, TEST, TRAIN, SceneMaker
-from mmoe.data.prepare.stamps import StampMaker, usable
+from mmoe.data.prepare.scenes import HELD_OUT, SCENES_VERSION, TEST, TRAIN, SceneMaker
+from mmoe.data.prepare.stamps import STAMPS_VERSION, StampMaker, usable
 from mmoe.data.shards import Description
 from mmoe.data.tokenizer import tokenizer_hash, train_tokenizer
 from mmoe.errors import UserError
@@ -51,9 +49,9 @@ def run(name: str, out: Path, options: argparse.Namespace) -> None:
     card = load_card()
     catalogue = load_catalogue(fetch_stamps(card), card)
     if name == "stamps":
-        stamps(catalogue, out, workers=options.workers)
+        prepare_stamps(catalogue, out, workers=options.workers)
     else:
-        scenes(
+        prepare_scenes(
             catalogue,
             out,
             train=options.train,
@@ -64,7 +62,7 @@ def run(name: str, out: Path, options: argparse.Namespace) -> None:
         )
 
 
-def tokenizer(catalogue: Catalogue, out: Path) -> Path:
+def write_tokenizer(catalogue: Catalogue, out: Path) -> Path:
     """Write the tokenizer of a catalogue to the data root, unless it is there; returns its path.
 
     It depends on the catalogue's training stamps and the scenes' wording alone, so that every data set made from it
@@ -88,9 +86,9 @@ def _texts(catalogue: Catalogue) -> Iterator[str]:
     yield from captions
 
 
-def stamps(catalogue: Catalogue, out: Path, *, workers: int) -> None:
+def prepare_stamps(catalogue: Catalogue, out: Path, *, workers: int) -> None:
     """Make ``stamps/train`` and ``stamps/heldout`` under the data root ``out``."""
-    path = tokenizer(catalogue, out)
+    path = write_tokenizer(catalogue, out)
     for split, held_out in (("train", False), ("heldout", True)):
         members, skipped = usable(catalogue, held_out=held_out)
         description = Description(
@@ -100,13 +98,13 @@ def stamps(catalogue: Catalogue, out: Path, *, workers: int) -> None:
             samples=len(members),
             samples_per_shard=SAMPLES_PER_SHARD,
             tokenizer=tokenizer_hash(path),
-            recipe={"version": stamps_module.VERSION, "package": catalogue.card["package"]["sha256"]},
+            recipe={"version": STAMPS_VERSION, "package": catalogue.card["package"]["sha256"]},
         )
         maker = StampMaker(catalogue.root, members, catalogue.card["license"])
         _report(description, build(out / description.name, description, maker, path, workers=workers, skipped=skipped))
 
 
-def scenes(catalogue: Catalogue, out: Path, *, train: int, test: int, size: int, seed: int, workers: int) -> None:
+def prepare_scenes(catalogue: Catalogue, out: Path, *, train: int, test: int, size: int, seed: int, workers: int) -> None:
     """Make ``scenes/train``, ``scenes/test`` and ``scenes/heldout`` under the data root ``out``.
 
     Args:
@@ -118,7 +116,7 @@ def scenes(catalogue: Catalogue, out: Path, *, train: int, test: int, size: int,
         seed: of everything drawn at random; the number of workers changes nothing.
         workers: processes.
     """
-    path = tokenizer(catalogue, out)
+    path = write_tokenizer(catalogue, out)
     splits = (("train", train, TRAIN, False), ("test", test, TEST, False), ("heldout", test, HELD_OUT, True))
     for split, samples, kinds, held_out in splits:
         description = Description(
@@ -129,7 +127,7 @@ def scenes(catalogue: Catalogue, out: Path, *, train: int, test: int, size: int,
             samples_per_shard=SAMPLES_PER_SHARD,
             tokenizer=tokenizer_hash(path),
             recipe={
-                "version": scenes_module.VERSION,
+                "version": SCENES_VERSION,
                 "package": catalogue.card["package"]["sha256"],
                 "seed": seed,
                 "size": size,

@@ -21,7 +21,7 @@ from mmoe.data.prepare.compose import (
 from mmoe.data.prepare.questions import MOST, MOST_OF_ONE, Branch, digits, stratum
 from mmoe.data.shards import Sample
 
-VERSION = 1
+SCENES_VERSION = 1
 """Of the scenes' contents: raise it when the same seed gives other scenes."""
 
 TRAIN = {"caption": 10, "count": 14, "relation": 9, "depth": 5, "compare": 1, "problem": 1}

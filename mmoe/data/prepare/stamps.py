@@ -10,7 +10,7 @@ from mmoe.data.prepare.catalogue import Catalogue, Stamp
 from mmoe.data.prepare.compose import cut
 from mmoe.data.shards import Sample
 
-VERSION = 1
+STAMPS_VERSION = 1
 """Of the samples' contents: raise it when the same stamps give other samples."""
 LONGEST_SIDE = 256
 
@@ -48,10 +48,10 @@ class StampMaker:
 
 def usable(catalogue: Catalogue, *, held_out: bool) -> tuple[tuple[Stamp, ...], list[str]]:
     """The stamps of one side that have a caption and a visible picture; and the others, each with the reason."""
-    good, skipped = [], list(catalogue.skipped)
-    for stamp in catalogue.stamps:
-        if stamp.held_out != held_out:
-            continue
+    members = [stamp for stamp in catalogue.stamps if stamp.held_out == held_out]
+    paths = {stamp.path for stamp in members}
+    good, skipped = [], [line for line in catalogue.skipped if line.partition(":")[0] in paths]
+    for stamp in members:
         if not stamp.captions:
             skipped.append(f"{stamp.path}: no caption")
             continue
