@@ -56,7 +56,7 @@ def blank(key: str, length: int) -> Document:
 
 def _field(part: Any, name: str, kind: type, where: str) -> Any:
     value = part.get(name) if isinstance(part, dict) else None
-    if not isinstance(value, kind):
+    if not isinstance(value, kind) or isinstance(value, bool):
         raise BadSample(f"{where} has no {name!r}" if value is None else f"{where}: {name!r} is no {kind.__name__}")
     return value
 

@@ -4,6 +4,7 @@ What an image means is defined in :mod:`mmoe.data.pixels`; here it is done fast.
 ``docs/data.md`` and asserted in the tests.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
-from mmoe.data.pixels import MAX_PIXELS, MEAN, SCALE, BadImage, canonical
+from mmoe.data.pixels import MAX_PIXELS, MEAN, SCALE, BadImage, canonical, open_image, to_rgb
 
 LARGEST_BATCH = 64
 """Images in one run of the pipeline; longer lists are split, which bounds DALI's buffers."""
@@ -66,10 +67,10 @@ class Decoder:
     def _decode(self, encoded: dict[int, bytes], indices: list[int], out: Tensor, bad: dict[int, str]) -> None:
         try:
             pixels = self._run([encoded[i] for i in indices])
-        except RuntimeError as error:
+        except RuntimeError:
             self._pipeline = self._build()  # a pipeline is not valid after an error
             if len(indices) == 1:
-                bad[indices[0]] = f"corrupt image: {_reason(error)}"
+                bad[indices[0]] = _why(encoded[indices[0]])
                 return
             half = len(indices) // 2
             self._decode(encoded, indices[:half], out, bad)
@@ -118,8 +119,10 @@ class Decoder:
         return pipeline
 
 
-def _reason(error: RuntimeError) -> str:
-    """The last telling line of DALI's long message."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    telling = [line for line in lines if line and not line.startswith("Current pipeline object")]
-    return telling[-1] if telling else "DALI cannot decode it"
+def _why(image: bytes) -> str:
+    """Pillow's reason for what DALI only numbers."""
+    try:
+        to_rgb(open_image(image, sys.maxsize))
+    except BadImage as error:
+        return str(error)
+    return "corrupt image: DALI cannot decode it"

@@ -1,0 +1,292 @@
+"""The stream of micro-batches: the same at every layout and after a resume, and whole in spite of bad samples."""
+
+import itertools
+import json
+import re
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pictures import bad_images, encode, picture
+from sets import record, varied, write_mixture, write_set
+from test_source import overwrite
+
+from mmoe.data.loader import Loader
+from mmoe.data.pixels import preprocess
+from mmoe.data.shards import Sample
+from mmoe.errors import UserError
+from mmoe.recipe.schema import Data
+
+SIZE, IMAGE_TOKENS, LENGTH = 16, 4, 128
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("root")
+    write_set(root, "a", varied(60))
+    write_set(root, "b", varied(14, seed=1))
+    write_mixture(root, a=3, b=1)
+    return root
+
+
+def data(root, **changes: Any) -> Data:
+    values = {"mixture": str(root / "mixture.toml"), "root": str(root)}
+    return Data(**(values | {"sequence_length": LENGTH, "images_per_pack": 6} | changes))
+
+
+def loader(root, **changes: Any) -> Loader:
+    own = {name: changes.pop(name) for name in ("rank", "ranks", "state", "seed", "global_batch") if name in changes}
+    options = {"micro_batch": 2, "global_batch": 8, "seed": 0} | own
+    return Loader(data(root, **changes), image_tokens=IMAGE_TOKENS, image_size=SIZE, **options)
+
+
+def take(source: Loader, count: int) -> list[dict]:
+    return list(itertools.islice(source, count))
+
+
+def assert_same(got: list[dict], want: list[dict]) -> None:
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            if isinstance(a[name], torch.Tensor):
+                assert a[name].dtype == b[name].dtype
+                assert torch.equal(a[name], b[name]), name
+            else:
+                assert a[name] == b[name], name
+
+
+def test_a_batch_has_the_shapes_of_the_contract(root):
+    with loader(root) as source:
+        batch = next(source)
+    shape = (2, LENGTH)
+    assert {
+        name: (tuple(batch[name].shape), batch[name].dtype) for name in batch if name not in ("samples", "skipped")
+    } == {
+        "tokens": (shape, torch.int64),
+        "labels": (shape, torch.int64),
+        "position": (shape, torch.int64),
+        "loss_mask": (shape, torch.float32),
+        "document": (shape, torch.int32),
+        "branch": (shape, torch.int32),
+        "images": ((int((batch["tokens"] == 3).sum()) // IMAGE_TOKENS, 3, SIZE, SIZE), torch.float32),
+    }
+    assert [len(keys) for keys in batch["samples"]] == batch["document"].amax(1).tolist()
+    assert batch["skipped"] == []
+
+
+def test_images_stand_in_the_order_of_their_tokens(root):
+    pictures = {sample.key: [image for _, image in sample.images] for sample in varied(60)}
+    pictures = {f"a/{key}": images for key, images in pictures.items()}
+    pictures |= {f"b/{sample.key}": [image for _, image in sample.images] for sample in varied(14, seed=1)}
+    with loader(root) as source:
+        for batch in take(source, 4):
+            keys = [key for pack in batch["samples"] for key in pack]
+            want = [preprocess(image, SIZE) for key in keys for image in pictures[key]]
+            assert np.array_equal(batch["images"].numpy(), np.stack(want))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_layout_sees_the_same_micro_batches(root, ranks):
+    with loader(root) as source:
+        whole = take(source, 12)
+    parts = []
+    for rank in range(ranks):
+        with loader(root, rank=rank, ranks=ranks) as source:
+            assert source.micro_batches == 4 // ranks
+            parts.append(take(source, 12 // ranks))
+    share = 4 // ranks
+    union = [parts[rank][step * share + i] for step in range(3) for rank in range(ranks) for i in range(share)]
+    assert_same(union, whole)
+
+
+def test_another_seed_is_another_stream(root):
+    with loader(root) as one, loader(root, seed=1) as other:
+        assert next(one)["samples"] != next(other)["samples"]
+
+
+def test_the_number_of_batches_ahead_and_of_threads_changes_nothing(root):
+    with loader(root, prefetch=1) as one, loader(root, prefetch=7, workers=2) as other:
+        assert_same(take(other, 9), take(one, 9))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5, 23])
+def test_resuming_goes_on_bit_for_bit(root, steps):
+    with loader(root) as source:
+        take(source, 4 * steps)
+        state = source.state()
+        rest = take(source, 16)
+    with loader(root, state=state) as resumed:
+        assert resumed.state() == state
+        assert_same(take(resumed, 16), rest)
+
+
+def test_a_state_is_small_json_and_the_same_on_every_rank_and_layout(root):
+    with loader(root) as one, loader(root, rank=1, ranks=2) as half:
+        take(one, 12)
+        take(half, 6)
+        assert one.state() == half.state()
+        state = json.loads(json.dumps(one.state()))
+        rest = take(one, 4)
+    with loader(root, state=state, rank=1, ranks=2) as resumed:
+        assert_same(take(resumed, 2), rest[2:])
+
+
+def test_another_global_batch_goes_on_at_the_same_pack(root):
+    with loader(root) as one:
+        take(one, 4)
+        state = one.state()
+        want = take(one, 4)
+    with loader(root, state=state, global_batch=4) as other:
+        assert_same(take(other, 4), want)
+
+
+def test_within_a_step_there_is_no_state(root):
+    with loader(root) as source:
+        next(source)
+        with pytest.raises(RuntimeError, match="between steps"):
+            source.state()
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"sequence_length": 160}, {"images_per_pack": 5}])
+def test_a_state_of_another_stream_is_refused(root, change):
+    with loader(root) as source:
+        state = source.state()
+    with pytest.raises(UserError, match="other data"):
+        loader(root, state=state, **change)
+
+
+def test_the_batch_must_divide(root):
+    with pytest.raises(UserError, match="cannot be shared by 3 ranks"):
+        loader(root, ranks=3)
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    write_set(tmp_path, "a", varied(5))
+    path = tmp_path / "tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(UserError, match="prepared with another tokenizer"):
+        loader(tmp_path, mixture=write_mixture(tmp_path, a=1))
+
+
+def test_closing_ends_the_thread_and_the_stream(root):
+    source = loader(root)
+    next(source)
+    source.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "mmoe-loader"]
+    with pytest.raises(RuntimeError, match="closed"):
+        next(source)
+
+
+def test_a_defect_in_the_thread_reaches_the_trainer(root, monkeypatch):
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("made up")
+
+    monkeypatch.setattr("mmoe.data.loader.collate", fail)
+    with loader(root) as source:
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError, match="made up"):
+                next(source)
+
+
+def spoil(root) -> dict[str, str]:
+    """Writes the data set "bad", with one sample of each kind of damage; returns each one's key and the reason."""
+    samples = varied(40, seed=2)
+    reasons = {}
+    for i, (image, message) in enumerate(bad_images().values()):
+        samples[2 * i] = Sample(f"image-{i}", record(2), [("png", encode(picture(i))), ("jpg", image)])
+        reasons[f"bad/image-{i}"] = f"image 1: .*{message}"
+    samples[30] = Sample("parts", record(2), [("png", encode(picture(0)))])
+    reasons["bad/parts"] = "image 1 is named but not there"
+    samples[31] = Sample("pair", record(0, "x" * 20), [])
+    reasons["bad/pair"] = "no Unicode"
+    samples[32] = Sample("bytes", record(0, "x" * 20), [])
+    reasons["bad/bytes"] = "not UTF-8"
+    samples[33] = Sample("form", record(0, "x" * 20), [])
+    reasons["bad/form"] = "no 'prefix'"
+    samples[34] = Sample("stale", record(0, "x" * 20), [])
+    reasons["bad/stale"] = "but the index says"
+    samples[35] = Sample("long", record(0, "a text alone . " * 200), [])
+    reasons["bad/long"] = "fit in no pack"
+    path = write_set(root, "bad", samples)
+    overwrite(path, 31, "json", b'{"prefix": [{"text": "\\ud800"}], "branches": []}')
+    overwrite(path, 32, "json", b'{"prefix": [{"text": "\xe9"}]}')
+    overwrite(path, 33, "json", b"{}")
+    overwrite(path, 34, "json", b'{"prefix": [{"text": "short"}], "branches": []}')
+    return reasons
+
+
+def test_bad_samples_keep_their_slots_masked_and_named(tmp_path):
+    reasons = spoil(tmp_path)
+    mixture = write_mixture(tmp_path, bad=1)
+    seen: dict[str, str] = {}
+    with loader(tmp_path, mixture=mixture) as source:
+        batches = take(source, 40)
+        assert source.skipped == sum(len(batch["skipped"]) for batch in batches)
+    good_loss = 0
+    for batch in batches:
+        named = dict(entry.split(": ", 1) for entry in batch["skipped"])
+        seen |= named
+        run = 0
+        for row, keys in enumerate(batch["samples"]):
+            for number, key in enumerate(keys, 1):
+                here = batch["document"][row] == number
+                count = int((batch["tokens"][row][here] == 3).sum()) // IMAGE_TOKENS
+                pixels = batch["images"][run : run + count]
+                run += count
+                assert (key in named) == (key in reasons)
+                if key in reasons:
+                    assert not batch["loss_mask"][row][here].any()
+                    assert not pixels.any()
+                    assert count == (2 if "image-" in key else 0)
+                else:
+                    good_loss += int(batch["loss_mask"][row][here].sum())
+                    assert all(picture.any() for picture in pixels)
+        assert run == len(batch["images"])
+    assert good_loss > 0
+    assert seen.keys() == reasons.keys()
+    for key, reason in reasons.items():
+        assert re.search(reason, seen[key]), (key, seen[key])
+
+
+def test_good_samples_are_the_same_beside_bad_ones(tmp_path):
+    samples = varied(20)
+    write_set(tmp_path, "one", samples)
+    mixture = write_mixture(tmp_path, one=1)
+    with loader(tmp_path, mixture=mixture) as source:
+        want = take(source, 8)
+    first = next(i for i, sample in enumerate(samples) if sample.images)
+    overwrite(tmp_path / "one", first, "image", b"GIF89a")
+    key = f"one/{samples[first].key}"
+    with loader(tmp_path, mixture=mixture) as source:
+        for got, whole in zip(take(source, 8), want, strict=True):
+            assert torch.equal(got["tokens"], whole["tokens"])
+            for row, keys in enumerate(got["samples"]):
+                for number, name in enumerate(keys, 1):
+                    here = got["document"][row] == number
+                    if name != key:
+                        assert torch.equal(got["loss_mask"][row][here], whole["loss_mask"][row][here])
+                    else:
+                        assert not got["loss_mask"][row][here].any()
+
+
+def test_too_many_bad_samples_in_a_row_stop_the_run(tmp_path):
+    samples = varied(20)
+    write_set(tmp_path, "gone", samples)
+    for shard in (tmp_path / "gone").glob("*.tar"):
+        shard.write_bytes(b"")
+    with (
+        loader(tmp_path, mixture=write_mixture(tmp_path, gone=1), max_bad_in_a_row=30) as source,
+        pytest.raises(UserError, match=r"30 bad samples one after another, the last: gone/sample-.* is truncated"),
+    ):
+        take(source, 100)
+
+
+def test_bad_samples_with_good_ones_between_do_not_stop_the_run(tmp_path):
+    write_set(tmp_path, "half", varied(20))
+    (tmp_path / "half" / "shard-000001.tar").write_bytes(b"")
+    with loader(tmp_path, mixture=write_mixture(tmp_path, half=1), max_bad_in_a_row=30) as source:
+        take(source, 100)
+        assert source.skipped > 100
