@@ -1,0 +1,128 @@
+"""Runs that stop and go on: bitwise resume, signals, refused folders, losses that are not finite."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+import training
+import sets
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A recipe and its uninterrupted run, which keeps the checkpoints of steps 4, 8 and 10."""
+    root = tmp_path_factory.mktemp("run")
+    sets.write_set(root, "varied", sets.varied(40))
+    recipe = training.write_recipe(root, sets.write_mixture(root, varied=1.0))
+    done = training.run(recipe, root / "whole")
+    assert done.returncode == 0, done.stderr
+    return recipe, root / "whole"
+
+
+@pytest.fixture
+def copied(finished: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    """The finished run, to be altered."""
+    shutil.copytree(finished[1], tmp_path / "run")
+    return finished[0], tmp_path / "run"
+
+
+def back_to(run: Path, step: int) -> None:
+    """Makes ``run`` look as it did when the checkpoint of ``step`` was the newest."""
+    for checkpoint in (run / "checkpoints").glob("step_*"):
+        if int(checkpoint.name[5:]) > step:
+            shutil.rmtree(checkpoint)
+    (run / "checkpoints" / "latest").write_text(f"step_{step:08d}\n")
+
+
+def test_run_directory_is_complete(finished: tuple[Path, Path]) -> None:
+    run = finished[1]
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["latest", "step_00000004", "step_00000008", "step_00000010"]
+    assert (run / "checkpoints" / "latest").read_text().strip() == "step_00000010"
+    assert list((run / "tensorboard").glob("events.*"))
+    rows = training.curve(run)
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert len(rows[1]["expert_load"]) == 2
+    assert len(rows[1]["expert_load"][0]) == 6
+
+
+def test_resume_is_bitwise(copied: tuple[Path, Path]) -> None:
+    recipe, run = copied
+    whole = training.curve(run)
+    back_to(run, 4)
+    done = training.run(recipe, run, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert training.curve(run) == whole
+
+
+def test_sigterm_saves_and_exits_75(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, whole = finished
+    run = tmp_path / "run"
+    process = subprocess.Popen(training.command(recipe, run), env=training.environment(), stderr=subprocess.PIPE, text=True)
+    metrics = run / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == 75, stderr
+    assert "--resume" in stderr
+    done = training.run(recipe, run, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert training.curve(run) == training.curve(whole)
+
+
+def refuse(recipe: Path, run: Path, *options: str, what: str) -> None:
+    done = training.run(recipe, run, *options)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert what in done.stderr
+
+
+def test_a_folder_with_a_run_needs_resume(finished: tuple[Path, Path]) -> None:
+    refuse(*finished, what="--resume")
+
+
+def test_another_recipes_folder_is_refused(finished: tuple[Path, Path]) -> None:
+    refuse(*finished, "--resume", "--set", "optimizer.lr=0.1", what="another recipe's run")
+
+
+def test_a_missing_data_set_is_named(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    refuse(finished[0], tmp_path / "run", "--set", f"data.root={tmp_path}", what=str(tmp_path))
+
+
+def test_a_layout_that_does_not_fit_is_refused(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    refuse(finished[0], tmp_path / "run", "--set", "parallel.expert=2", what="possible here: 1")
+
+
+@pytest.mark.parametrize("damage", ["missing", "altered"])
+def test_a_damaged_checkpoint_is_refused_by_name(copied: tuple[Path, Path], damage: str) -> None:
+    recipe, run = copied
+    victim = next((run / "checkpoints" / "step_00000010" / "state").glob("*.distcp"))
+    if damage == "missing":
+        victim.unlink()
+    else:
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    refuse(recipe, run, "--resume", what=victim.name)
+
+
+def test_losses_that_are_not_finite_stop_the_run(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, run = finished[0], tmp_path / "run"
+    done = training.run(
+        recipe, run, "--set", "optimizer.lr=1e30", "--set", "optimizer.min_lr=1e30", "--set", "optimizer.clip_grad=1e30",
+        "--set", "train.max_skipped_in_a_row=3", "--set", "checkpoint.every=1",
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "not finite for 3 steps in a row" in done.stderr
+    assert "sample-" in done.stderr
+    rows = training.curve(run)
+    assert [row["skipped_step"] for row in rows[-3:]] == [True] * 3
+    newest = (run / "checkpoints" / "latest").read_text().strip()
+    progress = json.loads((run / "checkpoints" / newest / "progress.json").read_text())
+    assert progress["skipped_in_a_row"] == 2
