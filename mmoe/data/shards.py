@@ -7,6 +7,7 @@ import os
 import shutil
 import tarfile
 import tomllib
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -254,9 +255,10 @@ def read_index(path: Path) -> dict[str, np.ndarray]:
         UserError: the file is unreadable.
     """
     try:
-        with np.load(path / INDEX, allow_pickle=False) as file:
+        # From memory: numpy leaves a file open that turns out to be no archive.
+        with np.load(io.BytesIO((path / INDEX).read_bytes()), allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"unreadable index: {error}", str(path / INDEX), "prepare the data set again") from error
 
 

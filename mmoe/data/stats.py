@@ -92,8 +92,9 @@ def _picture(figure: Figure) -> str:
 
 def _shown(sample: Sample) -> str:
     pictures = "".join(f'<img src="data:;base64,{base64.b64encode(content).decode()}">' for _, content in sample.images)
-    texts = [part["text"] for part in sample.record["prefix"] if "text" in part]
-    lines = [html.escape(text) for text in texts]
-    for branch in sample.record["branches"]:
-        lines.append(f"{html.escape(branch['prompt'])} <b>{html.escape(branch['answer'])}</b>")
+    lines = [html.escape(part["text"]) for part in sample.record["prefix"] if "text" in part]
+    lines += [
+        f"{html.escape(branch['prompt'])} <b>{html.escape(branch['answer'])}</b>"
+        for branch in sample.record["branches"]
+    ]
     return f"<figure>{pictures}<figcaption>{sample.key}<br>{'<br>'.join(lines)}</figcaption></figure>"

@@ -8,7 +8,16 @@ from PIL import Image, ImageDraw
 from mmoe.data.prepare.catalogue import Catalogue, load_catalogue
 
 LABELS = ("ant", "bee", "cow", "dog", "elk", "fox", "gnu", "hen")
-COLOURS = ((250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (250, 0, 250), (0, 250, 250), (250, 250, 250), (9, 9, 9))
+COLOURS = (
+    (250, 0, 0),
+    (0, 250, 0),
+    (0, 0, 250),
+    (250, 250, 0),
+    (250, 0, 250),
+    (0, 250, 250),
+    (250, 250, 250),
+    (9, 9, 9),
+)
 STAMPS_PER_LABEL = 4
 
 

@@ -5,10 +5,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from mmoe.data.prepare.build import build
 from mmoe.data.prepare.catalogue import Catalogue, load_card, load_catalogue
 from mmoe.data.prepare.compose import load_sprites
 from mmoe.data.prepare.package import fetch_stamps
+from mmoe.data.prepare.parallel import build
 from mmoe.data.prepare.questions import wording
 from mmoe.data.prepare.scenes import HELD_OUT, SCENES_VERSION, TEST, TRAIN, SceneMaker
 from mmoe.data.prepare.stamps import STAMPS_VERSION, StampMaker, usable
@@ -104,7 +104,9 @@ def prepare_stamps(catalogue: Catalogue, out: Path, *, workers: int) -> None:
         _report(description, build(out / description.name, description, maker, path, workers=workers, skipped=skipped))
 
 
-def prepare_scenes(catalogue: Catalogue, out: Path, *, train: int, test: int, size: int, seed: int, workers: int) -> None:
+def prepare_scenes(
+    catalogue: Catalogue, out: Path, *, train: int, test: int, size: int, seed: int, workers: int
+) -> None:
     """Make ``scenes/train``, ``scenes/test`` and ``scenes/heldout`` under the data root ``out``.
 
     Args:

@@ -1,0 +1,135 @@
+"""Fetching the package: once, checked, and a clear word when it cannot be had."""
+
+import hashlib
+import io
+import stat
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmoe.data.prepare.package import cache_folder, fetch_stamps
+from mmoe.errors import UserError
+
+FOLDER = "usr/share/stamps"
+FILES = {
+    f"./{FOLDER}/animals/pig.png": b"picture",
+    f"./{FOLDER}/animals/pig.txt": b"A pig.",
+    f"./{FOLDER}/animals/pig.ogg": b"oink",
+    "./usr/share/doc/stamps/copyright": b"GPL-2",
+}
+
+
+def package() -> bytes:
+    """What `dpkg-deb --fsys-tarfile` prints; the made dpkg-deb below prints the .deb itself."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        for name, data in FILES.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return content.getvalue()
+
+
+def card(content: bytes) -> dict[str, Any]:
+    digest = hashlib.sha256(content).hexdigest()
+    return {"package": {"name": "made-stamps", "version": "1-1", "sha256": digest, "folder": FOLDER}}
+
+
+def command(folder: Path, name: str, script: str) -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is the whole PATH but for the shell's own tools."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/bin")
+    monkeypatch.setattr("mmoe.data.prepare.package.shutil.which", lambda name: found(folder / name))
+    command(folder, "dpkg-deb", 'cat "$2"')
+    return folder
+
+
+def found(path: Path) -> str | None:
+    return str(path) if path.is_file() else None
+
+
+def test_pictures_and_captions_are_unpacked_once(commands: Path, tmp_path: Path) -> None:
+    content, calls = package(), tmp_path / "calls"
+    (tmp_path / "source.deb").write_bytes(content)
+    command(commands, "apt-get", f'echo "$@" >> {calls}; cp {tmp_path}/source.deb made-stamps_1-1_all.deb')
+    cache = tmp_path / "cache"
+    root = fetch_stamps(card(content), cache)
+    assert root.is_relative_to(cache)
+    assert root.as_posix().endswith(FOLDER)
+    assert (root / "animals" / "pig.txt").read_bytes() == b"A pig."
+    unpacked = sorted(path.name for path in cache.rglob("*") if path.is_file())
+    assert unpacked == ["copyright", "pig.png", "pig.txt"]
+    assert fetch_stamps(card(content), cache) == root
+    assert calls.read_text().splitlines() == ["-q download made-stamps=1-1"]
+
+
+def test_package_lists_of_its_own_are_fetched_where_the_machine_has_none(commands: Path, tmp_path: Path) -> None:
+    content, calls = package(), tmp_path / "calls"
+    (tmp_path / "source.deb").write_bytes(content)
+    case = f'case "$*" in *Lists*download*) cp {tmp_path}/source.deb a.deb;; *Lists*) ;; *) exit 100;; esac'
+    command(commands, "apt-get", f'echo "$@" >> {calls}\n{case}')
+    fetch_stamps(card(content), tmp_path / "cache")
+    assert [line.split()[-1] for line in calls.read_text().splitlines()] == [
+        "made-stamps=1-1",
+        "update",
+        "made-stamps=1-1",
+    ]
+
+
+def test_another_package_is_refused_and_deleted(commands: Path, tmp_path: Path) -> None:
+    command(commands, "apt-get", "echo other > made-stamps_2-1_all.deb")
+    with pytest.raises(UserError, match=r"checksum of made-stamps is .*put version 1-1 of Debian's package there"):
+        fetch_stamps(card(package()), tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_offline_says_what_to_do(commands: Path, tmp_path: Path) -> None:
+    command(commands, "apt-get", 'echo "E: Could not resolve host" >&2; exit 100')
+    with pytest.raises(UserError, match=r"cannot download made-stamps \(E: Could not resolve host\): check"):
+        fetch_stamps(card(package()), tmp_path / "cache")
+
+
+def test_without_apt_says_what_to_do(commands: Path, tmp_path: Path) -> None:
+    del commands
+    with pytest.raises(UserError, match=r"there is no apt-get: copy made-stamps 1-1 \(a \.deb, .*\) to .*\.deb"):
+        fetch_stamps(card(package()), tmp_path / "cache")
+
+
+def test_a_package_put_into_the_cache_is_used(commands: Path, tmp_path: Path) -> None:
+    """What the messages above tell the user to do works without apt."""
+    del commands
+    content = package()
+    with pytest.raises(UserError) as error:
+        fetch_stamps(card(content), tmp_path / "cache")
+    Path(error.value.fix.rpartition(" to ")[2]).write_bytes(content)
+    assert (fetch_stamps(card(content), tmp_path / "cache") / "animals" / "pig.png").is_file()
+
+
+def test_a_broken_package_leaves_nothing_behind(commands: Path, tmp_path: Path) -> None:
+    content = package()
+    command(commands, "apt-get", "echo")
+    command(commands, "dpkg-deb", 'cat "$2"; exit 2')
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "made-stamps_1-1.deb").write_bytes(content)
+    with pytest.raises(UserError, match="dpkg-deb failed"):
+        fetch_stamps(card(content), cache)
+    assert sorted(path.name for path in cache.iterdir()) == ["made-stamps_1-1.deb"]
+
+
+def test_the_cache_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "mmoe"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert cache_folder() == Path("/somewhere/.cache/mmoe")
