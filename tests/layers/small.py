@@ -1,0 +1,62 @@
+"""A small backbone on this process and batches for it."""
+
+import torch
+
+from mmoe.layers.config import LongcatConfig, make_config
+from mmoe.parallel import engine
+from mmoe.recipe.schema import Backbone, Data, Model, MoE, Optimizer, Parallel, Recipe, Train
+
+BACKBONE = Backbone(
+    vocab_size=64,
+    hidden_size=32,
+    layers=2,
+    heads=4,
+    q_lora_rank=16,
+    kv_lora_rank=8,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    ffn_hidden_size=48,
+    init_std=0.2,
+    residual_init_std=0.2,
+)
+MIXTURE = MoE(
+    experts=4,
+    zero_experts=2,
+    top_k=3,
+    expert_hidden_size=16,
+    routed_scaling_factor=2.0,
+    active_experts=1.5,
+    balance_coefficient=0.1,
+    balance_groups=2,
+    bias_rate=0.1,
+    router_init_std=0.5,
+)
+RECIPE = Recipe(
+    name="small",
+    model=Model(backbone=BACKBONE, moe=MIXTURE),
+    data=Data(mixture="none", sequence_length=32),
+    train=Train(steps=1, global_batch=2, micro_batch=2),
+    optimizer=Optimizer(lr=1e-3),
+)
+
+
+def config() -> LongcatConfig:
+    """The configuration of RECIPE, with the process groups of one process ready."""
+    engine.start(Parallel(), seed=0)
+    return make_config(RECIPE)
+
+
+def batch(tokens: torch.Tensor, **fields: torch.Tensor) -> dict:
+    """A batch of plain sequences, int64 [b, s]; ``fields`` replace what stands here."""
+    b, s = tokens.shape
+    plain = {
+        "tokens": tokens,
+        "labels": tokens,
+        "loss_mask": torch.ones(b, s),
+        "position": torch.arange(s).expand(b, s),
+        "document": torch.ones(b, s, dtype=torch.int32),
+        "branch": torch.zeros(b, s, dtype=torch.int32),
+        "images": torch.zeros(0, 3, 16, 16),
+    }
+    return {**plain, **fields}

@@ -1,0 +1,64 @@
+"""MLA against transformers' LongcatFlashMLA on the same random weights."""
+
+import pytest
+import small
+import torch
+from transformers.models.longcat_flash.configuration_longcat_flash import LongcatFlashConfig
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashMLA, LongcatFlashRotaryEmbedding
+
+from mmoe.layers.mla import MLA
+from mmoe.layers.packed import Packed, rotary, visibility
+
+B, S, D = 2, 12, small.BACKBONE.hidden_size
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[MLA, LongcatFlashMLA, LongcatFlashConfig]:
+    ours = MLA(small.config())
+    shape = small.BACKBONE
+    config = LongcatFlashConfig(
+        hidden_size=D,
+        num_attention_heads=shape.heads,
+        q_lora_rank=shape.q_lora_rank,
+        kv_lora_rank=shape.kv_lora_rank,
+        qk_nope_head_dim=shape.qk_nope_head_dim,
+        qk_rope_head_dim=shape.qk_rope_head_dim,
+        v_head_dim=shape.v_head_dim,
+        head_dim=shape.qk_rope_head_dim,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        attn_implementation="eager",
+    )
+    theirs = LongcatFlashMLA(config, layer_idx=0)
+    weights = {name: value for name, value in ours.state_dict().items() if torch.is_tensor(value)}
+    for name, value in weights.items():
+        if "layernorm" in name:
+            value.uniform_(0.5, 1.5)
+    theirs.load_state_dict(weights)
+    return ours, theirs, config
+
+
+def test_output_and_gradients_equal_the_released_arithmetic(pair: tuple[MLA, LongcatFlashMLA, LongcatFlashConfig]) -> None:
+    ours, theirs, config = pair
+    x = torch.randn(B, S, D, generator=torch.Generator().manual_seed(1))
+    position = torch.arange(S).expand(B, S) + torch.tensor([[0], [5]])
+    document = torch.ones(B, S, dtype=torch.int32)
+    may_attend = visibility(document, torch.zeros_like(document))
+    cos, sin = rotary(position, config.qk_rope_head_dim, small.BACKBONE.rope_theta, x.dtype)
+    packed = Packed(may_attend, cos, sin, (document > 0).t(), torch.tensor(1.0))
+
+    mine = x.transpose(0, 1).contiguous().requires_grad_()
+    y = ours(mine, packed)
+    other = x.clone().requires_grad_()
+    mask = torch.zeros(B, 1, S, S).masked_fill(~may_attend, float("-inf"))
+    z = theirs(other, LongcatFlashRotaryEmbedding(config)(x, position), mask)[0]
+    torch.testing.assert_close(y.transpose(0, 1), z, rtol=1e-5, atol=1e-5)
+
+    weight = torch.randn(z.shape, generator=torch.Generator().manual_seed(2))
+    (y.transpose(0, 1) * weight).sum().backward()
+    (z * weight).sum().backward()
+    assert mine.grad is not None
+    assert other.grad is not None
+    torch.testing.assert_close(mine.grad.transpose(0, 1), other.grad, rtol=1e-4, atol=1e-4)
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,0 +1,145 @@
+"""Zero experts: skipped for real, differentiable, counted and balanced without padding."""
+
+import dataclasses
+
+import pytest
+import small
+import torch
+from torch import Tensor
+
+from mmoe.layers.moe import ZeroExpertMoE
+from mmoe.layers.packed import Packed
+from mmoe.layers.router import ZeroExpertRouter, balance_loss
+
+MOE, D = small.MIXTURE, small.BACKBONE.hidden_size
+SLOTS = MOE.experts + MOE.zero_experts
+
+
+def packed(valid: Tensor) -> Packed:
+    nothing = torch.zeros(1)
+    return Packed(nothing, nothing, nothing, valid, torch.tensor(1.0))
+
+
+def layer() -> ZeroExpertMoE:
+    return ZeroExpertMoE(small.config(), layer=1)
+
+
+def tokens(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(count, D, generator=torch.Generator().manual_seed(3), dtype=dtype)
+
+
+def dense(moe: ZeroExpertMoE, x: Tensor) -> Tensor:
+    """The layer as the report writes it: Σ over all slots of weight × expert(x), one token at a time."""
+    scores = (x @ moe.router.weight.to(x.dtype).t()).softmax(-1)
+    chosen = (scores + moe.router.e_score_correction_bias.to(x.dtype)).topk(MOE.top_k, -1).indices
+    rows = []
+    for token, ids in zip(range(len(x)), chosen.tolist(), strict=True):
+        out = torch.zeros_like(x[token])
+        for expert in ids:
+            value = x[token]
+            if expert < MOE.experts:
+                gate, up = (moe.experts.w1[expert].to(x.dtype) @ value).chunk(2)
+                value = moe.experts.w2[expert].to(x.dtype) @ (torch.nn.functional.silu(gate) * up)
+            out = out + MOE.routed_scaling_factor * scores[token, expert] * value
+        rows.append(out)
+    return torch.stack(rows)
+
+
+def test_equals_the_papers_sum_over_experts() -> None:
+    moe, x = layer(), tokens(40)
+    torch.testing.assert_close(moe(x, packed(torch.ones(40, dtype=torch.bool))), dense(moe, x), rtol=1e-5, atol=1e-5)
+
+
+def test_only_slots_of_ffn_experts_are_sent() -> None:
+    moe, x = layer(), tokens(40)
+    valid = torch.ones(40, dtype=torch.bool)
+    routed, _ = moe.router(x, valid)
+    moe(x, packed(valid))
+    assert moe.sent_rows == int((routed.ids < MOE.experts).sum())
+    assert 0 < moe.sent_rows < 40 * MOE.top_k
+
+    moe.router.e_score_correction_bias[MOE.experts :] = 10.0
+    moe(x, packed(valid))
+    assert moe.sent_rows == 40 * (MOE.top_k - MOE.zero_experts)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_few_tokens(count: int) -> None:
+    moe = layer()
+    x = tokens(count).requires_grad_()
+    y = moe(x, packed(torch.ones(count, dtype=torch.bool)))
+    y.sum().backward()
+    assert y.shape == (count, D)
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+def test_gradients_through_zero_experts() -> None:
+    """With every slot on a zero expert the layer is x · Σ weights: gradcheck to x and to the router, in float64."""
+    settings = dataclasses.replace(MOE, top_k=2, active_experts=1.0)
+    config = small.config()
+    config.moe = settings
+    router = ZeroExpertRouter(config)
+    moe = ZeroExpertMoE(config, layer=1)
+    moe.router = router
+    router.e_score_correction_bias[MOE.experts :] = 10.0
+    valid = torch.ones(5, dtype=torch.bool)
+    x = tokens(5)
+    y = moe(x.clone().requires_grad_(), packed(valid))
+    assert moe.sent_rows == 0
+
+    scores = (x @ router.weight.t()).softmax(-1)
+    share = MOE.routed_scaling_factor * scores[:, MOE.experts :].sum(1, keepdim=True)
+    torch.testing.assert_close(y, share * x, rtol=1e-5, atol=1e-6)
+
+    from mmoe.ops.permute import permute
+    from mmoe.ops.router import router as route
+    from mmoe.ops.unpermute import unpermute
+
+    def through(x64: Tensor, weight64: Tensor) -> Tensor:
+        out = route(
+            x64 @ weight64.t(), router.e_score_correction_bias.double(), zero_experts=MOE.zero_experts, top_k=2, scaling=2.0
+        )
+        rows, row_of_slot, _, _ = permute(x64, out.ids, MOE.experts)
+        return unpermute(rows, row_of_slot, out.weights, x64, out.identity)
+
+    inputs = (x.double().requires_grad_(), router.weight.detach().double().requires_grad_())
+    assert torch.autograd.gradcheck(through, inputs)
+    through(*inputs).sum().backward()
+    assert inputs[1].grad is not None
+    assert inputs[1].grad.abs().max() > 0
+
+
+def test_padding_is_neither_counted_nor_balanced() -> None:
+    moe = layer()
+    x = tokens(30)
+    whole = torch.ones(30, dtype=torch.bool)
+    padded = torch.cat((x, 5 * tokens(10)))
+    valid = torch.cat((whole, torch.zeros(10, dtype=torch.bool)))
+    _, loss = moe.router(x, whole)
+    _, loss_padded = moe.router(padded, valid)
+    torch.testing.assert_close(loss, loss_padded)
+    moe.train()
+    moe(padded.requires_grad_(), packed(valid))
+    assert moe.router.tally[SLOTS] == 30
+    assert moe.router.tally[:SLOTS].sum() == 30 * MOE.top_k
+
+
+def test_balance_loss_is_level_at_the_wanted_load() -> None:
+    """Every FFN group at K_e T / D and the zero group at (k − K_e) T: no gradient moves probability between groups."""
+    config, t = small.config(), 120.0
+    per_expert = MOE.active_experts * t / MOE.experts
+    per_zero = (MOE.top_k - MOE.active_experts) * t / MOE.zero_experts
+    counts = torch.tensor([per_expert] * MOE.experts + [per_zero] * MOE.zero_experts)
+    groups = MOE.balance_groups + 1
+
+    def gradient(load: Tensor) -> Tensor:
+        logits = torch.randn(int(t), groups, generator=torch.Generator().manual_seed(4)).requires_grad_()
+        balance_loss(load, logits.softmax(-1).sum(0), torch.tensor(t), config).backward()
+        assert logits.grad is not None
+        return logits.grad
+
+    assert gradient(counts).abs().max() < 1e-9
+    tilted = counts.clone()
+    tilted[0] *= 2
+    assert gradient(tilted).abs().max() > 1e-5

@@ -1,0 +1,16 @@
+from mmoe.recipe.schema import Optimizer
+from mmoe.train.schedule import learning_rate
+
+
+def test_warm_up_then_cosine() -> None:
+    settings = Optimizer(lr=1.0, min_lr=0.1, warmup_steps=4)
+    rates = [learning_rate(settings, step, 24) for step in range(24)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[14] == 0.55
+    assert 0.1 < rates[-1] < 0.12
+    assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
+
+
+def test_no_warm_up() -> None:
+    assert learning_rate(Optimizer(lr=2.0), 0, 10) == 2.0
