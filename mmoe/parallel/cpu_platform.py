@@ -1,9 +1,8 @@
 """Lets Megatron-Core run on a torch without CUDA, over gloo. Does nothing where CUDA is there.
 
 Megatron-Core asks ``torch.cuda`` for devices, streams and random states without asking whether there is a GPU.
-:func:`install` must run before Megatron is imported: it answers those calls from the CPU. :func:`adapt` runs after the
-import and mends the places that cannot be answered that way. Each one names the upstream line that it is for;
-``tests/parallel/test_cpu_platform.py`` fails when one is no longer needed.
+:func:`install` must run before Megatron is imported: it answers those calls from the CPU. Each answer names the upstream
+lines that it is for (of 0.16.1); ``tests/parallel/test_cpu_platform.py`` fails when one is no longer needed.
 """
 
 import contextlib
@@ -45,7 +44,7 @@ def _constant(value: Any) -> Any:
 
 
 def _answer_cuda_calls() -> None:
-    """``torch.cuda`` as Megatron calls it: parallel_state.py, tensor_parallel/random.py, distributed/, optimizer/."""
+    """distributed/param_and_grad_buffer.py:783, distributed_data_parallel.py:230, tensor_parallel/random.py:43."""
     cuda = torch.cuda
     stream = _Stream()
     answers = {
@@ -92,7 +91,7 @@ def _names_cuda(device: Any) -> bool:
 
 
 def _redirect_factories() -> None:
-    """Literal ``device="cuda"``: optimizer/clip_grads.py:110, distributed/finalize_model_grads.py, optimizer/optimizer.py."""
+    """Literal ``device="cuda"``: pipeline_parallel/schedules.py:596, optimizer/optimizer.py:907, clip_grads.py:90."""
 
     def on_cpu(factory: Any) -> Any:
         @functools.wraps(factory)
@@ -108,7 +107,7 @@ def _redirect_factories() -> None:
 
 
 def _answer_type_strings() -> None:
-    """optimizer/optimizer.py sorts parameters by ``param.type() in ('torch.cuda.FloatTensor', …)``."""
+    """optimizer/optimizer.py:690 sorts parameters by ``param.type() == 'torch.cuda.FloatTensor'``."""
     plain = torch.Tensor.type
 
     def type_of(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +121,7 @@ def _answer_type_strings() -> None:
 
 
 def _stand_in_for_triton() -> None:
-    """0.19: transformer/moe/ops/paged_stash.py:4 imports triton unguarded."""
+    """0.19.2: transformer/moe/ops/paged_stash.py:4 imports triton unguarded."""
     if importlib.util.find_spec("triton") is None:
         name = "megatron.core.transformer.moe.ops.paged_stash"
         module = types.ModuleType(name)
