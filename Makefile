@@ -51,7 +51,7 @@ test-latest: build ## the short quickstart and the tests of the newest Megatron-
 checks: build ## lint, formats and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
 
 format: build ## write what `make checks` asks of formats

@@ -25,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-TORCH = Path(torch.__file__).parent
+TORCH = Path(str(torch.__file__)).parent
 OPERATORS, HOST = "mmoe._C", "mmoe._host"
 CXX = os.environ.get("CXX", "g++")
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-Wall", "-Wextra", "-fvisibility=hidden"]
@@ -43,7 +43,8 @@ def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
     if nvcc is None and wanted == "1":
-        raise SystemExit(f"MMOE_BUILD_CUDA=1, but there is no nvcc in {f'{home}/bin' if home else 'PATH'}: set CUDA_HOME")
+        place = f"{home}/bin" if home else "PATH"
+        raise SystemExit(f"MMOE_BUILD_CUDA=1, but there is no nvcc in {place}: set CUDA_HOME")
     return nvcc
 
 

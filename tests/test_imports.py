@@ -23,14 +23,14 @@ for level, parts in enumerate(CHAIN):
     lower = BASE.union(*CHAIN[:level])
     # The batches are made beside the model; what saves, trains, converts or evaluates reads them.
     readers = {"data"} if level >= CHAIN.index({"checkpoint"}) else set()
-    BELOW |= {part: lower | readers for part in parts}
+    BELOW |= dict.fromkeys(parts, lower | readers)
 BELOW["data"] = BASE | {"recipe"}
 BELOW["__init__"] = BELOW["__main__"] = set(BELOW)
 
 
 def part_of(module: str) -> str:
     """`mmoe.data.pack` is in `data`; `mmoe` itself is `__init__`."""
-    return (module.split(".") + ["__init__"])[1]
+    return [*module.split("."), "__init__"][1]
 
 
 def imported(source: Path, package: list[str]) -> set[str]:

@@ -121,7 +121,7 @@ def test_every_requirement_is_pinned_within_its_range(root, project, python):
                 assert pin.name not in pins, f"{pin.name} is pinned twice for Python {python}"
                 pins[pin.name] = str(pin.specifier).removeprefix("==")
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
-    for requirement in map(Requirement, sum(groups, [])):
+    for requirement in (Requirement(text) for group in groups for text in group):
         assert requirement.specifier.contains(pins[requirement.name]), requirement
 
 

@@ -1,5 +1,5 @@
-// permute_index on CUDA: launch and registration. The host waits for the stream once, because the size of slot_of_row is
-// known on the device only.
+// permute_index on CUDA: launch and registration. The host waits for the stream once, because the size of slot_of_row
+// is known on the device only.
 #include <torch/csrc/stable/library.h>
 
 #include "common/launch.h"
@@ -41,9 +41,9 @@ PermuteIndex sort_slots(const Tensor& ids, int experts) {
   Tensor row_of_slot = torch::stable::new_empty(ids, {ids.size(0), ids.size(1)}, ScalarType::Int);
   Tensor slot_of_row = torch::stable::new_empty(ids, {host_status[0]}, ScalarType::Int);
   if (chunks > 0) {
-    permute::place_kernel<<<chunks, permute::kLanes, shared_bytes, stream>>>(
-        id_of_slot, slots, experts, count, row_of_slot.mutable_data_ptr<int32_t>(),
-        slot_of_row.mutable_data_ptr<int32_t>());
+    permute::place_kernel<<<chunks, permute::kLanes, shared_bytes, stream>>>(id_of_slot, slots, experts, count,
+                                                                             row_of_slot.mutable_data_ptr<int32_t>(),
+                                                                             slot_of_row.mutable_data_ptr<int32_t>());
     check_cuda(cudaGetLastError(), "permute_index: place_kernel");
   }
   return {row_of_slot, slot_of_row, offsets};

@@ -17,9 +17,9 @@ constexpr int kSlotsPerChunk = 1024;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Calls place(slot, expert, rank, same) for every slot of the block's chunk, where `rank` counts the slots of the same
-// expert before it among the 32 in hand and `same` is the number of them. Zero experts get expert = experts and negative
-// ids expert = experts + 1. All lanes stay in the loop, because every step of it is a step of the whole warp; a lane past
-// the end has slot = -1 and a key of its own.
+// expert before it among the 32 in hand and `same` is the number of them. Zero experts get expert = experts and
+// negative ids expert = experts + 1. All lanes stay in the loop, because every step of it is a step of the whole warp;
+// a lane past the end has slot = -1 and a key of its own.
 template <typename Id, typename Place>
 __device__ void for_each_slot(const Id* __restrict__ id_of_slot, int slots, int experts, Place place) {
   const int lane = static_cast<int>(threadIdx.x);
@@ -57,8 +57,8 @@ __global__ void __launch_bounds__(kLanes)
 
 // Turns counts into the first row of each chunk and expert, in place, and fills offsets[experts + 1] and
 // status[2] = {R, negative ids}. One warp walks the experts, 32 at a time. <<<1, kLanes>>>
-__global__ void __launch_bounds__(kLanes)
-    scan_kernel(int* __restrict__ counts, int chunks, int experts, int* __restrict__ offsets, int* __restrict__ status) {
+__global__ void __launch_bounds__(kLanes) scan_kernel(int* __restrict__ counts, int chunks, int experts,
+                                                      int* __restrict__ offsets, int* __restrict__ status) {
   const int lane = static_cast<int>(threadIdx.x);
   const int columns = experts + 2;
   int first_row = 0;

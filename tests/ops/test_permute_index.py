@@ -74,7 +74,7 @@ def test_negative_id_on_the_gpu():
 @pytest.mark.parametrize(
     ("ids", "experts", "error", "message"),
     [
-        (torch.zeros(2, 2), 3, TypeError, "ids is torch.float32"),
+        (torch.zeros(2, 2), 3, TypeError, r"ids is torch\.float32"),
         (torch.zeros(2, dtype=torch.int64), 3, ValueError, "ids has shape"),
         (torch.zeros(2, 2, dtype=torch.int64), 0, ValueError, "experts is 0"),
     ],
@@ -83,7 +83,7 @@ def test_wrong_arguments(ids, experts, error, message):
     with pytest.raises(error, match=message):
         permute_index(ids, experts)
     # The compiled operator can be called without the wrapper and says the same in its own words.
-    with pytest.raises(RuntimeError, match="^permute_index: "):
+    with pytest.raises(RuntimeError, match=r"^permute_index: "):
         torch.ops.mmoe.permute_index(ids, experts)
 
 
