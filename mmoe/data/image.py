@@ -6,12 +6,14 @@ What an image means is defined in :mod:`mmoe.data.pixels`; here it is done fast.
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from nvidia.dali import fn, types
+from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 from torch import Tensor
 
 from mmoe.data.pixels import MAX_PIXELS, MEAN, SCALE, BadImage, canonical, open_image, to_rgb
@@ -60,8 +62,10 @@ class Decoder:
         shape = (len(images), 3, self.image_size, self.image_size)
         out = torch.zeros(shape, dtype=torch.float32, device=self._cuda)
         indices = list(encoded)
-        for start in range(0, len(indices), LARGEST_BATCH):
-            self._decode(encoded, indices[start : start + LARGEST_BATCH], out, bad)
+        # A thread of its own begins on device 0.
+        with torch.cuda.device(self._cuda) if self._cuda else nullcontext():
+            for start in range(0, len(indices), LARGEST_BATCH):
+                self._decode(encoded, indices[start : start + LARGEST_BATCH], out, bad)
         return out, bad
 
     def _decode(self, encoded: dict[int, bytes], indices: list[int], out: Tensor, bad: dict[int, str]) -> None:
@@ -81,12 +85,9 @@ class Decoder:
     def _run(self, images: list[bytes]) -> Tensor:
         # DALI copies what it is fed before feed_input returns.
         self._pipeline.feed_input("encoded", [np.frombuffer(image, np.uint8) for image in images])
-        if self._cuda is None:
-            (pixels,) = self._pipeline.run()
-            return torch.from_numpy(np.asarray(pixels.as_array()))
-        # On the current stream, so that what reads the pixels comes after what wrote them.
-        stream = torch.cuda.current_stream(self._cuda)
-        (pixels,) = self._pipeline.run(cuda_stream=stream.cuda_stream)
+        # Bound to the stream on which the pixels are read, DALI reuses their memory only after that.
+        stream = None if self._cuda is None else torch.cuda.current_stream(self._cuda)
+        (pixels,) = self._pipeline.run(stream)
         return torch.from_dlpack(pixels.as_tensor())
 
     def _build(self) -> Pipeline:
@@ -98,20 +99,20 @@ class Decoder:
             exec_dynamic=True,
         )
         with pipeline:
-            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+            encoded = fn.external_source(name="encoded", dtype=DALIDataType.UINT8, ndim=1)
             pixels: Any = fn.decoders.image(
                 encoded,
                 device=self.device,
-                output_type=types.RGB,
+                output_type=DALIImageType.RGB,
                 adjust_orientation=False,  # canonical() has applied it
                 jpeg_fancy_upsampling=True,  # as libjpeg-turbo does on the CPU
             )
             pixels = fn.resize(
                 pixels,
                 size=[self.image_size, self.image_size],
-                interp_type=types.INTERP_TRIANGULAR,
+                interp_type=DALIInterpType.INTERP_TRIANGULAR,
                 antialias=True,
-                dtype=types.FLOAT,
+                dtype=DALIDataType.FLOAT,
             )
             pixels = fn.crop_mirror_normalize(pixels, output_layout="CHW", mean=[MEAN] * 3, std=[SCALE] * 3)
             pipeline.set_outputs(pixels)

@@ -20,6 +20,12 @@ def picture(seed: int, height: int = 16, width: int = 16) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
+def smooth(seed: int, height: int, width: int) -> np.ndarray:
+    """A picture without the noise that JPEG and resizing would lose."""
+    small = Image.fromarray(picture(seed, height // 8 + 2, width // 8 + 2))
+    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
+
+
 def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
     """A PNG by hand, for what Pillow does not write; every row begins with its filter byte."""
 

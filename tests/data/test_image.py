@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from pictures import bad_images, encode, picture, png, save
+from pictures import bad_images, encode, picture, png, save, smooth
 from PIL import Image
 
 from mmoe.data.image import LARGEST_BATCH, Decoder
@@ -15,11 +15,6 @@ SIZE = 32
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
     return Decoder(SIZE)
-
-
-def smooth(seed: int, height: int, width: int) -> np.ndarray:
-    small = Image.fromarray(picture(seed, height // 8 + 2, width // 8 + 2))
-    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def difference(decoder: Decoder, data: bytes) -> float:
