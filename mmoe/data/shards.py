@@ -191,7 +191,7 @@ class DatasetWriter:
                 hashes.append(str(part["sha256"]))
                 parts_of.setdefault("shard", []).append(np.full(len(part["key"]), number, np.int32))
         del parts_of["sha256"]
-        arrays = {name: np.concatenate(parts) for name, parts in parts_of.items()}
+        arrays: dict[str, Any] = {name: np.concatenate(parts) for name, parts in parts_of.items()}
         arrays["image_start"] = np.concatenate([[0], np.cumsum(arrays.pop("images"))]).astype(np.int64)
         arrays["format"] = np.array(FORMAT, np.int32)
         arrays["tokenizer"] = np.array(self.description.tokenizer)

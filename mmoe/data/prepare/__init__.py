@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from mmoe.data.prepare.catalogue import Catalogue, load_card, load_catalogue
+from mmoe.data.prepare.catalogue import Catalogue, card_hash, load_card, load_catalogue
 from mmoe.data.prepare.compose import load_sprites
 from mmoe.data.prepare.package import fetch_stamps
 from mmoe.data.prepare.parallel import build
@@ -98,10 +98,12 @@ def prepare_stamps(catalogue: Catalogue, out: Path, *, workers: int) -> None:
             samples=len(members),
             samples_per_shard=SAMPLES_PER_SHARD,
             tokenizer=tokenizer_hash(path),
-            recipe={"version": STAMPS_VERSION, "package": catalogue.card["package"]["sha256"]},
+            recipe={"version": STAMPS_VERSION, "card": card_hash(catalogue.card)},
         )
         maker = StampMaker(catalogue.root, members, catalogue.card["license"])
         _report(description, build(out / description.name, description, maker, path, workers=workers, skipped=skipped))
+        if skipped:
+            print(f"{description.name}: {len(skipped)} skipped, named in {out / description.name / 'dataset.toml'}")
 
 
 def prepare_scenes(
@@ -130,7 +132,7 @@ def prepare_scenes(
             tokenizer=tokenizer_hash(path),
             recipe={
                 "version": SCENES_VERSION,
-                "package": catalogue.card["package"]["sha256"],
+                "card": card_hash(catalogue.card),
                 "seed": seed,
                 "size": size,
                 **{f"kind_{kind}": number for kind, number in kinds.items()},

@@ -2,6 +2,7 @@
 
 import fnmatch
 import hashlib
+import json
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,11 @@ class Catalogue:
 def load_card(path: Path | None = None) -> dict[str, Any]:
     """Read a source card; by default the shipped ``stamps`` card."""
     return tomllib.loads((path or shipped("sources", "stamps")).read_text(encoding="utf-8"))
+
+
+def card_hash(card: dict[str, Any]) -> str:
+    """Identity of a card: SHA-256 of its values, hexadecimal; it names the package by checksum and the split's rule."""
+    return hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
 
 
 def original(path: str) -> str:

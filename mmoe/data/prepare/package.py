@@ -99,8 +99,11 @@ def _unpack(deb: Path, target: Path) -> None:
         assert process.stdout is not None
         with tarfile.open(fileobj=process.stdout, mode="r|") as tar:
             for member in tar:
-                if member.isfile() and member.name.endswith(WANTED):
-                    tar.extract(member, partial, filter="data")
+                content = tar.extractfile(member) if member.name.endswith(WANTED) else None
+                if content is not None:
+                    path = partial / member.name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(content.read())
     if process.returncode:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError("dpkg-deb failed", str(deb), "delete the file and try again")

@@ -4,6 +4,7 @@ import multiprocessing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmoe.data.shards import DatasetWriter, Description, Sample, shard_name, token_counter, write_shard
@@ -50,7 +51,7 @@ def build(
     writer.open()
     missing, shards = writer.missing, description.shards
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         done = description.samples - sum(len(shards[number]) for number in missing)
         bar = progress.add_task(description.name, total=description.samples, completed=done)
         arguments = (make, tokenizer, writer.folder, shards)
