@@ -1,9 +1,13 @@
-"""The import direction of docs/architecture.md, read from the sources."""
+"""The import direction of docs/architecture.md, read from the sources; and that every module can be imported."""
 
 import ast
+import importlib
+import pkgutil
 from pathlib import Path
 
 import pytest
+
+import mmoe
 
 # Each part with the parts that it may import. Both extension modules and errors stand below all.
 BELOW: dict[str, set[str]] = {"errors": set(), "_host": set()}
@@ -78,3 +82,13 @@ def test_a_wrong_import_is_found(tmp_path, file, line):
     source.parent.mkdir(parents=True)
     source.write_text(f"from mmoe.errors import UserError\n{line}\n")
     assert len(wrong_edges(tmp_path)) == 1
+
+
+@pytest.mark.latest
+def test_every_module_can_be_imported():
+    names = [module.name for module in pkgutil.walk_packages(mmoe.__path__, "mmoe.")]
+    # Importing __main__ runs the command line; _C is a library of operators and no Python module.
+    names = [name for name in names if name not in ("mmoe.__main__", "mmoe._C")]
+    assert "mmoe._host" in names
+    for name in names:
+        assert importlib.import_module(name).__name__ == name

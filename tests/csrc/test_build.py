@@ -59,6 +59,7 @@ def test_unknown_build_mode_is_refused(root, tmp_path):
     assert "MMOE_BUILD_CUDA=yes: must be auto, 0 or 1" in run.stderr
 
 
+@pytest.mark.latest
 def test_one_openmp_runtime(root):
     script = """
 import json, re, torch, mmoe.ops, mmoe._host, nvidia.dali

@@ -8,6 +8,7 @@ from mmoe.ops import load_library
 from mmoe.ops.permute_index import permute_index
 from mmoe.reference import permute_index as reference
 
+pytestmark = pytest.mark.latest
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 IMPLEMENTATIONS = [permute_index, reference.permute_index]
 
