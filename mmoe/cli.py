@@ -97,7 +97,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         "evaluate",
         _evaluate,
         "score a checkpoint's answers, task by task",
-        "evaluate runs/quickstart/checkpoints/latest --suite scenes --data data-cache/scenes/test",
+        "evaluate runs/quickstart/checkpoints/step_00001000 --suite scenes --data data-cache/scenes/test",
     )
     evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     evaluate.add_argument("--suite", choices=["scenes"], required=True)
@@ -124,18 +124,18 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     from_hf = _command(convert, "from-hf", _from_hf, "make a checkpoint", "convert from-hf HF_DIR runs/imported")
     from_hf.add_argument("source", type=Path, metavar="HF_DIR")
     from_hf.add_argument("out", type=Path, metavar="OUT")
-    example = "convert to-hf runs/quickstart/checkpoints/latest runs/quickstart/hf"
+    example = "convert to-hf runs/quickstart/checkpoints/step_00001000 runs/quickstart/hf"
     to_hf = _command(convert, "to-hf", _to_hf, "write a self-contained Hugging Face directory", example)
     to_hf.add_argument("source", type=Path, metavar="CHECKPOINT")
     to_hf.add_argument("out", type=Path, metavar="OUT")
     to_hf.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
-    example = "convert verify runs/quickstart/checkpoints/latest runs/quickstart/hf"
+    example = "convert verify runs/quickstart/checkpoints/step_00001000 runs/quickstart/hf"
     verify = _command(convert, "verify", _verify, "compare two models' weights and logits", example)
     verify.add_argument("a", type=Path, metavar="A")
     verify.add_argument("b", type=Path, metavar="B")
 
     data = _group(commands, "data", "prepare, check and describe data sets")
-    example = "data prepare scenes data-cache/scenes"
+    example = "data prepare scenes data-cache"
     prepare = _command(data, "prepare", _prepare, "make a data set", example)
     prepare.add_argument("name", metavar="NAME", help="which data set to make")
     prepare.add_argument("out", type=Path, metavar="OUT")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -32,7 +33,7 @@ from mmoe.recipe.schema import Recipe
 
 EXAMPLES = 16
 THUMBNAIL = 192
-"""Longest side of an example's picture, pixels."""
+"""Longest side of one picture of an example, pixels; several stand side by side."""
 
 
 class Model(Protocol):
@@ -268,14 +269,20 @@ def _examples(answered: Sequence[Question], source: Source) -> list[dict[str, An
             images = source.read(numbers[queue[0].key]).images if queue else ()
             if queue and images and len(shown) < EXAMPLES:
                 used.add(queue[0].key)
-                shown.append(_example(queue[0], images[0]))
+                shown.append(_example(queue[0], images))
             del queue[:1]
     return shown
 
 
-def _example(question: Question, image: bytes) -> dict[str, Any]:
-    picture = to_rgb(open_image(image))
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+def _example(question: Question, images: Sequence[bytes]) -> dict[str, Any]:
+    pictures = [to_rgb(open_image(image)) for image in images]
+    for one in pictures:
+        one.thumbnail((THUMBNAIL, THUMBNAIL))
+    gap = 4 * (len(pictures) > 1)
+    size = (sum(one.width + gap for one in pictures) - gap, max(one.height for one in pictures))
+    picture = Image.new("RGB", size, "white")
+    for number, one in enumerate(pictures):
+        picture.paste(one, (sum(before.width + gap for before in pictures[:number]), 0))
     file = io.BytesIO()
     picture.save(file, "PNG")
     return {

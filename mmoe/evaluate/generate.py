@@ -1,0 +1,116 @@
+"""An answer to a prompt about pictures, from a checkpoint or from a Hugging Face export; greedy texts are the same."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmoe.data.pixels import BadImage, open_image, preprocess, to_rgb
+from mmoe.data.tokenizer import BOS, EOS, IMAGE
+from mmoe.errors import UserError
+
+
+def generate(
+    path: Path,
+    prompt: str,
+    images: list[Path],
+    *,
+    max_tokens: int = 32,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """The model's continuation of ``<bos>``, the images and the prompt, up to ``<eos>`` or ``max_tokens``.
+
+    Args:
+        path: a checkpoint or a Hugging Face export.
+        prompt: taken as it is.
+        images: picture files, which stand before the prompt.
+        max_tokens: the most tokens to add.
+        temperature: 0 takes the likeliest token; above it tokens are drawn from softmax(logits / temperature).
+        seed: of the drawing.
+
+    Raises:
+        UserError: nothing to load at ``path``, an unreadable picture, a negative temperature, or too long a sequence.
+    """
+    if temperature < 0 or max_tokens < 1:
+        raise UserError("temperature must be 0 or more and max-tokens 1 or more", "", "correct the option")
+    if "<image>" in prompt:
+        raise UserError("the prompt holds <image>", "", "name the pictures with --image; they stand before the prompt")
+    if not path.is_dir():
+        raise UserError("no such checkpoint or export", str(path), "`mmoe train` and `mmoe convert to-hf` make one")
+    pictures = [_read(file) for file in images]
+    if (path / "config.json").is_file():
+        return _from_export(path, prompt, pictures, max_tokens, temperature, seed)
+    return _from_checkpoint(path, prompt, pictures, max_tokens, temperature, seed)
+
+
+def _read(file: Path) -> bytes:
+    try:
+        data = file.read_bytes()
+        to_rgb(open_image(data))
+    except OSError as error:
+        raise UserError(f"cannot read the image: {error.strerror}", str(file), "give a readable picture") from None
+    except BadImage as error:
+        raise UserError(f"cannot use the image: {error}", str(file), "give a JPEG, PNG, WebP, TIFF or BMP") from None
+    return data
+
+
+def next_token(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
+    """A token from logits, fp32 ``[V]``."""
+    if temperature == 0:
+        return int(logits.argmax())
+    return int(torch.multinomial((logits.double() / temperature).softmax(-1), 1, generator=generator))
+
+
+def _from_checkpoint(
+    path: Path, prompt: str, pictures: list[bytes], max_tokens: int, temperature: float, seed: int
+) -> str:
+    import mmoe
+
+    model = mmoe.load(path)
+    if pictures and not model.image_tokens:
+        raise UserError("this model takes no pictures", str(path), "leave --image out")
+    pixels = [preprocess(picture, model.image_size) for picture in pictures]
+    images = torch.from_numpy(np.stack(pixels)) if pixels else None
+    ids = [BOS, *[IMAGE] * (model.image_tokens * len(pictures))]
+    ids += model.tokenizer.encode(prompt, add_special_tokens=False).ids
+    start, limit = len(ids), model.recipe.model.backbone.max_position
+    if start + max_tokens > limit:
+        what = f"{start} tokens of prompt and {max_tokens} new ones are more than the model's {limit} positions"
+        raise UserError(what, "", "shorten the prompt or lower --max-tokens")
+    generator = torch.Generator().manual_seed(seed)
+    while len(ids) < start + max_tokens:
+        logits = model.logits(torch.tensor([ids]), images)[0, -1].cpu()
+        token = next_token(logits, temperature, generator)
+        if token == EOS:
+            break
+        ids.append(token)
+    return model.tokenizer.decode(ids[start:]).strip()
+
+
+def _from_export(
+    path: Path, prompt: str, pictures: list[bytes], max_tokens: int, temperature: float, seed: int
+) -> str:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    whole = (path / "processor_config.json").is_file()
+    if pictures and not whole:
+        raise UserError("this model takes no pictures", str(path), "leave --image out")
+    if whole:
+        processor: Any = transformers.AutoProcessor.from_pretrained(path, trust_remote_code=True)
+        inputs = dict(processor(text="<image>" * len(pictures) + prompt, images=pictures))
+        kind: Any = transformers.AutoModelForImageTextToText
+    else:
+        processor = transformers.AutoTokenizer.from_pretrained(path)
+        ids = [BOS, *processor.encode(prompt, add_special_tokens=False)]
+        inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+        kind = transformers.AutoModelForCausalLM
+    model = kind.from_pretrained(path, trust_remote_code=whole).eval()
+    torch.manual_seed(seed)
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    out = model.generate(**inputs, max_new_tokens=max_tokens, **drawn)
+    return processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

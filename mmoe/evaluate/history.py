@@ -1,0 +1,81 @@
+"""What a run directory says about its run, read for the report."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmoe.errors import UserError
+from mmoe.recipe import Recipe, load_recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """A run: its recipe, a row per step, and the evaluations that lie in ``DIR/evaluation``."""
+
+    recipe: Recipe
+    rows: list[dict[str, Any]]
+    """The lines of metrics.jsonl."""
+    skipped: list[str]
+    """The bad samples that training met, named with the reason."""
+    evaluations: dict[str, dict[str, Any]]
+    """By file name without suffix: what `mmoe evaluate --json` wrote."""
+
+    def column(self, name: str) -> NDArray[np.float64]:
+        """``[steps]``; NaN where a step has no such number."""
+        return np.array([np.nan if row.get(name) is None else row[name] for row in self.rows], np.float64)
+
+    @property
+    def steps(self) -> NDArray[np.float64]:
+        return self.column("step")
+
+    def loads(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Steps ``[t]`` at which the expert load was written, and the loads ``[t, layers, N + Z]``."""
+        rows = [row for row in self.rows if "expert_load" in row]
+        moe, layers = self.recipe.model.moe, self.recipe.model.backbone.layers
+        shape = (len(rows), layers, moe.experts + moe.zero_experts)
+        steps = np.array([row["step"] for row in rows], np.float64)
+        return steps, np.array([row["expert_load"] for row in rows], np.float64).reshape(shape)
+
+    def settled_active_experts(self) -> float:
+        """Mean active experts per token over the last fifth of the steps; NaN without steps."""
+        values = self.column("active_experts_mean")
+        tail = values[len(values) - max(1, len(values) // 5) :]
+        return float(np.nanmean(tail)) if np.isfinite(tail).any() else float("nan")
+
+
+def read(run: Path) -> History:
+    """Read a run directory.
+
+    Raises:
+        UserError: it is no run directory, or a file in it cannot be understood.
+    """
+    for name in ("recipe.toml", "metrics.jsonl"):
+        if not (run / name).is_file():
+            raise UserError(f"no {name} in the run directory", str(run), "give the --out of a `mmoe train`")
+    recipe = load_recipe(run / "recipe.toml")
+    rows = _lines(run / "metrics.jsonl")
+    if not rows:
+        raise UserError("no step has been taken yet", str(run / "metrics.jsonl"), "train first")
+    evaluations = {}
+    for path in sorted((run / "evaluation").glob("*.json")):
+        try:
+            evaluations[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError("not a JSON file", str(path), "evaluate again") from None
+    path = run / "skipped.jsonl"
+    skipped = [f"step {line['step']}: {line['sample']}" for line in _lines(path)] if path.is_file() else []
+    return History(recipe=recipe, rows=rows, skipped=skipped, evaluations=evaluations)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise UserError("not a JSON line", f"{path}:{number}", "remove the line") from None
+    return rows

@@ -1,0 +1,142 @@
+"""`mmoe report DIR`: the run as one page, report.html, and as one picture, report.png."""
+
+import html
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmoe.evaluate import figures
+from mmoe.evaluate.history import History, read
+from mmoe.recipe import dump_recipe
+
+EXAMPLES = 16
+
+_STYLE = """
+:root { --ink: #1b2733; --muted: #66788a; --rule: #d9dfe5; --green: #2d7a4b; --red: #b23a48; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2.5rem 2rem 4rem; max-width: 75rem; color: var(--ink); background: #fff;
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+h1 { margin: 0; font-size: 1.9rem; letter-spacing: -0.01em; }
+h2 { margin: 2.75rem 0 0.75rem; padding-top: 1rem; border-top: 1px solid var(--rule); font-size: 1.15rem; }
+p { max-width: 46rem; } .muted { color: var(--muted); }
+.facts { display: flex; flex-wrap: wrap; gap: 0.5rem 2.5rem; margin: 1.5rem 0 0; }
+.facts div { min-width: 6rem; } .facts dt { color: var(--muted); font-size: 0.8rem; }
+.facts dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(28rem, 1fr)); gap: 1.5rem 2rem; }
+.panels svg { width: 100%; height: auto; } .wide { grid-column: 1 / -1; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.4rem 0.9rem 0.4rem 0; border-bottom: 1px solid var(--rule); text-align: right;
+  white-space: nowrap; }
+th { color: var(--muted); font-weight: 500; font-size: 0.85rem; }
+th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; }
+.examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(12.5rem, 1fr)); gap: 1.5rem; }
+.examples figure { margin: 0; } .examples img { height: 9rem; max-width: 100%; object-fit: contain;
+  object-position: left; image-rendering: pixelated; }
+figcaption { font-size: 0.9rem; line-height: 1.35; } figcaption span { display: block; }
+.right { color: var(--green); font-weight: 600; } .wrong { color: var(--red); font-weight: 600; }
+pre { padding: 1rem; overflow-x: auto; border: 1px solid var(--rule); font-size: 0.8rem; line-height: 1.45; }
+"""
+
+_PANELS = [
+    (figures.draw_loss, False),
+    (figures.draw_accuracy, False),
+    (figures.draw_active, False),
+    (figures.draw_zero_share, False),
+    (figures.draw_gradient, False),
+    (figures.draw_rate, False),
+    (figures.draw_load, True),
+]
+
+
+def write(run: Path) -> None:
+    """Write DIR/report.html, which needs no other file, and DIR/report.png, 1600 × 1000 pixels.
+
+    They show what is there: metrics.jsonl, and the evaluations that `mmoe evaluate --json DIR/evaluation/NAME.json`
+    wrote. Examples come from the first evaluation that has any, `test` before the others.
+
+    Raises:
+        UserError: ``run`` is not a run directory, or a file in it cannot be understood.
+    """
+    history = read(run)
+    examples = _examples(history)
+    facts = _facts(history)
+    line = "   ·   ".join(f"{value} {name}" for name, value in facts.items())
+    (run / "report.png").write_bytes(figures.summary(history, history.recipe.name, line, examples))
+    (run / "report.html").write_text("\n".join(_page(history, facts, examples)), encoding="utf-8")
+    print(f"{run / 'report.html'}\n{run / 'report.png'}")
+
+
+def _examples(history: History) -> list[dict[str, Any]]:
+    order = sorted(history.evaluations, key=lambda name: (name != "test", name))
+    seen = [history.evaluations[name] for name in order if not history.evaluations[name]["blank"]]
+    return next((result["examples"][:EXAMPLES] for result in seen if result["examples"]), [])
+
+
+def _facts(history: History) -> dict[str, str]:
+    samples, tokens = history.column("samples").sum(), history.column("tokens").sum()
+    seconds = history.column("seconds").sum()
+    minutes, rest = divmod(round(float(seconds)), 60)
+    moe = history.recipe.model.moe
+    return {
+        "steps": f"{len(history.rows):,} of {history.recipe.train.steps:,}",
+        "samples": f"{int(samples):,}",
+        "tokens": f"{tokens / 1e6:,.2f} M",
+        "in training": f"{minutes} min {rest:02d} s",
+        f"active experts, target {moe.active_experts:g}": f"{history.settled_active_experts():.2f}",
+    }
+
+
+def _page(history: History, facts: dict[str, str], examples: list[dict[str, Any]]) -> Iterator[str]:
+    name, description = html.escape(history.recipe.name), html.escape(history.recipe.description)
+    yield f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{name}</title>'
+    yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    yield f"<style>{_STYLE}</style>\n</head>\n<body>"
+    yield f'<h1>{name}</h1>\n<p class="muted">{description}</p>'
+    yield '<dl class="facts">'
+    yield from (f"<div><dt>{html.escape(fact)}</dt><dd>{value}</dd></div>" for fact, value in facts.items())
+    yield '</dl>\n<h2>Curves</h2>\n<div class="panels">'
+    for draw, wide in _PANELS:
+        size, kind = ((12.0, 3.4), "wide") if wide else ((5.8, 3.3), "half")
+        yield f'<div class="{kind}">{figures.svg(draw, history, *size)}</div>'
+    yield "</div>"
+    for split, result in history.evaluations.items():
+        yield from _table(split, result)
+    yield "<h2>Answers</h2>"
+    yield '<p class="muted">Of each task in turn the first question about a picture not yet shown; none is chosen.</p>'
+    yield '<div class="examples">'
+    yield from map(_example, examples)
+    yield "</div>\n<h2>Skipped samples</h2>"
+    yield from _skipped(history)
+    yield f"<h2>Recipe</h2>\n<pre>{html.escape(dump_recipe(history.recipe))}</pre>\n</body>\n</html>"
+
+
+def _table(split: str, result: dict[str, Any]) -> Iterator[str]:
+    title = f"{split}{' (blank images)' if result['blank'] else ''}"
+    yield f'<h2>Accuracy on {html.escape(title)}</h2>\n<div class="scroll"><table>'
+    names = ("task", "n", "accuracy", "95% interval", "chance", "majority", "majority answer")
+    yield f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>"
+    for task, row in result["tasks"].items():
+        interval = f"{row['low']:.1%} – {row['high']:.1%}"
+        shares = [f"{row['accuracy']:.1%}", interval, f"{row['chance']:.1%}", f"{row['majority']:.1%}"]
+        cells = [task.replace("_", " / "), f"{row['n']:,}", *shares, row["majority_answer"]]
+        yield f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
+    yield "</table></div>"
+
+
+def _example(example: dict[str, Any]) -> str:
+    right = example["answer"] == example["truth"]
+    answer = html.escape(example["answer"].strip())
+    truth = "" if right else f" — it is {html.escape(example['truth'].strip())}"
+    return (
+        f'<figure><img alt="{html.escape(example["sample"])}" src="data:image/png;base64,{example["png"]}">'
+        f'<figcaption><span class="muted">{html.escape(example["prompt"])}</span>'
+        f'<span class="{"right" if right else "wrong"}">{answer}{truth}</span></figcaption></figure>'
+    )
+
+
+def _skipped(history: History) -> Iterator[str]:
+    asked = sorted({reason for result in history.evaluations.values() for reason in result["skipped"]})
+    for where, reasons in (("In training", history.skipped), ("In evaluation", asked)):
+        yield f"<p>{where}: {len(reasons) or 'none'}.</p>"
+        yield f"<ul>{''.join(f'<li>{html.escape(reason)}</li>' for reason in reasons)}</ul>" if reasons else ""
