@@ -83,5 +83,5 @@ class MLA(MegatronModule):
         k_rope = rotate(k_rope.unsqueeze(2), packed.cos, packed.sin).expand(-1, -1, self.heads, -1)
         q_bHsk = torch.cat((q_nope, q_rope), dim=-1).permute(1, 2, 0, 3)
         k_bHsk = torch.cat((k_nope, k_rope), dim=-1).permute(1, 2, 0, 3)
-        out = scaled_dot_product_attention(q_bHsk, k_bHsk, v.permute(1, 2, 0, 3), attn_mask=packed.may_attend)
+        out = scaled_dot_product_attention(q_bHsk, k_bHsk, v.permute(1, 2, 0, 3), attn_mask=packed.mask)
         return self.o_proj(out.permute(2, 0, 1, 3).reshape(s, b, -1))[0]

@@ -10,13 +10,13 @@ from torch import Tensor
 class Packed:
     """Travels through Megatron's TransformerBlock in the place of its PackedSeqParams.
 
-    may_attend: bool [b, 1, s, s], True where the query (row) sees the key (column).
+    mask: the model's dtype [b, 1, s, s], 0 where the query (row) sees the key (column), -inf elsewhere.
     cos, sin: [s, b, 1, rope/2], in the model's dtype.
     valid: bool [s, b], False on padding.
     loss_tokens: fp32 scalar, how many tokens of this micro-batch carry loss.
     """
 
-    may_attend: Tensor
+    mask: Tensor
     cos: Tensor
     sin: Tensor
     valid: Tensor
@@ -32,6 +32,11 @@ def visibility(document: Tensor, branch: Tensor) -> Tensor:
     causal = torch.ones(size, size, dtype=torch.bool, device=document.device).tril()
     itself = torch.eye(size, dtype=torch.bool, device=document.device)
     return ((same_document & same_branch & causal) | itself).unsqueeze(1)
+
+
+def additive(may_attend: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask to add to attention scores; made once a batch, where a boolean one would be converted in every layer."""
+    return torch.zeros(may_attend.shape, dtype=dtype, device=may_attend.device).masked_fill_(~may_attend, -torch.inf)
 
 
 def rotary(position: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

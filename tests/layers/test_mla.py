@@ -7,7 +7,7 @@ from transformers.models.longcat_flash.configuration_longcat_flash import Longca
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashMLA, LongcatFlashRotaryEmbedding
 
 from mmoe.layers.mla import MLA
-from mmoe.layers.packed import Packed, rotary, visibility
+from mmoe.layers.packed import Packed, additive, rotary, visibility
 
 B, S, D = 2, 12, small.BACKBONE.hidden_size
 
@@ -44,13 +44,12 @@ def test_output_and_gradients_equal_the_released_arithmetic(pair: tuple[MLA, Lon
     document = torch.ones(B, S, dtype=torch.int32)
     may_attend = visibility(document, torch.zeros_like(document))
     cos, sin = rotary(position, config.qk_rope_head_dim, small.BACKBONE.rope_theta, x.dtype)
-    packed = Packed(may_attend, cos, sin, (document > 0).t(), torch.tensor(1.0))
+    packed = Packed(additive(may_attend, x.dtype), cos, sin, (document > 0).t(), torch.tensor(1.0))
 
     mine = x.transpose(0, 1).contiguous().requires_grad_()
     y = ours(mine, packed)
     other = x.clone().requires_grad_()
-    mask = torch.zeros(B, 1, S, S).masked_fill(~may_attend, float("-inf"))
-    z = theirs(other, LongcatFlashRotaryEmbedding(config)(x, position), mask)[0]
+    z = theirs(other, LongcatFlashRotaryEmbedding(config)(x, position), packed.mask)[0]
     torch.testing.assert_close(y.transpose(0, 1), z, rtol=1e-5, atol=1e-5)
 
     weight = torch.randn(z.shape, generator=torch.Generator().manual_seed(2))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmoe.layers.config import LongcatConfig
 from mmoe.layers.norms import RMSNorm
-from mmoe.layers.packed import Packed, rotary, visibility
+from mmoe.layers.packed import Packed, additive, rotary, visibility
 from mmoe.layers.scmoe import layer_spec
 
 
@@ -41,7 +41,8 @@ class LongcatModel(LanguageModule):
         """Embeddings [s, b, D] through the layers and the final norm, [s, b, D]; ids int [b, s] as in a batch."""
         shape = self.config.backbone
         cos, sin = rotary(position, shape.qk_rope_head_dim, shape.rope_theta, hidden_sbD.dtype)
-        packed = Packed(visibility(document, branch), cos, sin, (document > 0).t(), loss_tokens)
+        mask = additive(visibility(document, branch), hidden_sbD.dtype)
+        packed = Packed(mask, cos, sin, (document > 0).t(), loss_tokens)
         return self.decoder(hidden_states=hidden_sbD, attention_mask=None, packed_seq_params=packed)
 
     def logits(self, hidden: Tensor) -> Tensor:
