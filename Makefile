@@ -1,5 +1,8 @@
 # Everything from a fresh clone. PYTHON=python3.12 chooses the other lane, with an environment of its own.
 
+ifeq ($(MAKECMDGOALS),test-latest)
+PYTHON ?= python3.12
+endif
 PYTHON ?= python3
 # A pyenv shim is found for every version but runs the chosen one only, so the command has to prove itself.
 PYENV := $(lastword $(wildcard $(HOME)/.pyenv/versions/$(patsubst python%,%,$(PYTHON))*/bin/python))
@@ -7,9 +10,8 @@ INTERPRETER := $(shell for p in $(PYTHON) $(PYENV); do "$$p" -c 'import sys; pri
 VERSION := $(shell "$(INTERPRETER)" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(VERSION))
 BIN := $(VENV)/bin
-export PYTHON_BIN := $(BIN)/python
+export PYTHON_BIN := $(CURDIR)/$(BIN)/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-export OMP_NUM_THREADS ?= 2
 
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
@@ -42,7 +44,7 @@ test: build ## checks, the short quickstart and every test that this machine can
 test-full: build ## every test, the long matrices among them
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-test-latest: build ## the short quickstart and the tests of the newest Megatron-Core's lane (PYTHON=python3.12)
+test-latest: build ## the short quickstart and the tests of the newest Megatron-Core's lane (Python 3.12)
 	@status=0; \
 	launch/quickstart.sh --short || status=1; \
 	$(BIN)/python -m pytest -m "latest and not slow" || status=1; \
