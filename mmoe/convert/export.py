@@ -1,0 +1,176 @@
+"""From a checkpoint to Hugging Face directories that need transformers alone."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+
+from mmoe.convert.families import longcat, multimodal
+from mmoe.convert.ship import ship
+from mmoe.errors import UserError
+from mmoe.recipe.load import dump_recipe
+from mmoe.recipe.schema import Recipe
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+KEPT_IN_FP32 = ("classifier.weight", "e_score_correction_bias")
+"""The router: it decides in fp32 whatever the rest of the model is stored in."""
+RECIPE = "mmoe_recipe.toml"
+
+Load = Callable[[Path], tuple[Recipe, Mapping[str, Tensor], Path]]
+
+
+def to_hf(checkpoint: Path, out: Path, dtype: str | None = None, load: Load | None = None) -> None:
+    """Write OUT/language, a ``LongcatFlashForCausalLM``, and OUT, the whole model with the code to run it.
+
+    A recipe without encoders is a language model alone, and OUT itself is the ``LongcatFlashForCausalLM``.
+
+    Args:
+        checkpoint: a checkpoint's folder.
+        out: the directory to write; it may exist only if it is empty or an earlier export.
+        dtype: ``fp32`` or ``bf16`` to convert to; None keeps the checkpoint's types. The router stays in fp32.
+        load: gives (recipe, state dict, path of tokenizer.json); :func:`mmoe.checkpoint.load.state_dict` if None.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or OUT holds something else.
+    """
+    if load is None:
+        from mmoe.checkpoint.load import state_dict
+
+        load = state_dict
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}", "--dtype", f"choose one of {', '.join(DTYPES)}")
+    recipe, state, tokenizer = load(checkpoint)
+    if out.exists() and not out.is_dir():
+        raise UserError("is a file", str(out), "name a directory")
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / RECIPE).is_file():
+            raise UserError("the directory is not empty", str(out), "name another one")
+        shutil.rmtree(out)
+    model, wanted = recipe.model, DTYPES[dtype] if dtype else None
+
+    language = out / "language" if model.encoders else out
+    language.mkdir(parents=True, exist_ok=True)
+    language_state = {name: tensor for name, tensor in state.items() if name.startswith("language.")}
+    names = longcat.table(model.backbone, model.moe, fused=False)
+    kept = _save(names.write(language_state), language, wanted)
+    config = longcat.to_config(model.backbone, model.moe, kept)
+    _write_json(language / "config.json", config)
+    _write_tokenizer(language, tokenizer, model.backbone.max_position)
+    (out / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
+    _write_readme(out, recipe)
+    if not model.encoders:
+        return
+
+    kept = _save(multimodal.table(model).write(state), out, wanted)
+    _write_json(out / "config.json", _whole_config(recipe, config, kept))
+    _write_tokenizer(out, tokenizer, model.backbone.max_position)
+    _write_processor(out, recipe)
+    ship(out)
+
+
+def _save(tensors: Mapping[str, Tensor], out: Path, dtype: torch.dtype | None) -> str:
+    """Write safetensors; returns the name of the weights' type."""
+    converted = {
+        name: (tensor if dtype is None else tensor.to(torch.float32 if name.endswith(KEPT_IN_FP32) else dtype))
+        for name, tensor in tensors.items()
+    }
+    # Copies: safetensors refuses the halves of one tensor, which share their memory.
+    save_torch_state_dict({name: tensor.cpu().clone() for name, tensor in converted.items()}, str(out))
+    stored = next(tensor.dtype for name, tensor in converted.items() if name.endswith("embed_tokens.weight"))
+    return str(stored).removeprefix("torch.")
+
+
+def _whole_config(recipe: Recipe, language: dict[str, Any], dtype: str) -> dict[str, Any]:
+    model = recipe.model
+    assert model.connector is not None
+    return {
+        "architectures": ["MmoeForConditionalGeneration"],
+        "model_type": "mmoe",
+        "auto_map": {
+            "AutoConfig": "configuration_mmoe.MmoeConfig",
+            "AutoModel": "modeling_mmoe.MmoeForConditionalGeneration",
+            "AutoModelForCausalLM": "modeling_mmoe.MmoeForConditionalGeneration",
+            "AutoModelForImageTextToText": "modeling_mmoe.MmoeForConditionalGeneration",
+        },
+        "dtype": dtype,
+        "text_config": language,
+        "encoders": [dataclasses.asdict(encoder) for encoder in model.encoders],
+        "connector": dataclasses.asdict(model.connector),
+        "image_token_id": 3,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def _write_tokenizer(out: Path, tokenizer: Path, longest: int) -> None:
+    shutil.copyfile(tokenizer, out / "tokenizer.json")
+    fields = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<pad>",
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "extra_special_tokens": ["<image>"],
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": longest,
+    }
+    _write_json(out / "tokenizer_config.json", fields)
+    _write_json(out / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+
+
+def _write_processor(out: Path, recipe: Recipe) -> None:
+    assert recipe.model.connector is not None
+    maps = {
+        "AutoImageProcessor": "processing_mmoe.MmoeImageProcessor",
+        "AutoProcessor": "processing_mmoe.MmoeProcessor",
+    }
+    image = {
+        "image_processor_type": "MmoeImageProcessor",
+        "image_size": recipe.model.encoders[0].image_size,
+        "auto_map": maps,
+    }
+    _write_json(out / "preprocessor_config.json", image | {"processor_class": "MmoeProcessor"})
+    tokens = recipe.model.connector.grid**2
+    _write_json(
+        out / "processor_config.json", {"processor_class": "MmoeProcessor", "auto_map": maps, "image_tokens": tokens}
+    )
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_readme(out: Path, recipe: Recipe) -> None:
+    template = WHOLE_README if recipe.model.encoders else LANGUAGE_README
+    title = f"# {recipe.name}\n\n{recipe.description}".rstrip()
+    (out / "README.md").write_text(f"---\nlibrary_name: transformers\n---\n{title}\n{template}", encoding="utf-8")
+
+
+WHOLE_README = """
+Trained with mmoe; `mmoe_recipe.toml` is the recipe. Needs transformers, torch, numpy and Pillow, nothing else.
+
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(".", trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(".", trust_remote_code=True)
+    inputs = processor(text="<image>how many zebras ?", images="picture.png")
+    ids = model.generate(**inputs, max_new_tokens=16)
+    print(processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+
+`language/` holds the language model alone: `LongcatFlashForCausalLM.from_pretrained("language")`.
+"""
+LANGUAGE_README = """
+Trained with mmoe; `mmoe_recipe.toml` is the recipe.
+
+    from transformers import AutoTokenizer, LongcatFlashForCausalLM
+
+    model, tokenizer = LongcatFlashForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+"""

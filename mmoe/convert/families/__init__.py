@@ -1,0 +1,1 @@
+"""One table of parameter names for each family of models."""

@@ -1,0 +1,159 @@
+"""LongCat-Flash as transformers' ``LongcatFlashForCausalLM`` stores it.
+
+The experts lie in one of two layouts: a tensor for each expert, as in published checkpoints and after
+``save_pretrained``, or ``fused``, transformers' parameters as they are. Both have gate and up projections for N+Z
+experts, the last Z of which no computation reads: they are written as zeros and never read.
+"""
+
+from typing import Any
+
+from mmoe.convert.mapping import Entry, Table
+from mmoe.errors import UserError
+from mmoe.recipe.schema import Backbone, MoE
+
+ATTENTION = (
+    "q_a_proj.weight",
+    "q_a_layernorm.weight",
+    "q_b_proj.weight",
+    "kv_a_proj_with_mqa.weight",
+    "kv_a_layernorm.weight",
+    "kv_b_proj.weight",
+    "o_proj.weight",
+)
+
+
+def table(backbone: Backbone, moe: MoE, *, fused: bool, prefix: str = "") -> Table:
+    """Names of the language model; ``prefix`` goes in front of theirs."""
+    entries = [
+        Entry("language.embedding.word_embeddings.weight", (f"{prefix}model.embed_tokens.weight",)),
+        Entry("language.decoder.final_layernorm.weight", (f"{prefix}model.norm.weight",)),
+        Entry("language.output_layer.weight", (f"{prefix}lm_head.weight",)),
+    ]
+    padding: dict[str, str] = {}
+    for layer in range(backbone.layers):
+        ours, theirs = f"language.decoder.layers.{layer}", f"{prefix}model.layers.{layer}"
+        for block in (0, 1):
+            entries += [
+                Entry(f"{ours}.attention.{block}.{name}", (f"{theirs}.self_attn.{block}.{name}",)) for name in ATTENTION
+            ]
+            entries += [
+                Entry(f"{ours}.{norm}.{block}.weight", (f"{theirs}.{norm}.{block}.weight",))
+                for norm in ("input_layernorm", "post_attention_layernorm")
+            ]
+            mlp = f"{theirs}.mlps.{block}"
+            gate_up = (f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight")
+            entries.append(Entry(f"{ours}.mlp.{block}.linear_fc1.weight", gate_up))
+            entries.append(Entry(f"{ours}.mlp.{block}.linear_fc2.weight", (f"{mlp}.down_proj.weight",)))
+        router = f"{theirs}.mlp.router"
+        entries.append(Entry(f"{ours}.moe.router.weight", (f"{router}.classifier.weight",)))
+        entries.append(Entry(f"{ours}.moe.router.e_score_correction_bias", (f"{router}.e_score_correction_bias",)))
+
+        experts = f"{theirs}.mlp.experts"
+        w1, w2 = f"{ours}.moe.experts.w1", f"{ours}.moe.experts.w2"
+        if fused:
+            entries.append(Entry(w1, (f"{experts}.gate_up_proj",), unused_rows=moe.zero_experts))
+            entries.append(Entry(w2, (f"{experts}.down_proj",)))
+            continue
+        halves = ("gate_proj.weight", "up_proj.weight")
+        entries.append(
+            Entry(w1, tuple(f"{experts}.{e}.{h}" for e in range(moe.experts) for h in halves), stacked=moe.experts)
+        )
+        entries.append(
+            Entry(w2, tuple(f"{experts}.{e}.down_proj.weight" for e in range(moe.experts)), stacked=moe.experts)
+        )
+        zero = range(moe.experts, moe.experts + moe.zero_experts)
+        padding |= {f"{experts}.{e}.{h}": f"{experts}.0.{h}" for e in zero for h in halves}
+    return Table(entries, padding)
+
+
+def to_config(backbone: Backbone, moe: MoE, dtype: str) -> dict[str, Any]:
+    """The fields of transformers' ``LongcatFlashConfig``, and those that vLLM reads besides."""
+    return {
+        "architectures": ["LongcatFlashForCausalLM"],
+        "model_type": "longcat_flash",
+        "dtype": dtype,
+        "vocab_size": backbone.vocab_size,
+        "hidden_size": backbone.hidden_size,
+        "num_layers": backbone.layers,
+        "num_attention_heads": backbone.heads,
+        "num_key_value_heads": backbone.heads,
+        "q_lora_rank": backbone.q_lora_rank,
+        "kv_lora_rank": backbone.kv_lora_rank,
+        "qk_nope_head_dim": backbone.qk_nope_head_dim,
+        "qk_rope_head_dim": backbone.qk_rope_head_dim,
+        "qk_head_dim": backbone.qk_nope_head_dim + backbone.qk_rope_head_dim,
+        "head_dim": backbone.qk_rope_head_dim,  # transformers builds the rotary frequencies from it
+        "v_head_dim": backbone.v_head_dim,
+        "ffn_hidden_size": backbone.ffn_hidden_size,
+        "expert_ffn_hidden_size": moe.expert_hidden_size,
+        "n_routed_experts": moe.experts,
+        "zero_expert_num": moe.zero_experts,
+        "zero_expert_type": "identity",
+        "moe_topk": moe.top_k,
+        "routed_scaling_factor": moe.routed_scaling_factor,
+        "router_bias": False,
+        "mla_scale_q_lora": True,
+        "mla_scale_kv_lora": True,
+        "attention_bias": False,
+        "attention_method": "MLA",
+        "hidden_act": "silu",
+        "max_position_embeddings": backbone.max_position,
+        "rope_parameters": {"rope_type": "default", "rope_theta": backbone.rope_theta},
+        "rope_theta": backbone.rope_theta,
+        "rms_norm_eps": backbone.norm_eps,
+        "initializer_range": backbone.init_std,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def from_config(config: dict[str, Any], where: str) -> tuple[Backbone, MoE]:
+    """The sizes in a ``config.json``; ``active_experts`` is what uniform routing gives, since the file does not say.
+
+    Raises:
+        UserError: another kind of model, a missing field, or a variant that is not supported.
+    """
+    if config.get("model_type") != "longcat_flash":
+        raise UserError(f"model_type is {config.get('model_type')!r}", where, "only longcat_flash models are read")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    for name, value, supported in (
+        ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
+        ("attention_bias", config.get("attention_bias", False), False),
+        ("router_bias", config.get("router_bias", False), False),
+        ("tie_word_embeddings", config.get("tie_word_embeddings", False), False),
+        ("hidden_act", config.get("hidden_act", "silu"), "silu"),
+        ("zero_expert_type", config.get("zero_expert_type", "identity"), "identity"),
+    ):
+        if value != supported:
+            raise UserError(f"{name} is {value!r}", where, f"only {supported!r} is supported")
+    try:
+        backbone = Backbone(
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            layers=config["num_layers"],
+            heads=config["num_attention_heads"],
+            q_lora_rank=config["q_lora_rank"],
+            kv_lora_rank=config["kv_lora_rank"],
+            qk_nope_head_dim=config["qk_nope_head_dim"],
+            qk_rope_head_dim=config["qk_rope_head_dim"],
+            v_head_dim=config["v_head_dim"],
+            ffn_hidden_size=config["ffn_hidden_size"],
+            max_position=config["max_position_embeddings"],
+            rope_theta=rope.get("rope_theta", config.get("rope_theta", 1e7)),
+            norm_eps=config.get("rms_norm_eps", 1e-5),
+            init_std=config.get("initializer_range", 0.02),
+        )
+        experts, zeros, top_k = config["n_routed_experts"], config["zero_expert_num"] or 0, config["moe_topk"]
+        moe = MoE(
+            experts=experts,
+            zero_experts=zeros,
+            top_k=top_k,
+            expert_hidden_size=config["expert_ffn_hidden_size"],
+            routed_scaling_factor=config["routed_scaling_factor"],
+            active_experts=top_k * experts / (experts + zeros),
+        )
+    except KeyError as error:
+        raise UserError(f"config.json lacks {error.args[0]}", where, "is it a whole export?") from None
+    return backbone, moe

@@ -1,0 +1,41 @@
+"""Configuration of an exported model: the language model's own, and the recipe's tables of encoders and connector."""
+
+from typing import Any
+
+from transformers import LongcatFlashConfig, PretrainedConfig
+
+
+class MmoeConfig(PretrainedConfig):
+    """Vision encoders and a connector in front of a LongCat-Flash language model.
+
+    Args:
+        text_config: the language model, or its fields.
+        encoders: fields of each encoder, in the order of the connector's inputs.
+        connector: fields of the connector; it makes ``grid``² tokens of an image.
+        image_token_id: the token whose embeddings the connector's rows replace.
+    """
+
+    model_type = "mmoe"
+    sub_configs = {"text_config": LongcatFlashConfig}  # noqa: RUF012  # pyright: ignore[reportAssignmentType]
+
+    def __init__(
+        self,
+        text_config: LongcatFlashConfig | dict[str, Any] | None = None,
+        encoders: list[dict[str, Any]] | None = None,
+        connector: dict[str, Any] | None = None,
+        image_token_id: int = 3,
+        **kwargs: Any,
+    ) -> None:
+        self.text_config = (
+            text_config if isinstance(text_config, LongcatFlashConfig) else LongcatFlashConfig(**(text_config or {}))
+        )
+        self.encoders = encoders or []
+        self.connector = connector
+        self.image_token_id = image_token_id
+        kwargs.setdefault("tie_word_embeddings", False)
+        super().__init__(**kwargs)
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of one image."""
+        return self.connector["grid"] ** 2 if self.connector else 0

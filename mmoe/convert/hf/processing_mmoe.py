@@ -1,0 +1,111 @@
+"""The exported model's processor: pictures to pixels, text with ``<image>`` placeholders to tokens, as in training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature, ImageProcessingMixin, ProcessorMixin
+
+from mmoe.data.pixels import preprocess
+
+IMAGE = "<image>"
+Picture = Image.Image | bytes | str | Path
+
+
+class MmoeImageProcessor(ImageProcessingMixin):
+    """Pictures (opened, encoded bytes, or paths) → ``pixel_values`` [n, 3, image_size, image_size] float32."""
+
+    model_input_names = ["pixel_values"]  # noqa: RUF012 - transformers' own protocol
+
+    def __init__(self, image_size: int = 64, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.image_size = image_size
+
+    def __call__(self, images: Picture | Sequence[Picture], return_tensors: str | None = "pt") -> BatchFeature:
+        pictures = [images] if isinstance(images, Picture) else list(images)
+        read = [Path(p).read_bytes() if isinstance(p, (str, Path)) else p for p in pictures]
+        size = self.image_size
+        pixels = np.stack([preprocess(p, size) for p in read]) if read else np.zeros((0, 3, size, size), np.float32)
+        return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
+
+
+class MmoeProcessor(ProcessorMixin):
+    """``processor(text=…, images=…)`` → input_ids, attention_mask and pixel_values.
+
+    Every ``<image>`` in the texts stands for the next picture and becomes ``image_tokens`` tokens; ``<bos>`` goes in
+    front. Each stretch of text between placeholders is tokenised by itself, and the names of special tokens in it are
+    plain text. Shorter rows are padded on the left, where generation needs it.
+
+    Args:
+        image_processor, tokenizer: as loaded.
+        image_tokens: tokens of one image.
+    """
+
+    attributes = ["image_processor", "tokenizer"]  # noqa: RUF012
+    image_processor_class = "AutoImageProcessor"
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(self, image_processor: Any, tokenizer: Any, image_tokens: int = 16, **kwargs: Any) -> None:
+        super().__init__(image_processor, tokenizer, **kwargs)
+        self.image_tokens = image_tokens
+
+    def __call__(
+        self,
+        images: Picture | Sequence[Any] | None = None,
+        text: str | Sequence[str] | None = None,
+        return_tensors: str | None = "pt",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """``images``: one picture, all of them in order, or a list for each text.
+
+        Raises:
+            ValueError: no text, or another number of pictures than of placeholders.
+        """
+        if text is None:
+            raise ValueError(f"give a text; {IMAGE} in it stands for a picture")
+        if kwargs:
+            raise ValueError(f"unknown arguments: {', '.join(kwargs)}")
+        texts = [text] if isinstance(text, str) else list(text)
+        pictures = _flat(images)
+        wanted = sum(t.count(IMAGE) for t in texts)
+        if len(pictures) != wanted:
+            raise ValueError(f"{len(pictures)} pictures for {wanted} {IMAGE} placeholders in the text")
+        rows = [self._tokens(t) for t in texts]
+        longest = max(map(len, rows), default=0)
+        pad = self.tokenizer.pad_token_id
+        data: dict[str, Any] = {
+            "input_ids": np.array([[pad] * (longest - len(r)) + r for r in rows], np.int64),
+            "attention_mask": np.array([[0] * (longest - len(r)) + [1] * len(r) for r in rows], np.int64),
+        }
+        if pictures:
+            data |= self.image_processor(pictures, return_tensors="np")
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _tokens(self, text: str) -> list[int]:
+        image = self.tokenizer.convert_tokens_to_ids(IMAGE)
+        ids = [self.tokenizer.bos_token_id]
+        for number, piece in enumerate(text.split(IMAGE)):
+            ids += [image] * self.image_tokens if number else []
+            ids += self.tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=True) if piece else []
+        return ids
+
+    def batch_decode(self, ids: torch.Tensor | Sequence[Sequence[int]], **kwargs: Any) -> list[str]:
+        return self.tokenizer.batch_decode(ids, **kwargs)
+
+    def decode(self, ids: torch.Tensor | Sequence[int], **kwargs: Any) -> str:
+        return self.tokenizer.decode(ids, **kwargs)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+
+def _flat(images: Picture | Sequence[Any] | None) -> list[Picture]:
+    if images is None:
+        return []
+    if isinstance(images, Picture):
+        return [images]
+    return [picture for item in images for picture in _flat(item)]
