@@ -1,10 +1,10 @@
 """Where a checkpoint's files lie, and how one knows that they are whole.
 
-    DIR/checkpoints/latest                      the name of the newest whole checkpoint
-    DIR/checkpoints/step_00000100/state/        Megatron's torch_dist: weights, controller, optimizer, random states
-                                 /progress.json step, position in the data stream, counters
-                                 /recipe.toml, tokenizer.json
-                                 /manifest.json size and SHA-256 of every other file
+DIR/checkpoints/latest                      the name of the newest whole checkpoint
+DIR/checkpoints/step_00000100/state/        Megatron's torch_dist: weights, controller, optimizer, random states
+                             /progress.json step, position in the data stream, counters
+                             /recipe.toml, tokenizer.json
+                             /manifest.json size and SHA-256 of every other file
 """
 
 import hashlib
