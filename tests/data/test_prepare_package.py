@@ -86,9 +86,9 @@ def test_package_lists_of_its_own_are_fetched_where_the_machine_has_none(command
     ]
 
 
-def test_another_package_is_refused_and_deleted(commands: Path, tmp_path: Path) -> None:
+def test_another_package_is_refused(commands: Path, tmp_path: Path) -> None:
     command(commands, "apt-get", "echo other > made-stamps_2-1_all.deb")
-    with pytest.raises(UserError, match=r"checksum of made-stamps is .*put version 1-1 of Debian's package there"):
+    with pytest.raises(UserError, match=r"checksum of made-stamps_2-1_all\.deb is .*: copy made-stamps 1-1"):
         fetch_stamps(card(package()), tmp_path / "cache")
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
@@ -125,6 +125,16 @@ def test_a_broken_package_leaves_nothing_behind(commands: Path, tmp_path: Path) 
     with pytest.raises(UserError, match="dpkg-deb failed"):
         fetch_stamps(card(content), cache)
     assert sorted(path.name for path in cache.iterdir()) == ["made-stamps_1-1.deb"]
+
+
+def test_an_altered_package_in_the_cache_is_named_and_left_to_the_user(commands: Path, tmp_path: Path) -> None:
+    given = tmp_path / "cache" / "made-stamps_1-1.deb"
+    given.parent.mkdir()
+    given.write_bytes(package()[:-1])
+    with pytest.raises(UserError, match=r"checksum of made-stamps_1-1\.deb") as error:
+        fetch_stamps(card(package()), given.parent)
+    assert error.value.where == str(given)
+    assert [path.name for path in given.parent.iterdir()] == [given.name]
 
 
 def test_the_cache_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

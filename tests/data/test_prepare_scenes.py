@@ -163,6 +163,7 @@ def test_no_answer_is_favoured(scenes: list[Sample]) -> None:
         counter = Counter(branch["answer"] for _, branch in found)
         assert max(counter.values()) - min(counter.values()) <= 16, task
         assert max(counter.values()) / len(found) < 1.1 / len(counter), task
+        assert set(counter) == set(found[0][1]["choices"]), task
 
 
 def test_a_count_is_independent_of_the_total(catalogue, maker: SceneMaker) -> None:

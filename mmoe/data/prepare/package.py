@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -38,36 +39,40 @@ def fetch_stamps(card: dict[str, Any], cache: Path | None = None) -> Path:
     cache = cache or cache_folder()
     target = cache / f"{package['name']}-{package['sha256'][:12]}"
     if not target.is_dir():
-        deb = cache / f"{package['name']}_{package['version']}.deb"
         cache.mkdir(parents=True, exist_ok=True)
-        if not deb.is_file():
-            _download(package, deb)
-        found = sha256(deb)
-        if found != package["sha256"]:
-            deb.unlink()
-            raise UserError(
-                f"checksum of {package['name']} is {found[:12]}…, expected {package['sha256'][:12]}…",
-                str(deb),
-                f"the file is deleted; put version {package['version']} of Debian's package there",
-            )
-        _unpack(deb, target)
-        deb.unlink()
+        # In a folder of its own: an interrupted run leaves nothing, two at a time do not meet.
+        with tempfile.TemporaryDirectory(prefix=".stamps-", dir=cache) as work:
+            _fetch(package, cache, Path(work), target)
     return target / package["folder"]
 
 
-def _download(package: dict[str, Any], deb: Path) -> None:
-    """``apt-get download`` to ``deb``; with own package lists if the machine's know nothing of the package."""
-    offline = f"copy {package['name']} {package['version']} (a .deb, {package['sha256'][:12]}…) to {deb}"
+def _fetch(package: dict[str, Any], cache: Path, work: Path, target: Path) -> None:
+    """Get the package, check it, and unpack it to ``target``."""
+    # A package that the user put here, as the messages below advise, goes before a download.
+    given = cache / f"{package['name']}_{package['version']}.deb"
+    offline = f"copy {package['name']} {package['version']} (a .deb, {package['sha256'][:12]}…) to {given}"
+    deb = given if given.is_file() else _download(package, work, offline)
+    found = sha256(deb)
+    if found != package["sha256"]:
+        raise UserError(
+            f"checksum of {deb.name} is {found[:12]}…, expected {package['sha256'][:12]}…",
+            "another version of the package" if deb != given else str(given),
+            offline,
+        )
+    _unpack(deb, work / "unpacked")
+    if not target.exists():
+        (work / "unpacked").rename(target)
+    given.unlink(missing_ok=True)
+
+
+def _download(package: dict[str, Any], work: Path, offline: str) -> Path:
+    """``apt-get download``; with own package lists if the machine's know nothing of the package."""
     apt = shutil.which("apt-get")
     if apt is None:
         raise UserError("the stamps come as a Debian package, and there is no apt-get", "", offline)
-    work = deb.with_suffix(".download")
-    lists = work / "lists" / "partial"
-    archives = work / "archives" / "partial"
-    shutil.rmtree(work, ignore_errors=True)
-    lists.mkdir(parents=True)
-    archives.mkdir(parents=True)
-    own = [f"-oDir::State::Lists={lists.parent}", f"-oDir::Cache={work}", "-oDebug::NoLocking=1"]
+    for folder in ("lists", "archives"):
+        (work / folder / "partial").mkdir(parents=True)
+    own = [f"-oDir::State::Lists={work / 'lists'}", f"-oDir::Cache={work}", "-oDebug::NoLocking=1"]
     # The pinned version first; any other version fails on its checksum with a message that says so.
     wanted = f"{package['name']}={package['version']}"
     attempts: list[list[list[str]]] = [
@@ -82,29 +87,23 @@ def _download(package: dict[str, Any], deb: Path) -> None:
             error = next((line for line in done.stderr.splitlines() if line.startswith(("E:", "W: Failed"))), error)
         found = sorted(work.glob("*.deb"))
         if found:
-            found[0].replace(deb)
-            shutil.rmtree(work)
-            return
-    shutil.rmtree(work)
+            return found[0]
     raise UserError(f"cannot download {package['name']}", error, f"check the network, or {offline}")
 
 
-def _unpack(deb: Path, target: Path) -> None:
+def _unpack(deb: Path, folder: Path) -> None:
     """Unpack pictures, captions and the copyright notice; the package's sounds are three quarters of it."""
     dpkg = shutil.which("dpkg-deb")
     if dpkg is None:
         raise UserError("cannot unpack a .deb without dpkg-deb", str(deb), "install dpkg")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with subprocess.Popen([dpkg, "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         with tarfile.open(fileobj=process.stdout, mode="r|") as tar:
             for member in tar:
                 content = tar.extractfile(member) if member.name.endswith(WANTED) else None
                 if content is not None:
-                    path = partial / member.name
+                    path = folder / member.name
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(content.read())
     if process.returncode:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError("dpkg-deb failed", str(deb), "delete the file and try again")
-    partial.rename(target)
+        raise UserError("dpkg-deb failed", str(deb), "see its message above; is the disk full?")

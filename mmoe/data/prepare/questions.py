@@ -49,8 +49,8 @@ def caption(label: str, labels: Sequence[str]) -> Branch:
     return ask("caption", "what is this ?", label, labels)
 
 
-def total(number: int, task: str = "total") -> Branch:
-    return ask(task, "how many things ?", number, range(1, MOST + 1))
+def total(number: int, task: str = "total", least: int = 1) -> Branch:
+    return ask(task, "how many things ?", number, range(least, MOST + 1))
 
 
 def count(plural: str, number: int) -> Branch:

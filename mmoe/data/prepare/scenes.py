@@ -180,7 +180,7 @@ class SceneMaker:
         a, b = self._labels(rng, 2)
         some = rng.randint(1, number - 1)
         text = questions.problem({a: some, b: number - some}, self.plurals)
-        return [], [], [questions.total(number, "sum")], [{"text": text}]
+        return [], [], [questions.total(number, "sum", least=2)], [{"text": text}]
 
 
 def _far(a: Placed, b: Placed) -> float:
