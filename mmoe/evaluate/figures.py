@@ -110,6 +110,12 @@ def draw_zero_share(axes: Axes, run: History) -> None:
     axes.set_title("Selections that went to zero experts")
 
 
+def draw_busiest(axes: Axes, run: History) -> None:
+    _line(axes, run, "expert_load_max", BLUE)
+    axes.set_ylim(0, None)
+    axes.set_title("Busiest FFN expert's load, even share = 1")
+
+
 def draw_load(axes: Axes, run: History) -> None:
     """Rows: the experts, layer under layer; columns: time; colour: share of the layer's selections."""
     steps, loads = run.loads()
@@ -209,15 +215,14 @@ def draw_example(axes: Axes, example: dict[str, Any]) -> None:
     axes.text(0, -0.05 - 0.117 * len(question), answer, color=GREEN if right else RED, fontweight="bold", **place)
 
 
-def svg(draw: Callable[[Axes, History], None], run: History, width: float, height: float) -> str:
-    """One drawing as an `<svg>` element; ``width`` and ``height`` in inches."""
+def svg(draw: Callable[[Axes, History], None], run: History, width: float, height: float) -> bytes:
+    """One drawing as an SVG file; ``width`` and ``height`` in inches."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.add_subplot(), run)
-        file = io.StringIO()
+        file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
-    text = file.getvalue()
-    return text[text.index("<svg") :]
+    return file.getvalue()
 
 
 def summary(run: History, headline: str, facts: str, examples: list[dict[str, Any]]) -> bytes:

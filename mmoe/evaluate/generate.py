@@ -90,9 +90,7 @@ def _from_checkpoint(
     return model.tokenizer.decode(ids[start:]).strip()
 
 
-def _from_export(
-    path: Path, prompt: str, pictures: list[bytes], max_tokens: int, temperature: float, seed: int
-) -> str:
+def _from_export(path: Path, prompt: str, pictures: list[bytes], max_tokens: int, temperature: float, seed: int) -> str:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

@@ -1,5 +1,6 @@
 """`mmoe report DIR`: the run as one page, report.html, and as one picture, report.png."""
 
+import base64
 import html
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,15 +23,16 @@ p { max-width: 46rem; } .muted { color: var(--muted); }
 .facts { display: flex; flex-wrap: wrap; gap: 0.5rem 2.5rem; margin: 1.5rem 0 0; }
 .facts div { min-width: 6rem; } .facts dt { color: var(--muted); font-size: 0.8rem; }
 .facts dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(28rem, 1fr)); gap: 1.5rem 2rem; }
-.panels svg { width: 100%; height: auto; } .wide { grid-column: 1 / -1; }
+.panels { display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem 2rem; }
+.panels img { display: block; width: 100%; min-width: 0; } .wide { grid-column: 1 / 3; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.4rem 0.9rem 0.4rem 0; border-bottom: 1px solid var(--rule); text-align: right;
   white-space: nowrap; }
 th { color: var(--muted); font-weight: 500; font-size: 0.85rem; }
 th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; }
-.examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(12.5rem, 1fr)); gap: 1.5rem; }
+.examples { display: grid; grid-template-columns: 1fr 1fr 1fr 1fr; gap: 1.5rem; }
+@media (max-width: 50rem) { .panels, .examples { grid-template-columns: 1fr; } .wide { grid-column: auto; } }
 .examples figure { margin: 0; } .examples img { height: 9rem; max-width: 100%; object-fit: contain;
   object-position: left; image-rendering: pixelated; }
 figcaption { font-size: 0.9rem; line-height: 1.35; } figcaption span { display: block; }
@@ -38,14 +40,16 @@ figcaption { font-size: 0.9rem; line-height: 1.35; } figcaption span { display: 
 pre { padding: 1rem; overflow-x: auto; border: 1px solid var(--rule); font-size: 0.8rem; line-height: 1.45; }
 """
 
+_HALF, _WIDE = ("half", 5.8, 3.1), ("wide", 12.0, 3.9)
 _PANELS = [
-    (figures.draw_loss, False),
-    (figures.draw_accuracy, False),
-    (figures.draw_active, False),
-    (figures.draw_zero_share, False),
-    (figures.draw_gradient, False),
-    (figures.draw_rate, False),
-    (figures.draw_load, True),
+    (figures.draw_loss, _HALF),
+    (figures.draw_active, _HALF),
+    (figures.draw_accuracy, _WIDE),
+    (figures.draw_zero_share, _HALF),
+    (figures.draw_busiest, _HALF),
+    (figures.draw_load, _WIDE),
+    (figures.draw_gradient, _HALF),
+    (figures.draw_rate, _HALF),
 ]
 
 
@@ -67,9 +71,13 @@ def write(run: Path) -> None:
     print(f"{run / 'report.html'}\n{run / 'report.png'}")
 
 
+def _order(history: History) -> list[str]:
+    """The evaluations: with pictures before blank ones, `test` before the others."""
+    return sorted(history.evaluations, key=lambda name: (history.evaluations[name]["blank"], name != "test", name))
+
+
 def _examples(history: History) -> list[dict[str, Any]]:
-    order = sorted(history.evaluations, key=lambda name: (name != "test", name))
-    seen = [history.evaluations[name] for name in order if not history.evaluations[name]["blank"]]
+    seen = [history.evaluations[name] for name in _order(history) if not history.evaluations[name]["blank"]]
     return next((result["examples"][:EXAMPLES] for result in seen if result["examples"]), [])
 
 
@@ -96,12 +104,13 @@ def _page(history: History, facts: dict[str, str], examples: list[dict[str, Any]
     yield '<dl class="facts">'
     yield from (f"<div><dt>{html.escape(fact)}</dt><dd>{value}</dd></div>" for fact, value in facts.items())
     yield '</dl>\n<h2>Curves</h2>\n<div class="panels">'
-    for draw, wide in _PANELS:
-        size, kind = ((12.0, 3.4), "wide") if wide else ((5.8, 3.3), "half")
-        yield f'<div class="{kind}">{figures.svg(draw, history, *size)}</div>'
+    for draw, (kind, width, height) in _PANELS:
+        # A file of its own: inline, the identifiers of one drawing would be those of the next.
+        drawing = base64.b64encode(figures.svg(draw, history, width, height)).decode()
+        yield f'<img class="{kind}" alt="{draw.__name__}" src="data:image/svg+xml;base64,{drawing}">'
     yield "</div>"
-    for split, result in history.evaluations.items():
-        yield from _table(split, result)
+    for split in _order(history):
+        yield from _table(split, history.evaluations[split])
     yield "<h2>Answers</h2>"
     yield '<p class="muted">Of each task in turn the first question about a picture not yet shown; none is chosen.</p>'
     yield '<div class="examples">'

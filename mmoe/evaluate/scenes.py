@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -237,7 +238,7 @@ def summarise(answered: Sequence[Question]) -> dict[str, dict[str, Any]]:
         by_text, by_place = majority_share(texts), majority_share(places)
         fixed = len({tuple(question.choices) for question in mine}) == 1
         constant = (
-            repr(max(sorted(set(texts)), key=texts.count))
+            repr(max(sorted(set(texts)), key=texts.count).strip())
             if fixed or by_text >= by_place
             else f"choice {max(sorted(set(places)), key=places.count) + 1}"
         )
@@ -298,9 +299,9 @@ def _example(question: Question, images: Sequence[bytes]) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> Table:
     """The result as a table, every task a row; shares in percent."""
-    made = Table()
+    made = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("task", "n", "accuracy", "95% interval", "chance", "majority", "majority answer"):
-        made.add_column(name, justify="left" if name in ("task", "majority answer") else "right")
+        made.add_column(name, justify="left" if name in ("task", "majority answer") else "right", no_wrap=True)
     for task, row in result["tasks"].items():
         interval = f"{row['low']:.1%} – {row['high']:.1%}"
         shares = [f"{row[name]:.1%}" for name in ("chance", "majority")]
