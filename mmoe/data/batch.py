@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from mmoe.data.document import BadSample, Document, tokenize
 from mmoe.data.image import Decoder
 from mmoe.data.pack import assemble
-from mmoe.data.source import Encoded, Source
+from mmoe.data.source import Encoded
 from mmoe.errors import UserError
 
 Batch = dict[str, Any]
@@ -99,37 +99,3 @@ def batches_from_documents(
         tokens, images = tokens + length, images + pictures
     if rows[-1]:
         yield collate(rows, sequence_length, decoder)[0]
-
-
-def evaluation_batches(
-    source: Source,
-    tokenizer: Tokenizer,
-    *,
-    decoder: Decoder,
-    image_tokens: int,
-    sequence_length: int,
-    packs: int,
-    images_per_pack: int,
-) -> Iterator[Batch]:
-    """A data set once, in its own order. An unreadable sample has no tokens; the next batch names it in ``skipped``.
-
-    Raises:
-        UserError: a sample fits in no pack.
-    """
-    unreadable: list[str] = []
-
-    def documents() -> Iterator[Illustrated]:
-        for number in range(len(source)):
-            key = source.key(number)
-            try:
-                yield illustrate(source.read(number), tokenizer, image_tokens, key)
-            except BadSample as error:
-                unreadable.append(f"{key}: {error}")
-
-    batches = batches_from_documents(
-        documents(), decoder=decoder, sequence_length=sequence_length, packs=packs, images_per_pack=images_per_pack
-    )
-    for batch in batches:
-        batch["skipped"] += unreadable
-        unreadable.clear()
-        yield batch

@@ -40,7 +40,7 @@ class Loader:
 
     Args:
         data: the recipe's table.
-        image_tokens: tokens that an image takes.
+        image_tokens: tokens that an image takes; 0 for a model without encoders.
         image_size: side that images are resized to, pixels.
         micro_batch: packs in a micro-batch.
         global_batch: packs in a step, over all ranks.
@@ -95,6 +95,12 @@ class Loader:
             sequence_length=data.sequence_length,
             images_per_pack=data.images_per_pack,
         )
+        if not image_tokens and any(lengths.images.any() for lengths in self._planner.lengths):
+            raise UserError(
+                "the data has images, but the model has no encoder",
+                f"data.mixture = {data.mixture}",
+                "add an encoder and a connector, or choose a mixture of text alone",
+            )
         self._stream = self._fingerprint()
         self._position, self._taken = self._start(state), 0
         decoder = Decoder(image_size, data.workers, data.max_pixels, device)

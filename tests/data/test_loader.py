@@ -163,6 +163,25 @@ def test_the_batch_must_divide(root):
         loader(root, ranks=3)
 
 
+def test_a_model_without_encoders_reads_text_alone(root, tmp_path):
+    texts = [Sample(f"text-{i}", record(0, "a text alone . " * (i % 5)), []) for i in range(20)]
+    write_set(tmp_path, "text", texts)
+    mixture = write_mixture(tmp_path, text=1)
+    with Loader(
+        data(tmp_path, mixture=mixture, images_per_pack=0),
+        image_tokens=0,
+        image_size=0,
+        micro_batch=1,
+        global_batch=1,
+        seed=0,
+    ) as source:
+        batch = next(source)
+    assert batch["images"].shape == (0, 3, 0, 0)
+    assert batch["loss_mask"].any()
+    with pytest.raises(UserError, match="no encoder"):
+        Loader(data(root), image_tokens=0, image_size=0, micro_batch=1, global_batch=1, seed=0)
+
+
 def test_another_tokenizer_is_refused(tmp_path):
     write_set(tmp_path, "a", varied(5))
     path = tmp_path / "tokenizer.json"
