@@ -27,8 +27,13 @@ esac
 ranks=$(($(nproc) > 1 ? 2 : 1))
 settings+=("data.root=$data" "parallel.expert=$ranks")
 
+if ! command -v "$PYTHON_BIN" > /dev/null; then
+    echo "quickstart.sh: no Python at $PYTHON_BIN: run \`make build\`, or name one with PYTHON_BIN" >&2
+    exit 2
+fi
+
 mmoe() { "$PYTHON_BIN" -m mmoe "$@"; }
-# Newer than all of the files that follow it, so that nothing has to be made again.
+# up_to_date PRODUCT SOURCE…   the product is there and none of its sources is newer.
 up_to_date() {
     local product=$1 source
     [[ -e $product ]] || return 1
@@ -47,7 +52,15 @@ skip() { echo "── $1: up to date"; }
 
 part "data: stamps" mmoe data prepare stamps "$data"
 part "data: scenes" mmoe data prepare scenes "$data" "${scenes[@]}"
-part "train on $ranks rank(s)" launch/torchrun.sh "$ranks" train quickstart --out "$run" --resume --set "${settings[@]}"
+# The resolved recipe is what the run directory holds; it names the last step.
+recipe=$(mmoe recipes quickstart --set "${settings[@]}")
+last=$(printf "step_%08d" "$(sed -n 's/^steps = //p' <<< "$recipe")")
+if [[ -e $run/recipe.toml && -e $run/checkpoints/$last && $recipe == "$(< "$run/recipe.toml")" ]]; then
+    skip "train"
+else
+    part "train on $ranks rank(s)" \
+        launch/torchrun.sh "$ranks" train quickstart --out "$run" --resume --set "${settings[@]}"
+fi
 
 checkpoint=$run/checkpoints/$(< "$run/checkpoints/latest")
 evaluate() { # NAME SPLIT OPTIONS…
@@ -68,8 +81,9 @@ else
     part "export to $run/hf" mmoe convert to-hf "$checkpoint" "$run/hf"
 fi
 
-picture=$run/heldout.png
-"$PYTHON_BIN" - "$data/scenes/heldout" "$picture" << 'PYTHON'
+picture=$run/heldout.png answer=$run/answer.txt question="what is this ?"
+ask() {
+    "$PYTHON_BIN" - "$data/scenes/heldout" "$picture" << 'PYTHON'
 import sys
 from pathlib import Path
 
@@ -78,10 +92,16 @@ from mmoe.data.source import Source
 data = Source(Path(sys.argv[1]), "scenes/heldout")
 sample = next(s for s in map(data.read, range(len(data))) if s.record["category"] == "caption")
 Path(sys.argv[2]).write_bytes(sample.images[0])
-print(f"   {sys.argv[2]} shows:{sample.record['branches'][0]['answer']}")
+print(f"truth: {sample.record['branches'][0]['answer'].strip()}")
 PYTHON
-question="what is this ?"
-part "the export answers: $question" mmoe generate "$run/hf" --prompt "$question" --image "$picture"
+    mmoe generate "$run/hf" --prompt "$question" --image "$picture" > "$answer"
+    echo "answer: $(< "$answer")"
+}
+if up_to_date "$answer" "$run/hf/config.json"; then
+    skip "answer of the export"
+else
+    part "the export is asked about $picture: $question" ask
+fi
 
 report=$run/report.html
 if up_to_date "$report" "$run/metrics.jsonl" "$run"/evaluation/*.json; then

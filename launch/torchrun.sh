@@ -13,7 +13,7 @@ fi
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON_BIN:-$here/../.venv/bin/python}
 if ! command -v "$python" > /dev/null; then
-    echo "torchrun.sh: no Python at $python: run \`make install\`, or name one with PYTHON_BIN" >&2
+    echo "torchrun.sh: no Python at $python: run \`make build\`, or name one with PYTHON_BIN" >&2
     exit 2
 fi
 threads=$(($(nproc) / $1))

@@ -256,7 +256,7 @@ def _lint(options: argparse.Namespace) -> None:
     _print_findings(lint(options.path), str(options.path), "findings")
 
 
-def _print_findings(findings: list[str], where: str, kind: str) -> None:
+def _print_findings(findings: Sequence[object], where: str, kind: str) -> None:
     for finding in findings:
         print(finding)
     if findings:
