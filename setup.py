@@ -133,8 +133,7 @@ def sources(*patterns: str) -> list[str]:
 
 
 operators = sources("csrc/bindings.cpp", "csrc/*/*_cpu.cpp", *(["csrc/*/*_cuda.cu"] if find_nvcc() else []))
-host = sources("csrc/host/*.cpp")
 setup(
-    ext_modules=[Extension(OPERATORS, operators), *([Extension(HOST, host)] if host else [])],
+    ext_modules=[Extension(OPERATORS, operators), Extension(HOST, sources("csrc/host/*.cpp"))],
     cmdclass={"build_ext": NinjaBuild, "build_py": BuildWithCards},
 )
