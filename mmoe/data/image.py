@@ -19,7 +19,7 @@ from torch import Tensor
 from mmoe.data.pixels import MAX_PIXELS, MEAN, SCALE, BadImage, canonical, open_image, to_rgb
 
 LARGEST_BATCH = 64
-"""Images in one run of the pipeline; longer lists are split, which bounds DALI's buffers."""
+"""Images in one run of the pipeline, which holds all of them decoded; ``max_pixels`` bounds their sum too."""
 
 
 class Decoder:
@@ -53,28 +53,36 @@ class Decoder:
             image all zeros; and why each bad image is bad, by its index.
         """
         bad: dict[int, str] = {}
-        encoded: dict[int, bytes] = {}
-        for i, image in enumerate(images):
-            try:
-                encoded[i] = canonical(image, self.max_pixels)
-            except BadImage as error:
-                bad[i] = str(error)
         shape = (len(images), 3, self.image_size, self.image_size)
         out = torch.zeros(shape, dtype=torch.float32, device=self._cuda)
-        indices = list(encoded)
+        run: dict[int, bytes] = {}
+        pixels = 0
         # A thread of its own begins on device 0.
         with torch.cuda.device(self._cuda) if self._cuda else nullcontext():
-            for start in range(0, len(indices), LARGEST_BATCH):
-                self._decode(encoded, indices[start : start + LARGEST_BATCH], out, bad)
+            for i, data in enumerate(images):
+                try:
+                    image = open_image(data, self.max_pixels)
+                    encoded = canonical(image, data)
+                except BadImage as error:
+                    bad[i] = str(error)
+                    continue
+                size = image.width * image.height
+                if len(run) == LARGEST_BATCH or pixels + size > self.max_pixels:
+                    self._decode(run, list(run), out, bad)
+                    run, pixels = {}, 0
+                run[i] = encoded
+                pixels += size
+            if run:
+                self._decode(run, list(run), out, bad)
         return out, bad
 
     def _decode(self, encoded: dict[int, bytes], indices: list[int], out: Tensor, bad: dict[int, str]) -> None:
         try:
             pixels = self._run([encoded[i] for i in indices])
-        except RuntimeError:
+        except RuntimeError as error:
             self._pipeline = self._build()  # a pipeline is not valid after an error
             if len(indices) == 1:
-                bad[indices[0]] = _why(encoded[indices[0]])
+                bad[indices[0]] = _why(encoded[indices[0]], error)
                 return
             half = len(indices) // 2
             self._decode(encoded, indices[:half], out, bad)
@@ -120,10 +128,10 @@ class Decoder:
         return pipeline
 
 
-def _why(image: bytes) -> str:
-    """Pillow's reason for what DALI only numbers."""
+def _why(image: bytes, error: RuntimeError) -> str:
+    """Pillow's reason, which says more than DALI's; DALI's own where Pillow has none."""
     try:
         to_rgb(open_image(image, sys.maxsize))
-    except BadImage as error:
-        return str(error)
-    return "corrupt image: DALI cannot decode it"
+    except BadImage as reason:
+        return str(reason)
+    return f"DALI cannot decode it: {' '.join(str(error).split())[-200:]}"

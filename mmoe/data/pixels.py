@@ -103,14 +103,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise BadImage(f"corrupt image: {error}") from None
 
 
-def canonical(data: bytes, max_pixels: int = MAX_PIXELS) -> bytes:
+def canonical(image: Image.Image, data: bytes) -> bytes:
     """The same picture in a form that every decoder reads alike: ``data`` itself where it is plain, else an
     uncompressed RGB PNG of :func:`to_rgb`.
 
+    Args:
+        image: ``data``, opened.
+
     Raises:
-        BadImage: see :func:`open_image` and :func:`to_rgb`. A plain picture's pixels are not looked at.
+        BadImage: see :func:`to_rgb`. A plain picture's pixels are not looked at.
     """
-    image = open_image(data, max_pixels)
     if is_plain(image, data):
         return data
     out = io.BytesIO()

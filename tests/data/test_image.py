@@ -116,6 +116,17 @@ def test_lists_of_any_length(decoder):
     assert decoder([])[0].shape == (0, 3, SIZE, SIZE)
 
 
+def test_the_pixels_decoded_at_once_are_bounded(monkeypatch):
+    small = Decoder(SIZE, max_pixels=1000)
+    runs, run = [], small._run
+    monkeypatch.setattr(small, "_run", lambda images: runs.append(len(images)) or run(images))
+    shapes = [(10, 40), (10, 40), (10, 40), (20, 50), (5, 5), (10, 20), (10, 70), (10, 9)]
+    pixels, bad = small([encode(picture(i, *shape)) for i, shape in enumerate(shapes)])
+    assert runs == [2, 1, 1, 3, 1]
+    assert bad == {}
+    assert all(image.any() for image in pixels)
+
+
 def test_results_are_not_overwritten_by_the_next_run(decoder):
     first, _ = decoder([encode(picture(1))])
     before = first.clone()
