@@ -55,15 +55,16 @@ def verify(checkpoint: Path) -> None:
     fix = "restore the file, or use an older checkpoint beside this one"
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        entries = [(name, entry["bytes"], entry["sha256"]) for name, entry in files.items()]
     except FileNotFoundError:
         raise UserError(f"checkpoint without {MANIFEST}", str(checkpoint), fix) from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"unreadable {MANIFEST}", str(checkpoint), fix) from None
-    for name, entry in files.items():
+    for name, size, digest in entries:
         path = checkpoint / name
         if not path.is_file():
             raise UserError(f"checkpoint lacks {name}", str(checkpoint), fix)
-        if path.stat().st_size != entry["bytes"] or _digest(path) != entry["sha256"]:
+        if path.stat().st_size != size or _digest(path) != digest:
             raise UserError(f"{name} was altered since it was saved", str(checkpoint), fix)
 
 

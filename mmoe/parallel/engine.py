@@ -225,13 +225,18 @@ def _sharded(model: torch.nn.Module, optimizer: MegatronOptimizer | None, loadin
 
 def save_state(folder: Path, model: torch.nn.Module, optimizer: MegatronOptimizer) -> None:
     """Writes weights, optimizer and random states of all ranks into the empty ``folder`` (torch_dist)."""
-    dist_checkpointing.save(_sharded(model, optimizer, loading=False), str(folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        dist_checkpointing.save(_sharded(model, optimizer, loading=False), str(folder))
 
 
 def load_state(folder: Path, model: torch.nn.Module, optimizer: MegatronOptimizer | None) -> None:
     """Fills ``model`` (and ``optimizer`` and random states, unless None) from ``folder``, saved at any layout."""
     target = _sharded(model, optimizer, loading=True)
-    state = dist_checkpointing.load(target, str(folder))
+    with warnings.catch_warnings():
+        # dist_checkpointing/strategies/torch.py:799 calls what torch has deprecated.
+        warnings.simplefilter("ignore", FutureWarning)
+        state = dist_checkpointing.load(target, str(folder))
     _unwrap(model).load_state_dict(state["model"])
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
