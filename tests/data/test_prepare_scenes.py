@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from math import dist
 from pathlib import Path
 
@@ -84,12 +84,12 @@ def test_captions_totals_and_counts_are_true(scenes: list[Sample]) -> None:
 
 
 def test_relations_are_true(scenes: list[Sample]) -> None:
-    for axis, task, first in ((0, "left_right", "left"), (1, "above_below", "above")):
+    for axis, task, words in ((0, "left_right", ("left", "right")), (1, "above_below", ("above", "below"))):
         for scene, branch in asked(scenes, task):
-            words = branch["prompt"].split()
-            a, b = (centre(one(things_of(scene), label))[axis] for label in (words[2], words[8]))
-            assert abs(a - b) > 0.1 * SIDE
-            assert (branch["answer"] == f" {first}") == (a < b)
+            what, *labels = re.fullmatch(r"which is (\w+) , (\w+) or (\w+) \?", branch["prompt"]).groups()
+            a, b = sorted((one(things_of(scene), label) for label in labels), key=lambda thing: centre(thing)[axis])
+            assert centre(b)[axis] - centre(a)[axis] > 0.1 * SIDE
+            assert branch["answer"] == f" {(a if what == words[0] else b)['label']}"
     for scene, branch in asked(scenes, "distance"):
         words = branch["prompt"].split()
         anchor, a, b = (centre(one(things_of(scene), label)) for label in (words[5], words[7], words[9]))
@@ -158,7 +158,7 @@ def test_no_answer_is_favoured(scenes: list[Sample]) -> None:
     """Every answer within one stratum's remainder of every other."""
     totals = Counter(branch["answer"] for _, branch in asked(scenes, "total"))
     assert set(totals) == {f" {number}" for number in range(1, MOST + 1)}
-    for task in ("total", "caption", "left_right", "above_below", "compare", "sum"):
+    for task in ("total", "caption", "compare", "sum"):
         found = asked(scenes, task)
         counter = Counter(branch["answer"] for _, branch in found)
         assert max(counter.values()) - min(counter.values()) <= 16, task
@@ -182,14 +182,16 @@ def test_a_count_is_independent_of_the_total(catalogue, maker: SceneMaker) -> No
 def test_the_wording_tells_nothing(scenes: list[Sample]) -> None:
     """The option named first, and each direction asked for, is right as often as the other."""
     for task in ("left_right", "above_below", "distance", "depth", "compare"):
-        first = Counter()
+        first: dict[str, Counter[bool]] = defaultdict(Counter)
         for _, branch in asked(scenes, task):
             words = branch["prompt"].split()
             named = [word for word in words if f" {word}" in branch["choices"]]
             assert len(named) == 2
-            first[f" {named[0]}" == branch["answer"]] += 1
-        share = first[True] / first.total()
-        assert abs(share - 0.5) < 3 * (0.25 / first.total()) ** 0.5, task
+            first[words[2]][f" {named[0]}" == branch["answer"]] += 1
+        assert len(first) == {"distance": 1, "compare": 1}.get(task, 2)
+        for what, counter in first.items():
+            share = counter[True] / counter.total()
+            assert abs(share - 0.5) < 3 * (0.25 / counter.total()) ** 0.5, (task, what)
 
 
 def test_no_branch_holds_the_answer_of_another(scenes: list[Sample]) -> None:

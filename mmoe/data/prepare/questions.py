@@ -57,13 +57,8 @@ def count(plural: str, number: int) -> Branch:
     return ask("count", f"how many {plural} ?", number, range(MOST_OF_ONE + 1))
 
 
-def side_of(task: str, subject: str, other: str, answer: str, options: tuple[str, str]) -> Branch:
-    """Where ``subject`` is, seen from ``other``; the options in the order in which they are offered."""
-    return ask(task, f"is the {subject} {options[0]} or {options[1]} of the {other} ?", answer, options)
-
-
 def which(task: str, what: str, answer: str, options: tuple[str, str]) -> Branch:
-    """Which of two things is e.g. ``"nearer"``; the options in the order in which they are offered."""
+    """Which of two things is e.g. ``"left"`` of the other; the options in the order in which they are offered."""
     return ask(task, f"which is {what} , {options[0]} or {options[1]} ?", answer, options)
 
 
@@ -93,10 +88,10 @@ def wording(plurals: Mapping[str, str]) -> list[str]:
         *(caption(label, labels) for label in labels),
         *(total(number) for number in range(1, MOST + 1)),
         *(count(plural, number) for plural in plurals.values() for number in range(MOST_OF_ONE + 1)),
-        *(side_of("", a, b, answer, options) for options in _both("left", "right") for answer in options),
-        *(side_of("", a, b, answer, options) for options in _both("above", "below") for answer in options),
-        *(which("", what, a, (a, b)) for what in ("nearer", "farther", f"closer to the {b}")),
-        *(compare(more, options) for options in _both("first", "second") for more in (True, False)),
+        *(which("", what, a, (a, b)) for what in ("left", "right", "above", "below", "nearer", "farther")),
+        which("", f"closer to the {a}", b, (b, a)),
+        compare(True, ("first", "second")),
+        compare(False, ("second", "first")),
     ]
     cells = "".join(f" {letter}" for letter in COLUMNS + ROWS)
     problems = [problem({a: number, b: 1}, plurals) for number in range(1, MOST)]
@@ -105,7 +100,3 @@ def wording(plurals: Mapping[str, str]) -> list[str]:
         cells,
         *problems,
     ]
-
-
-def _both(first: str, second: str) -> tuple[tuple[str, str], tuple[str, str]]:
-    return (first, second), (second, first)

@@ -21,7 +21,7 @@ from mmoe.data.prepare.compose import (
 from mmoe.data.prepare.questions import MOST, MOST_OF_ONE, Branch, digits, stratum
 from mmoe.data.shards import Sample
 
-SCENES_VERSION = 1
+SCENES_VERSION = 2
 """Of the scenes' contents: raise it when the same seed gives other scenes."""
 
 TRAIN = {"caption": 10, "count": 14, "relation": 9, "depth": 5, "compare": 1, "problem": 1}
@@ -117,8 +117,7 @@ class SceneMaker:
         return [picture], [things], branches, []
 
     def _relation(self, rng: random.Random, draw: str, ordinal: int) -> Scene:
-        bits = [bool(bit) for bit in digits(stratum(draw, ordinal, 64), *[2] * 6)]
-        is_left, left_first, is_above, above_first, near_first, three = bits
+        is_left, left_first, is_above, above_first, near_first, three = digits(stratum(draw, ordinal, 64), *[2] * 6)
         while True:
             picture = background(rng, self.side)
             labels = self._labels(rng, 3 if three else 2)
@@ -126,17 +125,19 @@ class SceneMaker:
             things = scatter(rng, picture, [self._sprite(rng, label) for label in labels], scales)
             pairs = [(a, b) for a in things for b in things if a is not b]
             gap = self.side * 0.15
-            beside = [(a, b) for a, b in pairs if (b.x - a.x if is_left else a.x - b.x) > gap]
-            over = [(a, b) for a, b in pairs if (b.y - a.y if is_above else a.y - b.y) > gap]
+            beside = [(a, b) for a, b in pairs if b.x - a.x > gap]
+            over = [(a, b) for a, b in pairs if b.y - a.y > gap]
             near = [(a, b, c) for a, b in pairs for c in things if c not in (a, b) and _far(a, c) > 1.4 * _far(a, b)]
             if beside and over and (near or not three):
                 break
-        a, b = rng.choice(beside)
-        options = ("left", "right") if left_first else ("right", "left")
-        branches = [questions.side_of("left_right", a.label, b.label, "left" if is_left else "right", options)]
-        a, b = rng.choice(over)
-        options = ("above", "below") if above_first else ("below", "above")
-        branches.append(questions.side_of("above_below", a.label, b.label, "above" if is_above else "below", options))
+        branches = []
+        for task, found, words, first_word, first in (
+            ("left_right", beside, ("left", "right"), is_left, left_first),
+            ("above_below", over, ("above", "below"), is_above, above_first),
+        ):
+            a, b = rng.choice(found) if first_word else rng.choice(found)[::-1]
+            options = (a.label, b.label) if first else (b.label, a.label)
+            branches.append(questions.which(task, words[0] if first_word else words[1], a.label, options))
         if three:
             a, b, c = rng.choice(near)
             options = (b.label, c.label) if near_first else (c.label, b.label)
