@@ -18,7 +18,12 @@ from packaging.requirements import Requirement
 
 LANES = ["3.11", "3.12"]
 # What a module is installed by, where the names differ.
-DISTRIBUTION = {"PIL": "pillow", "megatron": "megatron-core", "nvidia": "nvidia-dali-cuda130"}
+DISTRIBUTION = {
+    "PIL": "pillow",
+    "huggingface_hub": "huggingface-hub",
+    "megatron": "megatron-core",
+    "nvidia": "nvidia-dali-cuda130",
+}
 NOT_SOURCES = (".git", ".venv*", "build", "dist", "runs", "data-cache", "*.so", "*.egg-info", "__pycache__", ".*_cache")
 
 
@@ -98,17 +103,20 @@ def test_source_distribution_can_be_built(root, distributions):
     assert sources | {"setup.py", "pyproject.toml", "constraints.txt", "NOTICE"} <= names
 
 
-def test_every_import_is_a_declared_dependency(root, project):
-    declared = {Requirement(text).name for text in project["dependencies"]}
+@pytest.mark.parametrize("folder", ["mmoe", "tests"])
+def test_every_import_is_a_declared_dependency(root, project, folder):
+    texts = project["dependencies"] + (project["optional-dependencies"]["dev"] if folder == "tests" else [])
+    sources = list((root / folder).rglob("*.py"))
     modules: set[str] = set()
-    for source in (root / "mmoe").rglob("*.py"):
+    for source in sources:
         for node in ast.walk(ast.parse(source.read_text())):
             if isinstance(node, ast.Import):
                 modules |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 modules.add(node.module.split(".")[0])
-    needed = {DISTRIBUTION.get(module, module) for module in modules - sys.stdlib_module_names - {"mmoe"}}
-    assert needed <= declared
+    ours = {"mmoe"} | ({source.stem for source in sources} if folder == "tests" else set())
+    needed = {DISTRIBUTION.get(module, module) for module in modules - sys.stdlib_module_names - ours}
+    assert needed <= {Requirement(text).name for text in texts}
 
 
 @pytest.mark.parametrize("python", LANES)
