@@ -1,0 +1,77 @@
+"""A tiny whole model: its recipe, and the composition of parts that its export has to equal."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
+
+from mmoe.convert.families import longcat
+from mmoe.models.connectors.sva import Connector
+from mmoe.models.encoders import build_encoder
+from mmoe.recipe import schema
+
+MODEL = schema.Model(
+    backbone=schema.Backbone(
+        vocab_size=300,
+        hidden_size=32,
+        layers=2,
+        heads=2,
+        q_lora_rank=16,
+        kv_lora_rank=12,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=6,
+        ffn_hidden_size=24,
+        max_position=128,
+    ),
+    moe=schema.MoE(
+        experts=4, zero_experts=2, top_k=3, expert_hidden_size=12, routed_scaling_factor=2.0, active_experts=1.5
+    ),
+    encoders=(
+        schema.Encoder(name="patches", type="vit", image_size=32, patch_size=8, width=16, layers=1, heads=2),
+        schema.Encoder(name="pixels", type="convnet", image_size=32, widths=(8, 8, 16)),
+    ),
+    connector=schema.Connector(grid=2, width=16, heads=2),
+)
+RECIPE = schema.Recipe(
+    name="tiny",
+    model=MODEL,
+    data=schema.Data(mixture="none", sequence_length=64),
+    train=schema.Train(steps=1, global_batch=1, micro_batch=1),
+    optimizer=schema.Optimizer(lr=1e-3),
+)
+
+
+class Whole(torch.nn.Module):
+    """The composition that the export has to equal, from our encoders and connector and transformers' LongCat."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoders = torch.nn.ModuleDict({e.name: build_encoder(e) for e in MODEL.encoders})
+        parts = list(self.encoders.values())
+        assert MODEL.connector is not None
+        self.connector = Connector(MODEL.connector, [p.channels for p in parts], [p.grid for p in parts], 32)
+        fields = longcat.to_config(MODEL.backbone, MODEL.moe, "float32")
+        config = LongcatFlashConfig(**{k: v for k, v in fields.items() if k not in ("architectures", "model_type")})
+        self.language_model = LongcatFlashForCausalLM(config)
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor, pixels: Tensor) -> Tensor:
+        embeddings = self.language_model.get_input_embeddings()(ids)
+        rows = self.connector([encoder(pixels) for encoder in self.encoders.values()]).flatten(0, 1)
+        embeddings[ids == 3] = rows
+        return self.language_model(inputs_embeds=embeddings).logits
+
+
+class Exported(NamedTuple):
+    whole: Whole
+    state: dict[str, Tensor]
+    tokenizer: Path
+    out: Path
+
+
+def load(state: dict[str, Tensor], tokenizer: Path):
+    """Stands in for the checkpoint."""
+    return lambda checkpoint: (RECIPE, state, tokenizer)
