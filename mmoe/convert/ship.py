@@ -4,7 +4,6 @@ The export runs the very files that trained the model: nothing is written twice.
 """
 
 import ast
-import shutil
 from pathlib import Path
 
 import mmoe
@@ -28,15 +27,13 @@ STAND_INS = {"mmoe.ops.sva": "mmoe.reference.sva"}
 
 
 def ship(out: Path) -> None:
-    """Write every module of :data:`MODULES` to ``out``, and the licence."""
+    """Write every module of :data:`MODULES` to ``out``."""
     root = Path(mmoe.__file__).parent
     for module, name in MODULES.items():
         path = root.joinpath(*module.split(".")[1:])
         source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        (out / f"{name}.py").write_text(relative(source.read_text(encoding="utf-8")), encoding="utf-8")
-    licence = root.parent / "LICENSE"
-    if licence.is_file():
-        shutil.copyfile(licence, out / "LICENSE")
+        text = relative(source.read_text(encoding="utf-8"))
+        (out / f"{name}.py").write_text(f"# SPDX-License-Identifier: Apache-2.0\n{text}", encoding="utf-8")
 
 
 def relative(source: str) -> str:
