@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from mmoe.data.prepare import prepare_stamps
-from mmoe.data.prepare.catalogue import Catalogue, load_card, load_catalogue, original
-from mmoe.data.prepare.stamps import LONGEST_SIDE, StampMaker, usable
+from mmoe.data.prepare.catalogue import Catalogue, Stamp, load_card, load_catalogue, original
+from mmoe.data.prepare.stamps import CAPTION_BYTES, LONGEST_SIDE, StampMaker, parts, usable
 from mmoe.data.shards import read_card, read_index, read_sample
 from mmoe.errors import UserError
 
@@ -102,6 +102,14 @@ def test_a_stamp_is_cut_bounded_and_put_on_white(catalogue: Catalogue) -> None:
         assert image.mode == "RGB"
         assert image.getpixel((0, 0)) == (255, 255, 255)
         assert image.getpixel((image.width // 2, image.height // 2)) == (90, 60, 30)
+
+
+def test_long_captions_are_shared_out_among_samples() -> None:
+    captions = {"en": "e" * 200, "de": "d" * 100, "fr": "f", "ja": "し" * 120, "zh_CN": "z" * 10}
+    shared = parts(Stamp("a.png", "", captions, "", False))
+    assert [list(part.captions) for part in shared] == [["en", "de"], ["fr"], ["ja"], ["zh_CN"]]
+    assert {language: text for part in shared for language, text in part.captions.items()} == captions
+    assert CAPTION_BYTES == 300
 
 
 def test_the_shipped_card_names_eight_classes() -> None:

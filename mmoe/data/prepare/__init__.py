@@ -11,7 +11,7 @@ from mmoe.data.prepare.package import fetch_stamps
 from mmoe.data.prepare.parallel import build
 from mmoe.data.prepare.questions import wording
 from mmoe.data.prepare.scenes import HELD_OUT, SCENES_VERSION, TEST, TRAIN, SceneMaker
-from mmoe.data.prepare.stamps import STAMPS_VERSION, StampMaker, usable
+from mmoe.data.prepare.stamps import STAMPS_VERSION, StampMaker, parts, usable
 from mmoe.data.shards import Description
 from mmoe.data.tokenizer import tokenizer_hash, train_tokenizer
 from mmoe.errors import UserError
@@ -90,7 +90,8 @@ def prepare_stamps(catalogue: Catalogue, out: Path, *, workers: int) -> None:
     """Make ``stamps/train`` and ``stamps/heldout`` under the data root ``out``."""
     path = write_tokenizer(catalogue, out)
     for split, held_out in (("train", False), ("heldout", True)):
-        members, skipped = usable(catalogue, held_out=held_out)
+        found, skipped = usable(catalogue, held_out=held_out)
+        members = tuple(part for stamp in found for part in parts(stamp))
         description = Description(
             name=f"stamps/{split}",
             source=catalogue.card["name"],

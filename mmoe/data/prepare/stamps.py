@@ -1,7 +1,7 @@
 """Stamps as samples: the picture on white, and its captions in several languages as branches."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -10,14 +10,16 @@ from mmoe.data.prepare.catalogue import Catalogue, Stamp
 from mmoe.data.prepare.compose import cut
 from mmoe.data.shards import Sample
 
-STAMPS_VERSION = 1
+STAMPS_VERSION = 2
 """Of the samples' contents: raise it when the same stamps give other samples."""
 LONGEST_SIDE = 256
+CAPTION_BYTES = 300
+"""Captions of a sample, in UTF-8 together: a stamp with more has several samples, so that each fits a short pack."""
 
 
 @dataclass(frozen=True)
 class StampMaker:
-    """Makes the sample of stamp ``index`` of one side of the split."""
+    """Makes sample ``index`` of one side of the split: a stamp with the captions that it holds there."""
 
     root: Path
     stamps: tuple[Stamp, ...]
@@ -38,12 +40,26 @@ class StampMaker:
             "category": stamp.category,
             "prefix": [{"image": 0}],
             "branches": [
-                {"task": f"caption_{language}", "prompt": f"describe ( {language} ) :", "answer": f" {caption}"}
+                {"task": f"caption_{language}", "prompt": f"describe in {language} :", "answer": f" {caption}"}
                 for language, caption in stamp.captions.items()
             ],
             "truth": {"stamp": stamp.path},
         }
         return Sample(f"stamps-{index:05d}", record, [("png", file.getvalue())])
+
+
+def parts(stamp: Stamp) -> list[Stamp]:
+    """The stamp, its captions shared out among as many samples as :data:`CAPTION_BYTES` asks for."""
+    groups: list[dict[str, str]] = [{}]
+    taken = 0
+    for language, caption in stamp.captions.items():
+        size = len(caption.encode())
+        if groups[-1] and taken + size > CAPTION_BYTES:
+            groups.append({})
+            taken = 0
+        groups[-1][language] = caption
+        taken += size
+    return [replace(stamp, captions=captions) for captions in groups]
 
 
 def usable(catalogue: Catalogue, *, held_out: bool) -> tuple[tuple[Stamp, ...], list[str]]:
