@@ -110,10 +110,8 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        batch, after = next(self._ahead)
+        batch, self._position = next(self._ahead)
         self._taken += 1
-        if self._taken % self.micro_batches == 0:
-            self._position = after
         self.skipped += len(batch["skipped"])
         return batch
 

@@ -14,6 +14,7 @@ from sets import record, varied, write_mixture, write_set
 from test_source import overwrite
 
 from mmoe.data.loader import Loader
+from mmoe.data.pack import WINDOW
 from mmoe.data.pixels import preprocess
 from mmoe.data.shards import Sample
 from mmoe.errors import UserError
@@ -156,6 +157,33 @@ def test_a_state_of_another_stream_is_refused(root, change):
         state = source.state()
     with pytest.raises(UserError, match="other data"):
         loader(root, state=state, **change)
+
+
+def test_a_state_of_data_with_other_lengths_is_refused(tmp_path):
+    mixture = write_mixture(tmp_path, a=1)
+    write_set(tmp_path, "a", varied(20))
+    with loader(tmp_path, mixture=mixture) as source:
+        state = source.state()
+    write_set(tmp_path, "a", varied(20, seed=3))
+    with pytest.raises(UserError, match="other data"):
+        loader(tmp_path, mixture=mixture, state=state)
+
+
+def test_a_sample_too_long_for_any_pack_is_named_once_an_epoch_also_after_a_resume(tmp_path):
+    samples = [Sample(f"s{i}", record(0, "a text alone . " * (200 if i % 4 == 0 else 1)), []) for i in range(WINDOW)]
+    write_set(tmp_path, "some", samples)
+    mixture = write_mixture(tmp_path, some=1)
+    with loader(tmp_path, mixture=mixture) as source:
+        first = take(source, 8)
+        state = source.state()
+        rest = take(source, 60)
+    with loader(tmp_path, mixture=mixture, state=state) as resumed:
+        assert_same(take(resumed, 60), rest)
+    seen = [key for batch in first + rest for pack in batch["samples"] for key in pack]
+    named = [entry.split(":")[0] for batch in first + rest for entry in batch["skipped"]]
+    assert len(seen) > WINDOW
+    assert len(named) % (WINDOW // 4) == 0
+    assert set(named) == {f"some/s{i}" for i in range(0, WINDOW, 4)}
 
 
 def test_the_batch_must_divide(root):
