@@ -46,32 +46,39 @@ def to_hf(checkpoint: Path, out: Path, dtype: str | None = None, load: Load | No
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}", "--dtype", f"choose one of {', '.join(DTYPES)}")
     recipe, state, tokenizer = load(checkpoint)
+    model, wanted = recipe.model, DTYPES[dtype] if dtype else None
+    whole = multimodal.table(model).write(state) if model.encoders else None
+    language_state = {n: t for n, t in state.items() if n.startswith("language.") or whole is None}
+    language_tensors = longcat.table(model.backbone, model.moe, fused=False).write(language_state)
+    _make_room(out)
+
+    # The recipe comes first: it marks what a broken-off export leaves behind as one that may be written over.
+    (out / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
+    language = out / "language" if whole is not None else out
+    language.mkdir(exist_ok=True)
+    kept = _save(language_tensors, language, wanted)
+    config = longcat.to_config(model.backbone, model.moe, kept)
+    _write_json(language / "config.json", config)
+    _write_tokenizer(language, tokenizer, model.backbone.max_position)
+    _write_readme(out, recipe)
+    if whole is None:
+        return
+
+    kept = _save(whole, out, wanted)
+    _write_json(out / "config.json", _whole_config(recipe, config, kept))
+    _write_tokenizer(out, tokenizer, model.backbone.max_position)
+    _write_processor(out, recipe)
+    ship(out)
+
+
+def _make_room(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError("is a file", str(out), "name a directory")
     if out.is_dir() and any(out.iterdir()):
         if not (out / RECIPE).is_file():
             raise UserError("the directory is not empty", str(out), "name another one")
         shutil.rmtree(out)
-    model, wanted = recipe.model, DTYPES[dtype] if dtype else None
-
-    language = out / "language" if model.encoders else out
-    language.mkdir(parents=True, exist_ok=True)
-    language_state = {name: tensor for name, tensor in state.items() if name.startswith("language.")}
-    names = longcat.table(model.backbone, model.moe, fused=False)
-    kept = _save(names.write(language_state), language, wanted)
-    config = longcat.to_config(model.backbone, model.moe, kept)
-    _write_json(language / "config.json", config)
-    _write_tokenizer(language, tokenizer, model.backbone.max_position)
-    (out / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
-    _write_readme(out, recipe)
-    if not model.encoders:
-        return
-
-    kept = _save(multimodal.table(model).write(state), out, wanted)
-    _write_json(out / "config.json", _whole_config(recipe, config, kept))
-    _write_tokenizer(out, tokenizer, model.backbone.max_position)
-    _write_processor(out, recipe)
-    ship(out)
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def _save(tensors: Mapping[str, Tensor], out: Path, dtype: torch.dtype | None) -> str:

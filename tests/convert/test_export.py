@@ -140,9 +140,11 @@ def test_exports_over_an_export_but_over_nothing_else(exported, tmp_path):
 
 
 def test_a_tensor_that_nothing_reads_is_an_error(exported, tmp_path):
+    to_hf(Path("checkpoint"), tmp_path / "hf", load=load(exported.state, exported.tokenizer))
     state = exported.state | {"language.decoder.layers.0.extra": torch.zeros(1)}
     with pytest.raises(UserError, match=r"unread tensor language\.decoder\.layers\.0\.extra"):
         to_hf(Path("checkpoint"), tmp_path / "hf", load=load(state, exported.tokenizer))
+    assert (tmp_path / "hf/config.json").is_file(), "an earlier export outlives a failing one"
 
 
 def test_unknown_dtype(exported, tmp_path):
