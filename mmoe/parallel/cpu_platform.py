@@ -14,6 +14,7 @@ import types
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 
@@ -102,6 +103,8 @@ def _redirect_factories() -> None:
 
         return create
 
+    # `with torch.device(…)` knows the factories by identity, in a set made on first use: it has to hold the originals.
+    _device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "empty_like"):
         setattr(torch, name, on_cpu(getattr(torch, name)))
 
