@@ -16,7 +16,7 @@ from mmoe.checkpoint.save import save
 from mmoe.data.loader import Loader
 from mmoe.errors import Interrupted, UserError
 from mmoe.models.multimodal import build
-from mmoe.parallel import engine, layout
+from mmoe.parallel import cpu_platform, engine, layout
 from mmoe.recipe.load import dump_recipe, load_recipe
 from mmoe.recipe.schema import Recipe
 from mmoe.train import controller
@@ -123,6 +123,7 @@ def train(recipe: Recipe, out: Path, resume: bool = False) -> None:
         rank=here.data_rank,
         ranks=here.data_size,
         state=progress["data"],
+        device="mixed" if cpu_platform.device().type == "cuda" else "cpu",
     )
     if here.first:
         out.mkdir(parents=True, exist_ok=True)
