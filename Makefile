@@ -51,10 +51,12 @@ test-latest: build ## the short quickstart and the tests of the newest Megatron-
 	exit $$status
 
 checks: build ## lint, formats and types
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
+	@status=0; \
+	$(BIN)/ruff check . || status=1; \
+	$(BIN)/ruff format --check . || status=1; \
+	$(BIN)/pyright --pythonpath $(BIN)/python || status=1; \
+	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu %.cuh,$(CSRC)) || status=1; \
+	exit $$status
 
 format: build ## write what `make checks` asks of formats
 	$(BIN)/ruff check --fix .
