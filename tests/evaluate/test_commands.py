@@ -1,0 +1,82 @@
+"""evaluate, convert to-hf, generate and report on a real checkpoint: a run of two steps on pictures in four colours."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sets
+import training
+from fakes import png
+
+from mmoe.data.shards import Sample
+
+COLOURS = {" red": (220, 20, 20), " green": (20, 200, 20), " blue": (20, 20, 220), " grey": (120, 120, 120)}
+PROGRAM = "import json, sys; from mmoe import cli; sys.exit(max(cli.main(c) for c in json.loads(sys.argv[1])))"
+
+
+def samples() -> list[Sample]:
+    made = []
+    for number in range(12):
+        answer = list(COLOURS)[number % 4]
+        question = {"task": "colour", "prompt": "which colour ?", "answer": answer, "choices": list(COLOURS)}
+        about = {"source": "made", "license": "CC0-1.0", "category": "colour", "truth": {}}
+        record = about | {"prefix": [{"image": 0}], "branches": [question]}
+        made.append(Sample(f"colour-{number}", record, [("png", png(COLOURS[answer]))]))
+    return made
+
+
+def run_commands(*commands: list[str]) -> subprocess.CompletedProcess[str]:
+    """The commands one after another in one process: what they import takes longer than what they do."""
+    call = [sys.executable, "-c", PROGRAM, json.dumps(commands)]
+    return subprocess.run(call, env=training.environment(), capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A data set and a run on it."""
+    root = tmp_path_factory.mktemp("commands")
+    data = sets.write_set(root, "colours", samples())
+    recipe = training.write_recipe(root, sets.write_mixture(root, colours=1.0))
+    done = training.run(recipe, root / "run", "--set", "train.steps=2")
+    assert done.returncode == 0, done.stderr
+    return data, root / "run"
+
+
+def test_a_checkpoint_is_evaluated_exported_asked_and_reported(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    data, run = trained
+    checkpoint, hf, out = str(run / "checkpoints" / "step_00000002"), str(tmp_path / "hf"), run / "evaluation"
+    (tmp_path / "red.png").write_bytes(png(COLOURS[" red"]))
+    ask = ["--prompt", "which colour ?", "--image", *[str(tmp_path / "red.png")] * 2, "--max-tokens", "7"]
+    evaluate = ["evaluate", checkpoint, "--suite", "scenes", "--data", str(data), "--json"]
+    done = run_commands(
+        [*evaluate, str(out / "test.json")],
+        [*evaluate, str(out / "blank.json"), "--blank", "--limit", "8"],
+        ["convert", "to-hf", checkpoint, hf],
+        ["generate", checkpoint, *ask],
+        ["generate", hf, *ask],
+        ["report", str(run)],
+    )
+    assert done.returncode == 0, done.stderr
+    *_, ours, theirs, page, _picture = done.stdout.splitlines()
+    assert ours == theirs
+    assert ours.strip()
+    assert "Accuracy on test" in Path(page).read_text()
+    seen, blank = (json.loads((out / f"{name}.json").read_text())["tasks"]["colour"] for name in ("test", "blank"))
+    assert (seen["n"], seen["chance"], seen["majority"]) == (12, 0.25, 0.25)
+    # Without the picture every answer is the same, and each colour is the truth of a quarter.
+    assert (blank["n"], blank["correct"]) == (8, 2)
+
+
+def test_what_cannot_be_loaded_or_evaluated_is_a_user_error(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    data, run = trained
+    checkpoint = str(run / "checkpoints" / "step_00000002")
+    for command, what in [
+        (["evaluate", str(tmp_path / "none"), "--suite", "scenes", "--data", str(data)], "no checkpoint"),
+        (["evaluate", checkpoint, "--suite", "scenes", "--data", str(tmp_path / "x" / "y")], "the data set is missing"),
+        (["generate", checkpoint, "--prompt", "a" * 5000], "are more than the model's"),
+    ]:
+        done = run_commands(command)
+        assert done.returncode == 2
+        assert what in done.stderr.splitlines()[-1]
