@@ -173,7 +173,7 @@ def draw_accuracy(axes: Axes, run: History) -> None:
                 continue
             y = place + offset
             axes.plot([row["low"], row["high"]], [y, y], color=color, linewidth=3.2, alpha=0.45, solid_capstyle="butt")
-            axes.plot(row["accuracy"], y, "o", color=color, markersize=6)
+            axes.plot(row["accuracy"], y, "o", color=color, markersize=6, clip_on=False)
             axes.plot(row["chance"], y, "|", color=MUTED, markersize=9, markeredgewidth=1.4)
             axes.plot(row["majority"], y, "D", markersize=4.5, markerfacecolor=PAPER, markeredgecolor=INK)
             axes.text(1.02, y, f"{row['accuracy']:.1%}", color=color, va="center", fontsize=8.5)
