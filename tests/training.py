@@ -98,7 +98,11 @@ def command(recipe: Path, out: Path, *options: str, ranks: int = 1) -> list[str]
 
 def run(recipe: Path, out: Path, *options: str, ranks: int = 1, **extra: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(recipe, out, *options, ranks=ranks), env=environment(**extra), capture_output=True, text=True, timeout=300
+        command(recipe, out, *options, ranks=ranks),
+        env=environment(**extra),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 

@@ -4,14 +4,15 @@
     k_n, v   = W_kvb (√(d/d_kv) · norm(c)),   (c | k_r) = W_kva x
     k        = (k_n | rope(k_r)),  k_r shared by all heads and NOT scaled
 
-Built from Megatron's parallel linears rather than on its MLASelfAttention: that one loses part of the rope key's gradient
-under tensor parallelism and knows neither per-token positions nor branches. The scale stands on the norm's weight:
-both maps are linear, so it commutes with them.
+Built from Megatron's parallel linears rather than on its MLASelfAttention: that one loses part of the rope key's
+gradient under tensor parallelism and knows neither per-token positions nor branches. The scale stands on the norm's
+weight: both maps are linear, so it commutes with them.
 
 s: sequence, b: batch, D: hidden size, H: heads on this rank.
 """
 
 import math
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, mappings
@@ -38,7 +39,8 @@ class MLA(MegatronModule):
         self.dims_qk = [shape.qk_nope_head_dim, shape.qk_rope_head_dim]
         self.dims_kv = [shape.qk_nope_head_dim, shape.v_head_dim]
         self.latent = [shape.kv_lora_rank, shape.qk_rope_head_dim]
-        init = config.init_method
+        init: Any = config.init_method
+        init_output: Any = config.output_layer_init_method
 
         def column(inputs: int, outputs: int) -> ColumnParallelLinear:
             return ColumnParallelLinear(
@@ -59,7 +61,7 @@ class MLA(MegatronModule):
             shape.heads * shape.v_head_dim,
             hidden,
             config=config,
-            init_method=config.output_layer_init_method,
+            init_method=init_output,
             bias=False,
             input_is_parallel=True,
             skip_bias_add=True,

@@ -24,8 +24,11 @@ class Packed:
 
 
 def visibility(document: Tensor, branch: Tensor) -> Tensor:
-    """bool [b, 1, s, s] from document and branch ids [b, s]: a token sees itself and what stands before it in its own
-    document, in the prefix (branch 0) or in its own branch. Padding (document 0) sees itself, to keep softmax finite."""
+    """bool [b, 1, s, s] from document and branch ids [b, s].
+
+    A token sees itself and what stands before it in its own document, in the prefix (branch 0) or in its own branch.
+    Padding (document 0) sees itself alone, to keep softmax finite.
+    """
     size = document.size(1)
     same_document = (document[:, :, None] == document[:, None, :]) & (document > 0)[:, :, None]
     same_branch = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])

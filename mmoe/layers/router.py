@@ -1,4 +1,4 @@
-"""The router of a zero-computation-expert layer: scores, selection bias, balance loss and what the controller counts."""
+"""The router of a zero-computation-expert layer: scores, selection bias, balance loss, counts for the controller."""
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -13,8 +13,8 @@ def balance_loss(counts: Tensor, group_probs: Tensor, tokens: Tensor, config: Lo
 
         L = α Σ_j f_j P_j,   P_j = mean over tokens of the probability mass of group j
 
-    The loss must be level, i.e. Σ_j f_j P_j must not depend on how probability moves between groups, when every FFN group
-    gets the same load and FFN : zero selections stand as K_e : (k − K_e). With D FFN groups that load is
+    The loss must be level, i.e. Σ_j f_j P_j must not depend on how probability moves between groups, when every FFN
+    group gets the same load and FFN : zero selections stand as K_e : (k − K_e). With D FFN groups that load is
     count_j = K_e T / D each and count_zero = (k − K_e) T, so f_j = D count_j / (K_e T) and
     f_zero = count_zero / ((k − K_e) T) make every f equal to 1 there, and Σ_j 1·P_j = 1: no gradient.
 

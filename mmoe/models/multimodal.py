@@ -33,7 +33,7 @@ class MultimodalModel(MegatronModule):
             )
         self.language = LongcatModel(config)
 
-    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
+    def set_input_tensor(self, input_tensor: list[Any]) -> None:
         """Called by the pipeline schedule with the previous stage's output; None on the first stage."""
         self.language.decoder.set_input_tensor(input_tensor[0])
 
@@ -72,7 +72,7 @@ class MultimodalModel(MegatronModule):
 
 
 def build(recipe: Recipe) -> MultimodalModel:
-    """The model of ``recipe`` with its first weights, in the recipe's dtype (router and norms of the encoders aside)."""
+    """The model of ``recipe`` with its first weights, in the recipe's dtype (the routers stay in fp32)."""
     config = make_config(recipe)
     model = MultimodalModel(recipe, config)
     if config.params_dtype != torch.float32:

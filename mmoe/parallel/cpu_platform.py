@@ -1,8 +1,8 @@
 """Lets Megatron-Core run on a torch without CUDA, over gloo. Does nothing where CUDA is there.
 
 Megatron-Core asks ``torch.cuda`` for devices, streams and random states without asking whether there is a GPU.
-:func:`install` must run before Megatron is imported: it answers those calls from the CPU. Each answer names the upstream
-lines that it is for (of 0.16.1); ``tests/parallel/test_cpu_platform.py`` fails when one is no longer needed.
+:func:`install` must run before Megatron is imported: it answers those calls from the CPU. Each answer names the
+upstream lines that it is for (of 0.16.1); ``tests/parallel/test_cpu_platform.py`` fails when one is no longer needed.
 """
 
 import contextlib

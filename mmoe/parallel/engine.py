@@ -7,6 +7,7 @@ this file and :mod:`mmoe.parallel.cpu_platform`.
 import atexit
 import logging
 import os
+import queue
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from mmoe.parallel import cpu_platform
 from mmoe.recipe.schema import Optimizer, Parallel
@@ -25,9 +27,9 @@ cpu_platform.install()
 with warnings.catch_warnings():
     # What is missing and what stands in for it is for `mmoe doctor` to say, not for every import.
     warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (are|is) not installed")
-    import megatron.core.models.backends
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
     from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -66,7 +68,7 @@ def start(parallel: Parallel, seed: int, timeout_seconds: int = 600) -> Ranks:
     """
     if not dist.is_initialized():
         world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-        store = None if world > 1 else dist.HashStore()
+        store = None if world > 1 else HashStore()
         options: dict[str, Any] = {"store": store, "rank": rank, "world_size": world} if store else {}
         dist.init_process_group(cpu_platform.backend(), timeout=timedelta(seconds=timeout_seconds), **options)
         atexit.register(stop)
@@ -103,7 +105,7 @@ def ranks() -> Ranks:
     )
 
 
-def expert_group() -> dist.ProcessGroup:
+def expert_group() -> Any:
     """The ranks that share one set of experts."""
     return parallel_state.get_expert_model_parallel_group()
 
@@ -225,6 +227,9 @@ def _sharded(model: torch.nn.Module, optimizer: MegatronOptimizer | None, loadin
 
 def save_state(folder: Path, model: torch.nn.Module, optimizer: MegatronOptimizer) -> None:
     """Writes weights, optimizer and random states of all ranks into the empty ``folder`` (torch_dist)."""
+    # A save within this process needs no queue between processes. Upstream's (filesystem_async.py:50) is a spawned
+    # manager, which a SIGTERM to the process group kills: the save that it asks for would then fail.
+    filesystem_async._results_queue = queue.Queue()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         dist_checkpointing.save(_sharded(model, optimizer, loading=False), str(folder))
@@ -236,7 +241,7 @@ def load_state(folder: Path, model: torch.nn.Module, optimizer: MegatronOptimize
     with warnings.catch_warnings():
         # dist_checkpointing/strategies/torch.py:799 calls what torch has deprecated.
         warnings.simplefilter("ignore", FutureWarning)
-        state = dist_checkpointing.load(target, str(folder))
+        state: Any = dist_checkpointing.load(target, str(folder))
     _unwrap(model).load_state_dict(state["model"])
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])

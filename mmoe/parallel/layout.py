@@ -37,7 +37,7 @@ def check(recipe: Recipe, ranks: int) -> None:
     sizes = possible_expert_sizes(recipe.model.moe.experts, ranks)
     if parallel.expert not in sizes:
         raise UserError(
-            f"{recipe.model.moe.experts} experts do not fit {parallel.expert} expert-parallel groups on {ranks} rank(s)",
+            f"{recipe.model.moe.experts} experts do not fit {parallel.expert} expert-parallel ranks on {ranks} rank(s)",
             f"parallel.expert = {parallel.expert}",
             f"possible here: {', '.join(map(str, sizes))}",
         )
@@ -47,8 +47,8 @@ def check(recipe: Recipe, ranks: int) -> None:
         below = train.global_batch // unit * unit
         near = [str(size) for size in (below, below + unit) if size]
         raise UserError(
-            f"a global batch of {train.global_batch} packs cannot be split into micro-batches of {train.micro_batch} on "
-            f"{replicas} data-parallel rank(s)",
+            f"a global batch of {train.global_batch} packs cannot be split into micro-batches of {train.micro_batch} "
+            f"on {replicas} data-parallel rank(s)",
             "train.global_batch",
             f"nearest that fit: {', '.join(near)}; or change train.micro_batch or the number of ranks",
         )

@@ -84,6 +84,16 @@ def _model(model: Model) -> Iterator[Problem]:
     if moe.balance_coefficient and moe.zero_experts and moe.active_experts >= moe.top_k:
         what = f"{moe.active_experts:g} leaves nothing to the zero experts' share of the balance loss"
         yield "model.moe.active_experts", what, "give less than top_k, or set balance_coefficient = 0"
+    for name, size in (
+        ("backbone.hidden_size", backbone.hidden_size),
+        ("moe.expert_hidden_size", moe.expert_hidden_size),
+    ):
+        if size % 8:
+            yield (
+                f"model.{name}",
+                f"{size} is not a multiple of 8",
+                "the grouped GEMM reads 16 bytes at a time: round it",
+            )
     if moe.experts % moe.balance_groups:
         yield "model.moe.balance_groups", f"{moe.balance_groups} does not divide experts = {moe.experts}", "change one"
     if model.encoders and connector is None:

@@ -67,7 +67,7 @@ class Encoder:
 
 @dataclass(frozen=True, kw_only=True)
 class Connector:
-    """Spatial Vision Aggregator (Cambrian-1, arXiv 2406.16860): ``grid`` × ``grid`` queries over every encoder's grid."""
+    """Spatial Vision Aggregator (Cambrian-1, arXiv 2406.16860): ``grid``² queries over the grids of all encoders."""
 
     type: Literal["sva"] = "sva"
     grid: int

@@ -1,5 +1,7 @@
 """Steers the mean number of FFN experts per token towards K_e by moving the routers' selection bias."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,8 @@ from mmoe.models.multimodal import MultimodalModel
 
 def routers(model: MultimodalModel) -> list[ZeroExpertRouter]:
     """The routers in the order of their layers."""
-    return [layer.moe.router for layer in model.language.decoder.layers]
+    layers: Any = model.language.decoder.layers
+    return [layer.moe.router for layer in layers]
 
 
 def take_tallies(model: MultimodalModel) -> Tensor:
@@ -23,7 +26,7 @@ def take_tallies(model: MultimodalModel) -> Tensor:
 
 @torch.no_grad()
 def steer(model: MultimodalModel, tallies: Tensor) -> None:
-    """Δb_i = μ (K_e/(k N) − T_i/(k T)) for FFN expert i; zero experts' biases never move (arXiv 2509.01322, section 2.1.1).
+    """Δb_i = μ (K_e/(k N) − T_i/(k T)) for FFN expert i; zero experts' biases never move (arXiv 2509.01322, 2.1.1).
 
     T_i: tokens that chose expert i, T: tokens, over the global batch without padding: ``tallies`` summed over all
     data-parallel ranks. Proportional, the published rule.

@@ -18,8 +18,8 @@ from mmoe.train.step import Outcome
 def routing(tallies: Tensor, moe: MoE) -> dict[str, Any]:
     """Scalars and shares from the tallies of one step, fp64 [layers, N + Z + 4].
 
-    ``active_experts_mean`` and ``_std`` are over tokens and layers; ``expert_load_max`` is the busiest FFN expert's load
-    over its layer's mean (1 = even); ``expert_load`` holds, a list per layer, each expert's share of all selections.
+    ``active_experts_mean`` and ``_std`` are over tokens and layers; ``expert_load_max`` is the busiest FFN expert's
+    load over its layer's mean (1 = even); ``expert_load`` holds a list per layer, each expert's share of selections.
     """
     slots = moe.experts + moe.zero_experts
     counts, (tokens, active, squares) = tallies[:, :slots], tallies[:, slots : slots + 3].unbind(1)
@@ -106,7 +106,8 @@ class Recorder:
         if often:
             for layer, values in enumerate(outcome.tallies[:, : len(load[0])]):
                 self.board.add_histogram(f"expert_load/layer_{layer}", values / values.sum().clamp(min=1), step)
-        state = f"loss {outcome.loss:.3f} · {outcome.tokens / seconds:,.0f} tokens/s · {shares['active_experts_mean']:.2f} active"
+        speed, active = outcome.tokens / seconds, shares["active_experts_mean"]
+        state = f"loss {outcome.loss:.3f} · {speed:,.0f} tokens/s · {active:.2f} active"
         self.progress.update(self.bar, completed=step, state=state)
         if often and not self.console.is_terminal:
             print(f"step {step}/{self.recipe.train.steps} · {state}", file=sys.stderr, flush=True)

@@ -62,7 +62,7 @@ class Stepper:
         self.recipe = recipe
         self.model = model
         self.wrapped = engine.prepare(model, model.config)
-        self.optimizer = engine.build_optimizer(recipe.optimizer, self.wrapped, model.config)
+        self.optimizer: Any = engine.build_optimizer(recipe.optimizer, self.wrapped, model.config)
         self.micro_batches = recipe.train.global_batch // (recipe.train.micro_batch * engine.ranks().data_size)
 
     def step(self, batches: Iterator[dict[str, Any]], rate: float, interrupted: bool = False) -> Outcome:

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import pytest
-
-import training
 import sets
+import training
 
 pytestmark = pytest.mark.latest
 

@@ -37,7 +37,9 @@ def pair() -> tuple[MLA, LongcatFlashMLA, LongcatFlashConfig]:
     return ours, theirs, config
 
 
-def test_output_and_gradients_equal_the_released_arithmetic(pair: tuple[MLA, LongcatFlashMLA, LongcatFlashConfig]) -> None:
+def test_output_and_gradients_equal_the_released_arithmetic(
+    pair: tuple[MLA, LongcatFlashMLA, LongcatFlashConfig],
+) -> None:
     ours, theirs, config = pair
     x = torch.randn(B, S, D, generator=torch.Generator().manual_seed(1))
     position = torch.arange(S).expand(B, S) + torch.tensor([[0], [5]])
@@ -60,4 +62,6 @@ def test_output_and_gradients_equal_the_released_arithmetic(pair: tuple[MLA, Lon
     torch.testing.assert_close(mine.grad.transpose(0, 1), other.grad, rtol=1e-4, atol=1e-4)
     expected = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )

@@ -98,7 +98,11 @@ def test_gradients_through_zero_experts() -> None:
 
     def through(x64: Tensor, weight64: Tensor) -> Tensor:
         out = route(
-            x64 @ weight64.t(), router.e_score_correction_bias.double(), zero_experts=MOE.zero_experts, top_k=2, scaling=2.0
+            x64 @ weight64.t(),
+            router.e_score_correction_bias.double(),
+            zero_experts=MOE.zero_experts,
+            top_k=2,
+            scaling=2.0,
         )
         rows, row_of_slot, _, _ = permute(x64, out.ids, MOE.experts)
         return unpermute(rows, row_of_slot, out.weights, x64, out.identity)

@@ -1,6 +1,7 @@
 """Runs that stop and go on: bitwise resume, signals, refused folders, losses that are not finite."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -8,9 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-
-import training
 import sets
+import training
 
 
 @pytest.fixture(scope="module")
@@ -60,20 +60,45 @@ def test_resume_is_bitwise(copied: tuple[Path, Path]) -> None:
     assert training.curve(run) == whole
 
 
-def test_sigterm_saves_and_exits_75(finished: tuple[Path, Path], tmp_path: Path) -> None:
-    recipe, whole = finished
-    run = tmp_path / "run"
-    process = subprocess.Popen(training.command(recipe, run), env=training.environment(), stderr=subprocess.PIPE, text=True)
-    metrics = run / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+LONGER = ("--set", "train.steps=40", "--set", "checkpoint.every=3")
+
+
+def interrupt(recipe: Path, run: Path, *options: str, ranks: int = 1) -> int:
+    """Starts a run and sends SIGTERM to its process group, as a scheduler does, once a checkpoint has been written.
+    Returns the step that it stopped after."""
+    process = subprocess.Popen(
+        training.command(recipe, run, *options, ranks=ranks),
+        env=training.environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while process.poll() is None and not (run / "checkpoints" / "latest").exists():
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     stderr = process.communicate(timeout=120)[1]
     assert process.returncode == 75, stderr
     assert "--resume" in stderr
-    done = training.run(recipe, run, "--resume")
+    newest = int((run / "checkpoints" / "latest").read_text().strip()[5:])
+    assert training.curve(run)[-1]["step"] == newest < 40
+    return newest
+
+
+def test_sigterm_saves_and_exits_75(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe = finished[0]
+    interrupt(recipe, tmp_path / "stopped", *LONGER)
+    for run in ("stopped", "whole"):
+        done = training.run(recipe, tmp_path / run, "--resume", *LONGER)
+        assert done.returncode == 0, done.stderr
+    assert training.curve(tmp_path / "stopped") == training.curve(tmp_path / "whole")
+
+
+def test_sigterm_on_two_ranks(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, run = finished[0], tmp_path / "run"
+    interrupt(recipe, run, *LONGER, ranks=2)
+    done = training.run(recipe, run, "--resume", *LONGER)
     assert done.returncode == 0, done.stderr
-    assert training.curve(run) == training.curve(whole)
+    assert [row["step"] for row in training.curve(run)] == list(range(1, 41))
 
 
 def refuse(recipe: Path, run: Path, *options: str, what: str) -> None:
@@ -115,8 +140,8 @@ def test_a_damaged_checkpoint_is_refused_by_name(copied: tuple[Path, Path], dama
 def test_losses_that_are_not_finite_stop_the_run(finished: tuple[Path, Path], tmp_path: Path) -> None:
     recipe, run = finished[0], tmp_path / "run"
     done = training.run(
-        recipe, run, "--set", "optimizer.lr=1e30", "--set", "optimizer.min_lr=1e30", "--set", "optimizer.clip_grad=1e30",
-        "--set", "train.max_skipped_in_a_row=3", "--set", "checkpoint.every=1",
+        recipe, run, "--set", "optimizer.lr=1e30", "--set", "optimizer.min_lr=1e30",
+        "--set", "optimizer.clip_grad=1e30", "--set", "train.max_skipped_in_a_row=3", "--set", "checkpoint.every=1",
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "not finite for 3 steps in a row" in done.stderr

@@ -1,3 +1,5 @@
+import itertools
+
 from mmoe.recipe.schema import Optimizer
 from mmoe.train.schedule import learning_rate
 
@@ -9,7 +11,7 @@ def test_warm_up_then_cosine() -> None:
     assert rates[4] == 1.0
     assert rates[14] == 0.55
     assert 0.1 < rates[-1] < 0.12
-    assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
 
 
 def test_no_warm_up() -> None:

@@ -1,5 +1,7 @@
 """The LongCat-Flash shaped language model: embedding, ScMoE layers, final norm, untied output layer."""
 
+from typing import Any
+
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
@@ -24,10 +26,12 @@ class LongcatModel(LanguageModule):
         self.embedding = LanguageModelEmbedding(
             config, shape.vocab_size, shape.max_position, position_embedding_type="none"
         )
-        block = TransformerBlockSubmodules(layer_specs=[layer_spec()] * shape.layers, layer_norm=RMSNorm)
+        norm: Any = RMSNorm
+        block = TransformerBlockSubmodules(layer_specs=[layer_spec()] * shape.layers, layer_norm=norm)
+        init: Any = config.init_method
         self.decoder = TransformerBlock(config, block)
         self.output_layer = ColumnParallelLinear(
-            shape.hidden_size, shape.vocab_size, config=config, init_method=config.init_method, bias=False
+            shape.hidden_size, shape.vocab_size, config=config, init_method=init, bias=False
         )
         self.setup_embeddings_and_output_layer()
 
