@@ -49,10 +49,12 @@ def write_manifest(checkpoint: Path) -> None:
 
 
 def verify(checkpoint: Path) -> None:
-    """Raises :class:`UserError` unless every file of ``checkpoint`` is there and unaltered."""
+    """Raises :class:`UserError` unless every file of ``checkpoint`` is there and unaltered; it names an older one."""
     if not checkpoint.is_dir():
         raise UserError("no checkpoint", str(checkpoint), "name a folder like DIR/checkpoints/step_00000100")
-    fix = "restore the file, or use an older checkpoint beside this one"
+    older = max((path for path in checkpoint.parent.glob("step_*") if path < checkpoint), default=None)
+    instead = f"move this folder away to go on from {older.name}" if older else "there is no older checkpoint here"
+    fix = f"restore the file, or {instead}"
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())["files"]
         entries = [(name, entry["bytes"], entry["sha256"]) for name, entry in files.items()]
@@ -69,11 +71,16 @@ def verify(checkpoint: Path) -> None:
 
 
 def newest(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None; a half-written one has another name and is never returned."""
-    pointer = run / "checkpoints" / "latest"
-    if not pointer.is_file():
-        return None
-    return run / "checkpoints" / pointer.read_text().strip()
+    """The newest checkpoint of a run, or None: the one that ``latest`` names, or the last of all if that is gone.
+
+    A half-written one has another name and is never returned.
+    """
+    folders = run / "checkpoints"
+    pointer = folders / "latest"
+    named = folders / pointer.read_text().strip() if pointer.is_file() else None
+    if named is not None and named.is_dir():
+        return named
+    return max((path for path in folders.glob("step_*") if path.is_dir()), default=None)
 
 
 def point_to(checkpoint: Path) -> None:

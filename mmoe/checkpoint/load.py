@@ -65,9 +65,10 @@ def load(path: str | Path) -> Loaded:
     checkpoint = Path(path)
     layout.verify(checkpoint)
     recipe = load_recipe(str(checkpoint / "recipe.toml"), [])
-    engine.start(Parallel(), recipe.train.seed)
-    network = build(dataclasses.replace(recipe, parallel=Parallel())).to(cpu_platform.device())
-    engine.load_state(checkpoint / "state", network, None)
+    with torch.random.fork_rng():  # the caller's random numbers stay as they were
+        engine.start(Parallel(), recipe.train.seed, alone=True)
+        network = build(dataclasses.replace(recipe, parallel=Parallel())).to(cpu_platform.device())
+        engine.load_state(checkpoint / "state", network, None)
     return Loaded(recipe, network, checkpoint / "tokenizer.json")
 
 

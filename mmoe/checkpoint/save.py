@@ -20,7 +20,8 @@ def save(run: Path, step: int, model: Any, optimizer: Any, progress: dict, recip
     partial = final.with_name(f".{final.name}.tmp")
     first = engine.ranks().first
     if first:
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in final.parent.glob(".step_*.tmp"):
+            shutil.rmtree(leftover)
         (partial / "state").mkdir(parents=True)
     engine.barrier()
     engine.save_state(partial / "state", model, optimizer)
@@ -30,6 +31,8 @@ def save(run: Path, step: int, model: Any, optimizer: Any, progress: dict, recip
         (partial / "recipe.toml").write_text(dump_recipe(recipe))
         shutil.copyfile(tokenizer, partial / "tokenizer.json")
         layout.write_manifest(partial)
+        for folder in (partial / "state", partial):
+            layout.sync(folder)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         layout.point_to(final)

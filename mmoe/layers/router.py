@@ -18,12 +18,16 @@ def balance_loss(counts: Tensor, group_probs: Tensor, tokens: Tensor, config: Lo
     count_j = K_e T / D each and count_zero = (k − K_e) T, so f_j = D count_j / (K_e T) and
     f_zero = count_zero / ((k − K_e) T) make every f equal to 1 there, and Σ_j 1·P_j = 1: no gradient.
 
+    Where K_e = k there is no zero share to balance, and the zero group is left out.
+
     counts: int64 [N + Z]; group_probs: fp32 [D + 1], sums over tokens, zero group last; tokens: fp32 scalar.
     """
     moe = config.moe
-    groups = moe.balance_groups
+    if moe.balance_coefficient == 0:
+        return group_probs.new_zeros(())
+    groups, zero_share = moe.balance_groups, moe.top_k - moe.active_experts
     load = counts[: moe.experts].view(groups, -1).sum(1) * (groups / moe.active_experts)
-    zero = counts[moe.experts :].sum() / (moe.top_k - moe.active_experts)
+    zero = counts[moe.experts :].sum() / zero_share if zero_share > 0 else load.new_zeros(())
     frequency = torch.cat((load, zero.view(1))) / tokens.clamp(min=1)
     return moe.balance_coefficient * (frequency * group_probs / tokens.clamp(min=1)).sum()
 

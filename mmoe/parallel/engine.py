@@ -5,6 +5,7 @@ this file and :mod:`mmoe.parallel.cpu_platform`.
 """
 
 import atexit
+import importlib
 import logging
 import os
 import queue
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from mmoe.errors import UserError
 from mmoe.parallel import cpu_platform
 from mmoe.recipe.schema import Optimizer, Parallel
 
@@ -27,8 +29,14 @@ cpu_platform.install()
 with warnings.catch_warnings():
     # What is missing and what stands in for it is for `mmoe doctor` to say, not for every import.
     warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (are|is) not installed")
+    importlib.import_module("megatron.core.models.backends")  # warns on import, and is imported by what we use
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
     from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.dist_checkpointing.optimizer import (
+        get_param_id_to_sharded_param_map,
+        make_sharded_optimizer_tensor,
+        optim_state_to_sharding_state,
+    )
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -36,7 +44,7 @@ with warnings.catch_warnings():
         finalize_model_grads,
     )
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.optimizer.optimizer import MegatronOptimizer
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -61,13 +69,31 @@ class Ranks:
         return self.rank == 0
 
 
-def start(parallel: Parallel, seed: int, timeout_seconds: int = 600) -> Ranks:
-    """Joins the process group that torchrun, mpirun or Slurm announced (or one of one rank) and builds the grid.
+def announced() -> tuple[int, int]:
+    """(rank, world) as the launcher announced them in RANK and WORLD_SIZE; (0, 1) without a launcher.
+
+    Raises:
+        UserError: a launcher that sets other variables has started several processes; each would take itself for all.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+        if int(os.environ.get(name, "1")) > 1:
+            raise UserError("several processes without RANK and WORLD_SIZE", name, "start them by launch/torchrun.sh")
+    return 0, 1
+
+
+def start(parallel: Parallel, seed: int, *, alone: bool = False, timeout_seconds: int = 600) -> Ranks:
+    """Joins the process group that the launcher announced, or one of this process ``alone``, and builds the grid.
 
     Random generators start from ``seed``, the same on every data-parallel rank.
     """
     if not dist.is_initialized():
-        world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        rank, world = (0, 1) if alone else announced()
+        if torch.cuda.is_available():
+            # cuBLAS is deterministic only with a workspace of its own, chosen before the first handle is made.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         store = None if world > 1 else HashStore()
         options: dict[str, Any] = {"store": store, "rank": rank, "world_size": world} if store else {}
         dist.init_process_group(cpu_platform.backend(), timeout=timedelta(seconds=timeout_seconds), **options)
@@ -121,11 +147,18 @@ def sum_over_data(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def any_rank(condition: bool) -> bool:
-    """Whether ``condition`` holds on at least one rank; every rank gets the same answer."""
-    flag = torch.tensor([float(condition)], device=cpu_platform.device())
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
+def from_first(value: Any) -> Any:
+    """``value`` as the first rank has it, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=cpu_platform.device())
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's ``value``, by rank, on every rank."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
 
 
 def barrier() -> None:
@@ -147,7 +180,9 @@ def version_settings() -> dict[str, Any]:
 
 
 def prepare(model: torch.nn.Module, config: TransformerConfig) -> DistributedDataParallel:
-    """Wraps ``model`` for gradient reduction over the data-parallel ranks (expert parameters over theirs)."""
+    """Moves ``model`` to the device and wraps it for gradient reduction over the data-parallel ranks (expert parameters
+    over theirs)."""
+    model.to(cpu_platform.device())
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             # At expert-parallel size 1 too: the optimizer state then has one form at every layout.
@@ -167,7 +202,10 @@ def prepare(model: torch.nn.Module, config: TransformerConfig) -> DistributedDat
 def build_optimizer(
     settings: Optimizer, model: DistributedDataParallel, config: TransformerConfig
 ) -> MegatronOptimizer:
-    """AdamW on fp32 main weights with clipping by the global norm; apex's or TE's fused Adam where installed."""
+    """AdamW on fp32 main weights with clipping by the global norm; apex's or TE's fused Adam where installed.
+
+    Norms, biases and everything else with one dimension take no weight decay.
+    """
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -185,7 +223,63 @@ def build_optimizer(
         [model],
     )
     config.grad_scale_func = optimizer.scale_loss
+    for group in optimizer.param_groups:
+        # Upstream only its own scheduler (optimizer_param_scheduler.py) turns the multiplier into the group's decay.
+        group["weight_decay"] = settings.weight_decay * group.get("wd_mult", 1.0)
+    for part in parts(optimizer):
+        if type(part) is Float16OptimizerWithFloat16Params:
+            part.__class__ = MixedDtypeOptimizer
+    _begin_state(optimizer)
     return optimizer
+
+
+def parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """The optimizers of dense and of expert parameters that a chained optimizer is made of."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _begin_state(optimizer: MegatronOptimizer) -> None:
+    """Gives torch's AdamW the state that it would make at its first step: a checkpoint before that is whole."""
+    for part in parts(optimizer):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            part.init_state_fn(part.optimizer, part.config)
+            for state in part.optimizer.state.values():
+                state.setdefault("step", torch.tensor(0.0))
+
+
+class MixedDtypeOptimizer(Float16OptimizerWithFloat16Params):
+    """bf16 parameters with fp32 main weights, beside parameters that are fp32 themselves (the routers)."""
+
+    def sharded_state_dict(
+        self, model_sharded_state_dict: dict, is_loading: bool = False, metadata: dict | None = None
+    ) -> dict:
+        """Upstream's (optimizer.py:800) numbers the bf16 parameters alone: every id behind a router is wrong."""
+        state = self.state_dict()
+        model_of = {
+            id(main): model
+            for models, mains in zip(self.float16_groups, self.fp32_from_float16_groups, strict=True)
+            for model, main in zip(models, mains, strict=True)
+        }
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        in_order = [model_of.get(id(parameter), parameter) for group in groups for parameter in group]
+        shards: Any = get_param_id_to_sharded_param_map(model_sharded_state_dict, in_order)
+        saved = state["optimizer"]
+        main_ids = [
+            [number for number, parameter in zip(table["params"], group, strict=True) if id(parameter) in model_of]
+            for table, group in zip(saved["param_groups"], groups, strict=True)
+        ]
+        state["fp32_from_fp16_params"] = [
+            [
+                make_sharded_optimizer_tensor(shards[number], main, prefix="optimizer.state.fp32_param")
+                for number, main in zip(numbers, mains, strict=True)
+            ]
+            for numbers, mains in zip(main_ids, state["fp32_from_fp16_params"], strict=True)
+        ]
+        step = self._extract_common_per_param_step(saved)
+        optim_state_to_sharding_state(saved, shards, exclude_keys=("step",))
+        if step:
+            saved["state"]["common_step"] = step
+        return state
 
 
 def forward_backward(
@@ -245,4 +339,5 @@ def load_state(folder: Path, model: torch.nn.Module, optimizer: MegatronOptimize
     _unwrap(model).load_state_dict(state["model"])
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
+        _begin_state(optimizer)
         torch.set_rng_state(state["random"])

@@ -1,8 +1,8 @@
 """A training run: a recipe and a folder in, checkpoints and metrics out; it can be interrupted and goes on exactly."""
 
 import dataclasses
+import fcntl
 import math
-import os
 import signal
 import time
 from pathlib import Path
@@ -14,6 +14,7 @@ from mmoe.checkpoint import layout as files
 from mmoe.checkpoint.load import resume as load_checkpoint
 from mmoe.checkpoint.save import save
 from mmoe.data.loader import Loader
+from mmoe.data.tokenizer import load_tokenizer
 from mmoe.errors import Interrupted, UserError
 from mmoe.models.multimodal import build
 from mmoe.parallel import cpu_platform, engine, layout
@@ -27,10 +28,11 @@ from mmoe.train.step import Outcome, Stepper
 
 def _neutral(recipe: Recipe) -> Recipe:
     """The recipe without what may change between a run and its continuation: none of it changes the curve."""
-    data = dataclasses.replace(recipe.data, workers=1, prefetch=1)
-    train = dataclasses.replace(recipe.train, log_every=1)
+    # Where the data lies does not matter: the loader compares what it holds.
+    data = dataclasses.replace(recipe.data, root="", workers=1, prefetch=1, max_bad_in_a_row=1)
+    train = dataclasses.replace(recipe.train, log_every=1, max_skipped_in_a_row=1)
     plain = {"parallel": type(recipe.parallel)(), "checkpoint": type(recipe.checkpoint)()}
-    return dataclasses.replace(recipe, data=data, train=train, description="", **plain)
+    return dataclasses.replace(recipe, name="", description="", data=data, train=train, **plain)
 
 
 def _starting_point(recipe: Recipe, out: Path, resume: bool) -> Path | None:
@@ -48,7 +50,36 @@ def _starting_point(recipe: Recipe, out: Path, resume: bool) -> Path | None:
         raise UserError(
             f"{out} holds a run already", newest.name, "add --resume to go on with it, or choose another --out"
         )
+    if newest is not None:
+        files.verify(newest)
     return newest
+
+
+def _claim(out: Path) -> Any:
+    """Locks the run's folder for this process; the lock goes with the file that is returned.
+
+    Raises:
+        UserError: the folder cannot be made, or another process writes into it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write the run: {error.strerror}", str(out), "choose another --out") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError("another process writes this run", str(out), "wait for it, or choose another --out") from None
+    return file
+
+
+def _fits(recipe: Recipe) -> None:
+    """Raises :class:`UserError` where the tokenizer has more tokens than the model."""
+    path = Path(recipe.data.root) / recipe.data.tokenizer
+    size = load_tokenizer(path).get_vocab_size()
+    if size > recipe.model.backbone.vocab_size:
+        what = f"{path} has {size} tokens, the model only {recipe.model.backbone.vocab_size}"
+        raise UserError(what, "model.backbone.vocab_size", f"set it to {size} or more")
 
 
 class _StopRequest:
@@ -59,6 +90,8 @@ class _StopRequest:
         self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _ask(self, number: int, frame: Any) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
         self.asked = True
 
     def restore(self) -> None:
@@ -83,15 +116,15 @@ class _Watch:
         return batch
 
 
-def _not_finite(step: int, row: int, names: list[str]) -> UserError:
-    everyone: list[list[str]] = [[] for _ in range(engine.ranks().world)]
-    torch.distributed.all_gather_object(everyone, names)
-    shown = [name for part in everyone for name in part]
+def _not_finite(step: int, row: int, outcome: Outcome, names: list[str]) -> UserError:
+    """Names the samples of the micro-batches whose loss was not finite; all, where only the gradient was not."""
+    parts = engine.gather((outcome.suspects, names))
+    shown = [name for suspects, _ in parts for name in suspects] or [name for _, part in parts for name in part]
     return UserError(
         f"the loss was not finite for {row} steps in a row, the last one with samples {', '.join(shown[:8])}"
         f"{f' and {len(shown) - 8} more' if len(shown) > 8 else ''}",
         f"step {step}",
-        "lower optimizer.lr or look at these samples; the last checkpoint is untouched, --resume goes on from it",
+        "look at these samples, or start a new run with a lower optimizer.lr; the last checkpoint is untouched",
     )
 
 
@@ -102,17 +135,19 @@ def train(recipe: Recipe, out: Path, resume: bool = False) -> None:
         UserError: the layout does not fit the ranks, the data or the folder do not fit the recipe, the loss diverged.
         Interrupted: SIGTERM or SIGINT came; a checkpoint was saved.
     """
-    layout.check(recipe, int(os.environ.get("WORLD_SIZE", "1")))
-    start = _starting_point(recipe, out, resume)
-    if start is not None:
-        files.verify(start)
+    rank, world = engine.announced()
+    layout.check(recipe, world)
+    lock = _claim(out) if rank == 0 else None
+    start = _starting_point(recipe, out, resume) if rank == 0 else None
     here = engine.start(recipe.parallel, recipe.train.seed)
+    start = engine.from_first(start)
     torch.use_deterministic_algorithms(True)
     stepper = Stepper(recipe, build(recipe))
-    progress: dict[str, Any] = {"step": 0, "data": None, "skipped_samples": 0, "skipped_in_a_row": 0}
+    progress: dict[str, Any] = {"step": 0, "data": None, "taken": 0, "skipped_samples": 0}
     if start is not None:
         progress = load_checkpoint(start, stepper.wrapped, stepper.optimizer)
     connector, encoders = recipe.model.connector, recipe.model.encoders
+    _fits(recipe)
     loader = Loader(
         recipe.data,
         image_tokens=connector.grid**2 if connector else 0,
@@ -126,9 +161,12 @@ def train(recipe: Recipe, out: Path, resume: bool = False) -> None:
         device="mixed" if cpu_platform.device().type == "cuda" else "cpu",
     )
     if here.first:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "recipe.toml").write_text(dump_recipe(recipe))
+        (out / ".recipe.tmp").write_text(dump_recipe(recipe))
+        (out / ".recipe.tmp").replace(out / "recipe.toml")
     recorder = Recorder(recipe, out, here.first, progress["step"])
+    if resume and start is None:
+        recorder.say(f"{out} holds no checkpoint: starting from the first step")
+    engine.barrier()  # the first rank trims the run's files before any rank adds to them
     stop = _StopRequest()
     try:
         _loop(recipe, out, stepper, loader, recorder, stop, progress)
@@ -136,6 +174,8 @@ def train(recipe: Recipe, out: Path, resume: bool = False) -> None:
         stop.restore()
         recorder.close()
         loader.close()
+        if lock:
+            lock.close()
 
 
 def _loop(
@@ -151,6 +191,7 @@ def _loop(
     if progress["step"] >= steps:
         recorder.say(f"{recipe.name}: complete, {steps} steps; see {out}")
         return
+    skipped_in_a_row = 0
     while progress["step"] < steps:
         step, begin = progress["step"], time.perf_counter()
         first = step % recipe.checkpoint.every == 0
@@ -162,10 +203,11 @@ def _loop(
 
         watch = _Watch(loader, show)
         rate = learning_rate(recipe.optimizer, step, steps)
-        outcome: Outcome = stepper.step(watch, rate, stop.asked)
+        outcome: Outcome = stepper.step(watch, rate, lambda: stop.asked)
         progress["step"] = step + 1
         progress["skipped_samples"] += outcome.skipped_samples
-        progress["skipped_in_a_row"] = 0 if outcome.taken else progress["skipped_in_a_row"] + 1
+        progress["taken"] += outcome.taken
+        skipped_in_a_row = 0 if outcome.taken else skipped_in_a_row + 1
         if outcome.skipped_samples:
             recorder.say(
                 f"step {step + 1}: {outcome.skipped_samples} bad sample(s) skipped, named in {out}/skipped.jsonl"
@@ -175,10 +217,12 @@ def _loop(
             recorder.say(
                 f"step {step + 1}: loss {outcome.loss}, gradient norm {outcome.grad_norm}: skipped on all ranks"
             )
-            if progress["skipped_in_a_row"] >= recipe.train.max_skipped_in_a_row:
-                raise _not_finite(step + 1, progress["skipped_in_a_row"], watch.names)
         done = step + 1 == steps
-        if done or outcome.interrupted or (step + 1) % recipe.checkpoint.every == 0:
+        if skipped_in_a_row >= recipe.train.max_skipped_in_a_row or (done and not progress["taken"]):
+            raise _not_finite(step + 1, skipped_in_a_row, outcome, watch.names)
+        # Amid skipped steps nothing new is worth a checkpoint: the last good one stays the newest.
+        due = (step + 1) % recipe.checkpoint.every == 0 and not skipped_in_a_row
+        if done or outcome.interrupted or due:
             progress["data"] = loader.state()
             save(out, step + 1, stepper.wrapped, stepper.optimizer, progress, recipe, tokenizer)
         if outcome.interrupted and not done:

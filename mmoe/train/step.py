@@ -1,7 +1,8 @@
 """One optimizer step: micro-batches forward and backward, the decision to take or skip it, the controller."""
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,10 @@ from mmoe.train import controller
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step did, the same on every rank. Losses in nats per token that carries loss."""
+    """What a step did, the same on every rank but for ``suspects``. Losses in nats per token that carries loss.
+
+    ``loss`` is NaN where no token of the global batch carries any; such a step is not taken either.
+    """
 
     taken: bool
     loss: float
@@ -28,6 +32,8 @@ class Outcome:
     interrupted: bool
     tallies: Tensor
     """fp64 [layers, N + Z + 4], summed over ranks: see ZeroExpertRouter."""
+    suspects: list[str]
+    """The samples of this rank's micro-batches whose loss was not finite."""
 
 
 def _on_device(batch: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +41,7 @@ def _on_device(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
-def _forward(batches: Iterator[dict[str, Any]], model: torch.nn.Module) -> tuple[Tensor, Any]:
+def _forward(batches: Iterator[dict[str, Any]], model: torch.nn.Module, *, suspects: list[str]) -> tuple[Tensor, Any]:
     batch = _on_device(next(batches))
 
     def loss(losses_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,6 +56,8 @@ def _forward(batches: Iterator[dict[str, Any]], model: torch.nn.Module) -> tuple
             ],
             dtype=torch.float64,
         )
+        if not math.isfinite(record[0]):
+            suspects.extend(name for pack in batch["samples"] for name in pack)
         return losses_n.sum(), count, record
 
     return model(batch), loss
@@ -65,29 +73,33 @@ class Stepper:
         self.optimizer: Any = engine.build_optimizer(recipe.optimizer, self.wrapped, model.config)
         self.micro_batches = recipe.train.global_batch // (recipe.train.micro_batch * engine.ranks().data_size)
 
-    def step(self, batches: Iterator[dict[str, Any]], rate: float, interrupted: bool = False) -> Outcome:
+    def step(
+        self, batches: Iterator[dict[str, Any]], rate: float, interrupted: Callable[[], bool] = lambda: False
+    ) -> Outcome:
         """Consumes this rank's micro-batches of one global batch and updates the weights with learning rate ``rate``.
 
         A loss or a gradient norm that is not finite on any rank makes all ranks skip the update together: weights,
-        optimizer and controller stay as they were. ``interrupted`` on any rank comes back as True on all.
+        optimizer and controller stay as they were. ``interrupted`` is asked once the micro-batches are done; True on
+        any rank comes back as True on all.
         """
+        suspects: list[str] = []
         self.wrapped.train()
         # The optimizer's gradients are the reduction buffers: left in place, the next backward would add to them twice.
         self.optimizer.zero_grad()
         records = engine.forward_backward(
             self.wrapped,
-            _forward,
+            functools.partial(_forward, suspects=suspects),
             batches,
             self.micro_batches,
             self.recipe.data.sequence_length,
             self.recipe.train.micro_batch,
         )
         tallies = controller.take_tallies(self.model)
-        local = torch.cat((torch.stack(records).sum(0).to(tallies.device), tallies.new_tensor([interrupted])))
+        local = torch.cat((torch.stack(records).sum(0).to(tallies.device), tallies.new_tensor([interrupted()])))
         sums = engine.sum_over_data(torch.cat((local, tallies.flatten())))
         loss_sum, loss_tokens, tokens, samples, skipped, stop = sums[:6].tolist()
         tallies = sums[6:].view_as(tallies)
-        loss = loss_sum / max(loss_tokens, 1)
+        loss = loss_sum / loss_tokens if loss_tokens else math.nan
 
         taken, grad_norm = False, math.nan
         if math.isfinite(loss):
@@ -95,7 +107,7 @@ class Stepper:
             grad_norm = float(self.optimizer.get_grad_norm())
             if math.isfinite(grad_norm):
                 for group in self.optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group.get("lr_mult", 1.0)
                 taken = bool(self.optimizer.step()[0])
         if taken:
             controller.steer(self.model, tallies)
@@ -109,4 +121,5 @@ class Stepper:
             skipped_samples=int(skipped),
             interrupted=stop > 0,
             tallies=tallies,
+            suspects=suspects,
         )

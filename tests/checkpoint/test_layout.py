@@ -19,11 +19,23 @@ def checkpoint(tmp_path: Path) -> Path:
     return folder
 
 
-def test_whole(checkpoint: Path, tmp_path: Path) -> None:
+def test_newest_is_the_one_named_or_else_the_last(checkpoint: Path, tmp_path: Path) -> None:
     layout.verify(checkpoint)
-    assert layout.newest(tmp_path) is None
+    later = layout.folder(tmp_path, 9)
+    later.mkdir()
+    layout.folder(tmp_path, 10).with_name(".step_00000010.tmp").mkdir()
     layout.point_to(checkpoint)
     assert layout.newest(tmp_path) == checkpoint
+    (checkpoint.parent / "latest").unlink()
+    assert layout.newest(tmp_path) == later
+    assert layout.newest(tmp_path / "other") is None
+
+
+def test_an_older_one_is_offered(checkpoint: Path, tmp_path: Path) -> None:
+    later = layout.folder(tmp_path, 9)
+    later.mkdir()
+    with pytest.raises(UserError, match="move this folder away to go on from step_00000007"):
+        layout.verify(later)
 
 
 @pytest.mark.parametrize("name", ["state/weights", "progress.json"])

@@ -60,6 +60,20 @@ def test_resume_is_bitwise(copied: tuple[Path, Path]) -> None:
     assert training.curve(run) == whole
 
 
+def test_bf16_learns_and_resumes_bitwise(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, run, bf16 = finished[0], tmp_path / "run", ("--set", "precision.dtype=bf16")
+    done = training.run(recipe, run, *bf16)
+    assert done.returncode == 0, done.stderr
+    whole, fp32 = training.curve(run), training.curve(finished[1])
+    assert whole[0]["loss"] != fp32[0]["loss"]
+    for row, other in zip(whole, fp32, strict=True):
+        assert abs(row["loss"] - other["loss"]) < 0.02 * other["loss"]
+    back_to(run, 8)
+    again = training.run(recipe, run, "--resume", *bf16)
+    assert again.returncode == 0, again.stderr
+    assert training.curve(run) == whole
+
+
 LONGER = ("--set", "train.steps=40", "--set", "checkpoint.every=3")
 
 
@@ -150,4 +164,4 @@ def test_losses_that_are_not_finite_stop_the_run(finished: tuple[Path, Path], tm
     assert [row["skipped_step"] for row in rows[-3:]] == [True] * 3
     newest = (run / "checkpoints" / "latest").read_text().strip()
     progress = json.loads((run / "checkpoints" / newest / "progress.json").read_text())
-    assert progress["skipped_in_a_row"] == 2
+    assert progress["step"] == progress["taken"] == rows[-1]["step"] - 3
