@@ -1,5 +1,6 @@
 """One process, two data-parallel ranks and two expert-parallel ranks train the same model on the same stream."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,18 @@ def test_layout_follows_the_single_process_curve(single: tuple[Path, list[dict]]
         assert row["loss"] == pytest.approx(other["loss"], rel=TOLERANCE)
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=2e-5)
         assert row["active_experts_mean"] == pytest.approx(other["active_experts_mean"], rel=1e-3)
+
+
+def test_two_expert_parallel_ranks_are_resumed_by_one(single: tuple[Path, list[dict]], tmp_path: Path) -> None:
+    recipe, expected = single
+    half = training.run(recipe, tmp_path, *LAYOUTS["ep2"], "--set", "checkpoint.every=5", ranks=2)
+    assert half.returncode == 0, half.stderr
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000010")
+    done = training.run(recipe, tmp_path, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert [row["samples"] for row in training.curve(tmp_path)] == [row["samples"] for row in expected]
+    for row, other in zip(training.curve(tmp_path), expected, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=TOLERANCE)
 
 
 def test_the_curve_falls(single: tuple[Path, list[dict]]) -> None:

@@ -46,8 +46,21 @@ def dense(moe: ZeroExpertMoE, x: Tensor) -> Tensor:
 
 
 def test_equals_the_papers_sum_over_experts() -> None:
-    moe, x = layer(), tokens(40)
-    torch.testing.assert_close(moe(x, packed(torch.ones(40, dtype=torch.bool))), dense(moe, x), rtol=1e-5, atol=1e-5)
+    """Outputs, and the gradients to the tokens, the router and both expert weights."""
+    moe = layer()
+    weight = torch.randn(40, D, generator=torch.Generator().manual_seed(5))
+    parameters = {"router": moe.router.weight, "w1": moe.experts.w1, "w2": moe.experts.w2}
+
+    def outputs_and_gradients(dispatched: bool) -> dict[str, Tensor]:
+        x = tokens(40).requires_grad_()
+        y = moe(x, packed(torch.ones(40, dtype=torch.bool))) if dispatched else dense(moe, x)
+        gradients = torch.autograd.grad((y * weight).sum(), [x, *parameters.values()])
+        return {"y": y, "x": gradients[0], **dict(zip(parameters, gradients[1:], strict=True))}
+
+    moe.eval()  # without the balance loss, which the paper's sum does not have
+    ours, expected = outputs_and_gradients(True), outputs_and_gradients(False)
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_only_slots_of_ffn_experts_are_sent() -> None:
@@ -127,6 +140,21 @@ def test_padding_is_neither_counted_nor_balanced() -> None:
     moe(padded.requires_grad_(), packed(valid))
     assert moe.router.tally[SLOTS] == 30
     assert moe.router.tally[:SLOTS].sum() == 30 * MOE.top_k
+
+
+@pytest.mark.parametrize("settings", [{"balance_coefficient": 0.0}, {"zero_experts": 0}])
+def test_no_zero_share_is_no_nan(settings: dict) -> None:
+    """K_e = k: the balance loss has no zero group; without a coefficient it is exactly 0."""
+    config = small.config()
+    config.moe = dataclasses.replace(MOE, active_experts=float(MOE.top_k), **settings)
+    router = ZeroExpertRouter(config)
+    _, loss = router(tokens(20), torch.ones(20, dtype=torch.bool))
+    assert loss.isfinite()
+    assert (loss == 0) == ("balance_coefficient" in settings)
+    if loss.requires_grad:
+        loss.backward()
+        assert router.weight.grad is not None
+        assert router.weight.grad.isfinite().all()
 
 
 def test_balance_loss_is_level_at_the_wanted_load() -> None:

@@ -1,5 +1,6 @@
 """Runs that stop and go on: bitwise resume, signals, refused folders, losses that are not finite."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -51,15 +52,18 @@ def test_run_directory_is_complete(finished: tuple[Path, Path]) -> None:
     assert len(rows[1]["expert_load"][0]) == 6
 
 
+@pytest.mark.latest
 def test_resume_is_bitwise(copied: tuple[Path, Path]) -> None:
     recipe, run = copied
     whole = training.curve(run)
     back_to(run, 4)
+    (run / "checkpoints" / "latest").unlink()
     done = training.run(recipe, run, "--resume")
     assert done.returncode == 0, done.stderr
     assert training.curve(run) == whole
 
 
+@pytest.mark.latest
 def test_bf16_learns_and_resumes_bitwise(finished: tuple[Path, Path], tmp_path: Path) -> None:
     recipe, run, bf16 = finished[0], tmp_path / "run", ("--set", "precision.dtype=bf16")
     done = training.run(recipe, run, *bf16)
@@ -107,6 +111,7 @@ def test_sigterm_saves_and_exits_75(finished: tuple[Path, Path], tmp_path: Path)
     assert training.curve(tmp_path / "stopped") == training.curve(tmp_path / "whole")
 
 
+@pytest.mark.latest
 def test_sigterm_on_two_ranks(finished: tuple[Path, Path], tmp_path: Path) -> None:
     recipe, run = finished[0], tmp_path / "run"
     interrupt(recipe, run, *LONGER, ranks=2)
@@ -132,6 +137,27 @@ def test_another_recipes_folder_is_refused(finished: tuple[Path, Path]) -> None:
 
 def test_a_missing_data_set_is_named(finished: tuple[Path, Path], tmp_path: Path) -> None:
     refuse(finished[0], tmp_path / "run", "--set", f"data.root={tmp_path}", what=str(tmp_path))
+
+
+def test_a_vocabulary_below_the_tokenizers_is_refused(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    refuse(finished[0], tmp_path / "run", "--set", "model.backbone.vocab_size=100", what="vocab_size")
+
+
+def test_an_out_that_is_no_folder_is_refused(finished: tuple[Path, Path]) -> None:
+    refuse(finished[0], finished[0] / "run", what="cannot write the run")
+
+
+def test_a_run_that_is_being_written_is_refused(copied: tuple[Path, Path]) -> None:
+    recipe, run = copied
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refuse(recipe, run, "--resume", what="another process writes this run")
+
+
+def test_several_processes_without_a_launcher_are_refused(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    done = training.run(finished[0], tmp_path / "run", OMPI_COMM_WORLD_SIZE="2")
+    assert done.returncode == 2
+    assert "launch/torchrun.sh" in done.stderr
 
 
 def test_a_layout_that_does_not_fit_is_refused(finished: tuple[Path, Path], tmp_path: Path) -> None:
