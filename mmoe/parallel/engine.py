@@ -108,6 +108,8 @@ def start(parallel: Parallel, seed: int, *, alone: bool = False, timeout_seconds
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
     )
+    # moe_utils.py:286 copies every later scale into the first one, of whatever shape another model left it.
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None  # type: ignore[assignment]
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
     return ranks()
