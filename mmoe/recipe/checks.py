@@ -32,6 +32,12 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     """Everything wrong with the values of a well-typed recipe, in the order of its tables."""
     yield from _ranges(recipe, "", "")
     yield from _model(recipe.model)
+    unit = 4 if recipe.precision.dtype == "fp32" else 8
+    sizes = {"backbone.hidden_size": recipe.model.backbone.hidden_size}
+    for name, size in {**sizes, "moe.expert_hidden_size": recipe.model.moe.expert_hidden_size}.items():
+        if size % unit:
+            what = f"{size} is not a multiple of {unit}"
+            yield f"model.{name}", what, "the grouped GEMM reads rows of 16 bytes at a time: round it"
     data, train, optimizer, backbone = recipe.data, recipe.train, recipe.optimizer, recipe.model.backbone
     if data.sequence_length > backbone.max_position:
         yield "data.sequence_length", f"{data.sequence_length} is above model.backbone.max_position", "raise that one"
@@ -84,16 +90,6 @@ def _model(model: Model) -> Iterator[Problem]:
     if moe.balance_coefficient and moe.zero_experts and moe.active_experts >= moe.top_k:
         what = f"{moe.active_experts:g} leaves nothing to the zero experts' share of the balance loss"
         yield "model.moe.active_experts", what, "give less than top_k, or set balance_coefficient = 0"
-    for name, size in (
-        ("backbone.hidden_size", backbone.hidden_size),
-        ("moe.expert_hidden_size", moe.expert_hidden_size),
-    ):
-        if size % 8:
-            yield (
-                f"model.{name}",
-                f"{size} is not a multiple of 8",
-                "the grouped GEMM reads 16 bytes at a time: round it",
-            )
     if moe.experts % moe.balance_groups:
         yield "model.moe.balance_groups", f"{moe.balance_groups} does not divide experts = {moe.experts}", "change one"
     if model.encoders and connector is None:

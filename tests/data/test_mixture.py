@@ -6,9 +6,9 @@ from mmoe.data.mixture import Part, load_mixture
 from mmoe.errors import UserError
 
 
-def test_the_shipped_mixture_is_readable():
-    parts = load_mixture("quickstart")
-    assert Part(path="scenes/train", weight=0.99) in parts
+def test_the_shipped_mixtures_are_readable():
+    assert load_mixture("quickstart") == (Part(path="scenes/train", weight=1.0),)
+    assert {part.path for part in load_mixture("scenes_and_stamps")} == {"scenes/train", "stamps/train"}
 
 
 def test_a_mixture_of_ones_own(tmp_path):

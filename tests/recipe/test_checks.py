@@ -22,6 +22,8 @@ from mmoe.recipe import load_recipe
         (["model.moe.balance_coefficient=0.1", "model.moe.active_experts=2"], "leaves nothing to the zero experts"),
         (["model.moe.balance_groups=3"], "model.moe.balance_groups: 3 does not divide experts = 4"),
         (["model.backbone.qk_rope_head_dim=7"], "model.backbone.qk_rope_head_dim: 7 is odd"),
+        (["model.moe.expert_hidden_size=10"], "model.moe.expert_hidden_size: 10 is not a multiple of 4"),
+        (["precision.dtype=bf16", "model.moe.expert_hidden_size=12"], "12 is not a multiple of 8"),
         (["model.backbone.vocab_size=4"], "model.backbone.vocab_size: smaller than"),
         (["model.encoders=[]"], "model.connector: a connector without encoders"),
         (["model.connector.width=30"], "model.connector.width: 30 is not a multiple of heads = 4"),
