@@ -29,7 +29,10 @@ cpu_platform.install()
 with warnings.catch_warnings():
     # What is missing and what stands in for it is for `mmoe doctor` to say, not for every import.
     warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (are|is) not installed")
-    importlib.import_module("megatron.core.models.backends")  # warns on import, and is imported by what we use
+    warnings.filterwarnings("ignore", message="MimoModelConfig is experimental")
+    for name in ("backends", "mimo"):
+        # They warn when they are imported, which what we use does late.
+        importlib.import_module(f"megatron.core.models.{name}")
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
     from megatron.core.dist_checkpointing.mapping import ShardedObject
     from megatron.core.dist_checkpointing.optimizer import (
@@ -176,9 +179,10 @@ def attach_loss(hidden: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
 
 
 def version_settings() -> dict[str, Any]:
-    """Configuration that only one of the supported Megatron-Core versions knows."""
-    # 0.16: transformer_config.py:784, the default "full" warns that it is deprecated.
-    return {"cuda_graph_scope": []} if "cuda_graph_scope" in TransformerConfig.__dataclass_fields__ else {}
+    """Configuration that the supported Megatron-Core versions name differently."""
+    # 0.16.1: transformer_config.py:784, the default "full" warns that it is deprecated. 0.19.2 has another name for it.
+    names = ("cuda_graph_modules", "cuda_graph_scope")
+    return {next(name for name in names if name in TransformerConfig.__dataclass_fields__): []}
 
 
 def prepare(model: torch.nn.Module, config: TransformerConfig) -> DistributedDataParallel:
