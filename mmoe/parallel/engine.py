@@ -339,8 +339,9 @@ def load_state(folder: Path, model: torch.nn.Module, optimizer: MegatronOptimize
     """Fills ``model`` (and ``optimizer`` and random states, unless None) from ``folder``, saved at any layout."""
     target = _sharded(model, optimizer, loading=True)
     with warnings.catch_warnings():
-        # dist_checkpointing/strategies/torch.py:799 calls what torch has deprecated.
+        # dist_checkpointing/strategies/torch.py:799 calls what torch has deprecated, or warns of (0.19.2).
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
         state: Any = dist_checkpointing.load(target, str(folder))
     _unwrap(model).load_state_dict(state["model"])
     if optimizer is not None:
