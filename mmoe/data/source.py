@@ -35,9 +35,9 @@ class Source:
 
     def __init__(self, path: Path, name: str) -> None:
         if not is_dataset(path):
-            kind, *split = Path(name).parts
-            out = path.parents[len(split) - 1] if split else path
-            raise UserError("the data set is missing", str(path), f"make it with `mmoe data prepare {kind} {out}`")
+            parts = Path(name).parts
+            root = path.parents[len(parts) - 1]
+            raise UserError("the data set is missing", str(path), f"make it with `mmoe data prepare {parts[0]} {root}`")
         read_card(path)
         self.path, self.name = path, name
         self._index = read_index(path)

@@ -120,7 +120,7 @@ def test_sigterm_on_two_ranks(finished: tuple[Path, Path], tmp_path: Path) -> No
     assert [row["step"] for row in training.curve(run)] == list(range(1, 41))
 
 
-def refuse(recipe: Path, run: Path, *options: str, what: str) -> None:
+def assert_refused(recipe: Path, run: Path, *options: str, what: str) -> None:
     done = training.run(recipe, run, *options)
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
@@ -128,30 +128,30 @@ def refuse(recipe: Path, run: Path, *options: str, what: str) -> None:
 
 
 def test_a_folder_with_a_run_needs_resume(finished: tuple[Path, Path]) -> None:
-    refuse(*finished, what="--resume")
+    assert_refused(*finished, what="--resume")
 
 
 def test_another_recipes_folder_is_refused(finished: tuple[Path, Path]) -> None:
-    refuse(*finished, "--resume", "--set", "optimizer.lr=0.1", what="another recipe's run")
+    assert_refused(*finished, "--resume", "--set", "optimizer.lr=0.1", what="another recipe's run")
 
 
 def test_a_missing_data_set_is_named(finished: tuple[Path, Path], tmp_path: Path) -> None:
-    refuse(finished[0], tmp_path / "run", "--set", f"data.root={tmp_path}", what=str(tmp_path))
+    assert_refused(finished[0], tmp_path / "run", "--set", f"data.root={tmp_path}", what=str(tmp_path))
 
 
 def test_a_vocabulary_below_the_tokenizers_is_refused(finished: tuple[Path, Path], tmp_path: Path) -> None:
-    refuse(finished[0], tmp_path / "run", "--set", "model.backbone.vocab_size=100", what="vocab_size")
+    assert_refused(finished[0], tmp_path / "run", "--set", "model.backbone.vocab_size=100", what="vocab_size")
 
 
 def test_an_out_that_is_no_folder_is_refused(finished: tuple[Path, Path]) -> None:
-    refuse(finished[0], finished[0] / "run", what="cannot write the run")
+    assert_refused(finished[0], finished[0] / "run", what="cannot write the run")
 
 
 def test_a_run_that_is_being_written_is_refused(copied: tuple[Path, Path]) -> None:
     recipe, run = copied
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        refuse(recipe, run, "--resume", what="another process writes this run")
+        assert_refused(recipe, run, "--resume", what="another process writes this run")
 
 
 def test_several_processes_without_a_launcher_are_refused(finished: tuple[Path, Path], tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_several_processes_without_a_launcher_are_refused(finished: tuple[Path, 
 
 
 def test_a_layout_that_does_not_fit_is_refused(finished: tuple[Path, Path], tmp_path: Path) -> None:
-    refuse(finished[0], tmp_path / "run", "--set", "parallel.expert=2", what="possible here: 1")
+    assert_refused(finished[0], tmp_path / "run", "--set", "parallel.expert=2", what="possible here: 1")
 
 
 @pytest.mark.parametrize("damage", ["missing", "altered"])
@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(copied: tuple[Path, Path], dama
         content = bytearray(victim.read_bytes())
         content[len(content) // 2] ^= 1
         victim.write_bytes(content)
-    refuse(recipe, run, "--resume", what=victim.name)
+    assert_refused(recipe, run, "--resume", what=victim.name)
 
 
 def test_losses_that_are_not_finite_stop_the_run(finished: tuple[Path, Path], tmp_path: Path) -> None:
