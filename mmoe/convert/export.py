@@ -16,10 +16,12 @@ from mmoe.convert.ship import ship
 from mmoe.errors import UserError
 from mmoe.recipe.load import dump_recipe
 from mmoe.recipe.schema import Recipe
+from mmoe.recipe.tokens import BOS, EOS, IMAGE, PAD, SPECIAL
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KEPT_IN_FP32 = ("classifier.weight", "e_score_correction_bias")
 """The router: it decides in fp32 whatever the rest of the model is stored in."""
+TOKEN_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 RECIPE = "mmoe_recipe.toml"
 
 Load = Callable[[Path], tuple[Recipe, Mapping[str, Tensor], Path]]
@@ -109,11 +111,9 @@ def _whole_config(recipe: Recipe, language: dict[str, Any], dtype: str) -> dict[
         "text_config": language,
         "encoders": [dataclasses.asdict(encoder) for encoder in model.encoders],
         "connector": dataclasses.asdict(model.connector),
-        "image_token_id": 3,
+        "image_token_id": IMAGE,
         "tie_word_embeddings": False,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
+        **TOKEN_IDS,
     }
 
 
@@ -121,16 +121,16 @@ def _write_tokenizer(out: Path, tokenizer: Path, longest: int) -> None:
     shutil.copyfile(tokenizer, out / "tokenizer.json")
     fields = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": "<pad>",
-        "bos_token": "<bos>",
-        "eos_token": "<eos>",
-        "extra_special_tokens": ["<image>"],
+        "pad_token": SPECIAL[PAD],
+        "bos_token": SPECIAL[BOS],
+        "eos_token": SPECIAL[EOS],
+        "extra_special_tokens": [SPECIAL[IMAGE]],
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         "model_max_length": longest,
     }
     _write_json(out / "tokenizer_config.json", fields)
-    _write_json(out / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    _write_json(out / "generation_config.json", TOKEN_IDS)
 
 
 def _write_processor(out: Path, recipe: Recipe) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from mmoe.data.tokenizer import BOS, EOS, IMAGE, PAD
+from mmoe.recipe.tokens import BOS, EOS, IMAGE, PAD
 
 
 class BadSample(Exception):

@@ -7,15 +7,13 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mmoe.errors import UserError
-
-PAD, BOS, EOS, IMAGE = range(4)
-SPECIAL = ("<pad>", "<bos>", "<eos>", "<image>")
+from mmoe.recipe.tokens import SPECIAL
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> Tokenizer:
     """Train on texts, each counted as often as it occurs; the same texts give the same tokenizer.
 
-    Every byte is in the vocabulary, so that any text has tokens. Specials are 0 to 3, see :data:`SPECIAL`.
+    Every byte is in the vocabulary, so that any text has tokens. Specials come first (:mod:`mmoe.recipe.tokens`).
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mmoe.data.pixels import BadImage, open_image, preprocess, to_rgb
-from mmoe.data.tokenizer import BOS, EOS, IMAGE
 from mmoe.errors import UserError
+from mmoe.recipe.tokens import BOS, EOS, IMAGE
 
 
 def generate(

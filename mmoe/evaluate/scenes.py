@@ -27,10 +27,10 @@ from mmoe.data.document import BadSample
 from mmoe.data.image import Decoder
 from mmoe.data.pixels import open_image, to_rgb
 from mmoe.data.source import Encoded, Source
-from mmoe.data.tokenizer import EOS
 from mmoe.errors import UserError
 from mmoe.evaluate.statistics import majority_share, wilson_interval
 from mmoe.recipe.schema import Recipe
+from mmoe.recipe.tokens import EOS
 
 EXAMPLES = 16
 THUMBNAIL = 192

@@ -74,10 +74,3 @@ class ZeroExpertRouter(MegatronModule):
         active = ((routed.ids < self.config.moe.experts).sum(1) * valid_T).double()
         sums = torch.stack((valid_T.sum().double(), active.sum(), active.square().sum(), weighted_loss.double()))
         self.tally += torch.cat((routed.counts.double(), sums))
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True), prefix, {}, sharded_offsets
-        )

@@ -12,8 +12,7 @@ from mmoe.models.backbones.longcat import LongcatModel
 from mmoe.models.connectors.sva import Connector
 from mmoe.models.encoders import build_encoder
 from mmoe.recipe.schema import Recipe
-
-IMAGE_TOKEN = 3
+from mmoe.recipe.tokens import IMAGE
 
 
 class MultimodalModel(MegatronModule):
@@ -43,7 +42,7 @@ class MultimodalModel(MegatronModule):
         if self.connector is None or images.size(0) == 0:
             return hidden
         rows = self.connector([encoder(images.to(hidden.dtype)) for encoder in self.encoders.values()])
-        places = tokens == IMAGE_TOKEN
+        places = tokens == IMAGE
         if int(places.sum()) != rows.size(0) * rows.size(1):
             raise ValueError(f"{int(places.sum())} <image> tokens for {tuple(rows.shape[:2])} image rows")
         by_pack = hidden.transpose(0, 1)

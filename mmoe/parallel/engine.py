@@ -7,6 +7,7 @@ this file and :mod:`mmoe.parallel.cpu_platform`.
 import atexit
 import importlib
 import logging
+import math
 import os
 import queue
 import warnings
@@ -47,6 +48,7 @@ with warnings.catch_warnings():
         finalize_model_grads,
     )
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -244,6 +246,25 @@ def parts(optimizer: MegatronOptimizer) -> list[Any]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
+def update(optimizer: MegatronOptimizer, rate: float) -> tuple[bool, float]:
+    """Clips the reduced gradients by their global norm and steps with learning rate ``rate``.
+
+    Returns whether the step was taken, and the norm before clipping. Where the norm is not finite, on all ranks alike,
+    weights and state stay as they were. Upstream's ``step`` is the same without a look at the norm.
+    """
+    found_inf = optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if found_inf or not math.isfinite(norm):
+        return False, norm
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_mult", 1.0)
+    for part in parts(optimizer):
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
+    return bool(optimizer.step_with_ready_grads()), norm
+
+
 def _begin_state(optimizer: MegatronOptimizer) -> None:
     """Gives torch's AdamW the state that it would make at its first step: a checkpoint before that is whole."""
     for part in parts(optimizer):
@@ -290,6 +311,7 @@ class MixedDtypeOptimizer(Float16OptimizerWithFloat16Params):
 
 def forward_backward(
     model: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
     forward_step: Callable[[Iterator[Any], torch.nn.Module], Any],
     batches: Iterator[Any],
     count: int,
@@ -298,6 +320,8 @@ def forward_backward(
 ) -> list[Any]:
     """Runs ``count`` micro-batches forward and backward and reduces the gradients; the loss functions' records."""
     model.zero_grad_buffer()
+    # The optimizer's gradients are the reduction buffers: left in place, the next backward would add to them twice.
+    optimizer.zero_grad()
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=batches,

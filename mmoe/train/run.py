@@ -37,15 +37,18 @@ def _neutral(recipe: Recipe) -> Recipe:
 
 def _starting_point(recipe: Recipe, out: Path, resume: bool) -> Path | None:
     """The checkpoint to go on from; refuses a folder that this run must not write into."""
-    saved = out / "recipe.toml"
+    saved, newest = out / "recipe.toml", files.newest(out)
     if not saved.exists():
+        if newest is not None:
+            raise UserError(
+                f"{out} holds a checkpoint, but no run that could go on", newest.name, "choose another --out"
+            )
         return None
     old, new = _neutral(load_recipe(saved)), _neutral(recipe)
     if old != new:
         pairs = zip(dump_recipe(old).splitlines(), dump_recipe(new).splitlines(), strict=False)
         first = next((f"there `{a}`, here `{b}`" for a, b in pairs if a != b), "they differ")
         raise UserError(f"{out} holds another recipe's run: {first}", str(saved), "choose another --out")
-    newest = files.newest(out)
     if newest is not None and not resume:
         raise UserError(
             f"{out} holds a run already", newest.name, "add --resume to go on with it, or choose another --out"

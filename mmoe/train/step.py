@@ -84,10 +84,9 @@ class Stepper:
         """
         suspects: list[str] = []
         self.wrapped.train()
-        # The optimizer's gradients are the reduction buffers: left in place, the next backward would add to them twice.
-        self.optimizer.zero_grad()
         records = engine.forward_backward(
             self.wrapped,
+            self.optimizer,
             functools.partial(_forward, suspects=suspects),
             batches,
             self.micro_batches,
@@ -103,12 +102,7 @@ class Stepper:
 
         taken, grad_norm = False, math.nan
         if math.isfinite(loss):
-            self.optimizer.prepare_grads()
-            grad_norm = float(self.optimizer.get_grad_norm())
-            if math.isfinite(grad_norm):
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate * group.get("lr_mult", 1.0)
-                taken = bool(self.optimizer.step()[0])
+            taken, grad_norm = engine.update(self.optimizer, rate)
         if taken:
             controller.steer(self.model, tallies)
         return Outcome(

@@ -6,7 +6,7 @@ from sets import tokenizer
 
 from mmoe.data.document import BadSample, blank, tokenize
 from mmoe.data.shards import text_tokens, token_counter
-from mmoe.data.tokenizer import BOS, EOS, IMAGE
+from mmoe.recipe.tokens import BOS, EOS, IMAGE
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from mmoe.data.tokenizer import BOS, EOS, IMAGE, PAD, SPECIAL, load_tokenizer, tokenizer_hash, train_tokenizer
+from mmoe.data.tokenizer import load_tokenizer, tokenizer_hash, train_tokenizer
 from mmoe.errors import UserError
+from mmoe.recipe.tokens import BOS, EOS, IMAGE, PAD, SPECIAL
 
 TEXTS = ["how many zebras ?", "how many pigs ?", " Ein Zebra.", "しまうま"] * 20
 

@@ -9,9 +9,9 @@ from fakes import FakeModel, png
 from torch import Tensor
 
 import mmoe
-from mmoe.data.tokenizer import BOS, EOS, IMAGE
 from mmoe.errors import UserError
 from mmoe.evaluate.generate import generate, next_token
+from mmoe.recipe.tokens import BOS, EOS, IMAGE
 
 
 class Continuing(FakeModel):

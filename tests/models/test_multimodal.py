@@ -6,8 +6,9 @@ import pytest
 import small
 import torch
 
-from mmoe.models.multimodal import IMAGE_TOKEN, MultimodalModel
+from mmoe.models.multimodal import MultimodalModel
 from mmoe.recipe.schema import Connector, Encoder, Model
+from mmoe.recipe.tokens import IMAGE
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def ids(count: int, seed: int) -> list[int]:
 
 @torch.no_grad()
 def test_branches_and_documents_are_alone(model: MultimodalModel) -> None:
-    image = [IMAGE_TOKEN] * 4
+    image = [IMAGE] * 4
     pictures = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(9))
     prefix, one, two, other = [1, *image], ids(4, 1), ids(3, 2), [1, *image, *ids(5, 3)]
     tokens = [*prefix, *one, *two, *other, 0, 0]
@@ -64,7 +65,7 @@ def test_losses_are_the_masked_places(model: MultimodalModel) -> None:
 
 
 def test_too_few_images_are_an_error(model: MultimodalModel) -> None:
-    batch = small.batch(torch.tensor([[1, *[IMAGE_TOKEN] * 8]]), images=torch.zeros(1, 3, 16, 16))
+    batch = small.batch(torch.tensor([[1, *[IMAGE] * 8]]), images=torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match="8 <image> tokens"):
         model.logits(batch)
 

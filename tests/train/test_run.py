@@ -131,6 +131,14 @@ def test_a_folder_with_a_run_needs_resume(finished: tuple[Path, Path]) -> None:
     assert_refused(*finished, what="--resume")
 
 
+@pytest.mark.parametrize("options", [(), ("--resume",)])
+def test_a_checkpoint_that_no_run_made_is_not_passed_over(copied: tuple[Path, Path], options: tuple[str, ...]) -> None:
+    """As `mmoe convert from-hf` leaves it: weights without a run."""
+    recipe, run = copied
+    (run / "recipe.toml").unlink()
+    assert_refused(recipe, run, *options, what="no run that could go on")
+
+
 def test_another_recipes_folder_is_refused(finished: tuple[Path, Path]) -> None:
     assert_refused(*finished, "--resume", "--set", "optimizer.lr=0.1", what="another recipe's run")
 
