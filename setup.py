@@ -1,7 +1,10 @@
 """Builds the two compiled parts of mmoe with ninja, and puts the data cards into the wheel.
 
-`mmoe/_C.so`      the operators (csrc/bindings.cpp, csrc/*/*_cpu.cpp, csrc/*/*_cuda.cu) on torch's stable ABI
+`mmoe/_C.so`      the operators (csrc/bindings.cpp, csrc/*/*_{cpu,simd}.cpp, csrc/*/*_cuda.cu) on torch's stable ABI
 `mmoe/_host.*.so` host-side helpers without tensors (csrc/host/*.cpp) on pybind11
+
+`python setup.py build_emulated [--variant plain|asan|tsan]` compiles the CUDA implementations against csrc/emulator
+into build/emulated/VARIANT/mmoe_emulated.so (tests and `mmoe bench ops --emulated` do it by themselves).
 
 MMOE_BUILD_CUDA=auto|0|1   compile the .cu files: where nvcc is found (default), never, or fail without nvcc
 MMOE_CUDA_ARCHS            comma-separated, default 80,90a,100; the first is kept as PTX for every newer GPU
@@ -10,17 +13,19 @@ MAX_JOBS                   compilers at a time, default ninja's
 """
 
 import os
+import platform
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import ninja
 import pybind11
 import torch
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -29,7 +34,25 @@ TORCH = Path(str(torch.__file__)).parent
 OPERATORS, HOST = "mmoe._C", "mmoe._host"
 CXX = os.environ.get("CXX", "g++")
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-Wall", "-Wextra", "-fvisibility=hidden"]
+# A *_simd.cpp is compiled once for each; csrc/common/simd_dispatch.h chooses at run time.
+X86 = platform.machine() == "x86_64"
+SIMD = {"generic": []} | (
+    {
+        "avx2": ["-march=x86-64-v3"],
+        "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+        "avx512_bf16": ["-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"],
+    }
+    if X86
+    else {}
+)
+SIMD_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+SANITIZERS = {
+    "plain": [],
+    "asan": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-DMMOE_EMULATED_ASAN"],
+    "tsan": ["-fsanitize=thread", "-DMMOE_EMULATED_TSAN"],
+}
 # Only what torch 2.13 promises, so that a library built here loads in every later torch.
+TORCH_LINKS = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
 TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020d000000000000", f"-I{ROOT / 'csrc'}", "-isystem", str(TORCH / "include")]
 
 
@@ -61,34 +84,86 @@ def escape(word: str | Path) -> str:
     return str(word).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def build_file(libraries: dict[str, tuple[list[str], Path]]) -> str:
-    """build.ninja for {extension: (its sources, the library to write)}; objects lie beside it."""
+class Object(NamedTuple):
+    """One run of a compiler: `source` of the project to the object `name` of the build folder."""
+
+    name: str
+    source: str
+    compiler: str
+    flags: list[str]
+
+
+def objects_of(name: str, sources: list[str]) -> list[Object]:
+    """What the library of the extension `name` is made of."""
+    if name == HOST:
+        flags = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
+        return [Object(f"{source}.o", source, CXX, CXX_FLAGS + flags) for source in sources]
+    nvcc = find_nvcc() or ""
+    made = []
+    for source in sources:
+        if source.endswith("_simd.cpp"):
+            for isa, flags in SIMD.items():
+                flags = [*CXX_FLAGS, *SIMD_FLAGS, *flags, f"-DMMOE_SIMD={isa}", *TORCH_FLAGS]
+                made.append(Object(f"{source}.{isa}.o", source, CXX, flags))
+        elif source.endswith(".cu"):
+            made.append(Object(f"{source}.o", source, nvcc, nvcc_flags() + TORCH_FLAGS))
+        else:
+            made.append(Object(f"{source}.o", source, CXX, CXX_FLAGS + TORCH_FLAGS))
+    return made
+
+
+def emulated_objects(variant: str) -> list[Object]:
+    """The emulated build: every CUDA source compiled as C++, and the emulator itself without instrumentation."""
+    sanitize = SANITIZERS[variant]
+    define = [flag for flag in sanitize if flag.startswith("-D")]
+    # -w: CUDA's headers and attributes are not meant for g++; nvcc and the CPU build warn about our own code.
+    common = ["-std=c++20", "-g", "-fPIC", "-w", "-DMMOE_EMULATED", "-isystem", str(cuda_include()), *TORCH_FLAGS]
+    kernels = [*common, "-O1" if sanitize else "-O2", "-x", "c++"]
+    instrumented = sources("csrc/*/*_cuda.cu")
+    plain = ["csrc/bindings.cpp", *sources("csrc/emulator/*.cpp")]
+    return [
+        *(Object(f"{source}.o", source, CXX, kernels + sanitize) for source in instrumented),
+        *(Object(f"{source}.o", source, CXX, [*common, "-O2", *define]) for source in plain),
+    ]
+
+
+def cuda_include() -> Path:
+    """The folder of CUDA's own headers, which the emulated build includes for the types and fp8, fp16, bf16 arithmetic."""
     nvcc = find_nvcc()
-    host_flags = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
-    torch_links = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
+    if nvcc is None:
+        raise SystemExit("the emulated build needs CUDA's headers, but there is no nvcc: set CUDA_HOME")
+    # nvcc itself may be a wrapper; a dry run names the toolkit it belongs to.
+    said = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+    return Path(said.split("#$ TOP=", 1)[1].splitlines()[0]) / "include"
+
+
+def build_file(libraries: dict[Path, tuple[list[Object], str, list[str]]]) -> str:
+    """build.ninja for {library to write: (its objects, linker, link flags)}; objects lie beside it."""
     lines = [
         # -MD, not -MMD: another torch under the same path must rebuild.
         "rule compile\n command = $compiler $flags -MD -MF $out.d -c $in -o $out\n depfile = $out.d\n deps = gcc",
         # nvcc links CUDA's static runtime, so the library loads where there is neither a driver nor a toolkit.
         "rule link\n command = $compiler -shared $in $links -o $out",
     ]
-    for name, (sources, library) in libraries.items():
-        flags, links = (TORCH_FLAGS, torch_links) if name == OPERATORS else (host_flags, [])
-        objects = []
-        for source in sources:
-            cuda = source.endswith(".cu")
-            objects.append(f"{Path(source).relative_to('csrc')}.o")
+    for library, (objects, linker, links) in libraries.items():
+        for item in objects:
             lines.append(
-                f"build {escape(objects[-1])}: compile {escape(ROOT / source)}\n"
-                f" compiler = {nvcc if cuda else CXX}\n"
-                f" flags = {shlex.join((nvcc_flags() if cuda else CXX_FLAGS) + flags).replace('$', '$$')}"
+                f"build {escape(item.name)}: compile {escape(ROOT / item.source)}\n"
+                f" compiler = {item.compiler}\n"
+                f" flags = {shlex.join(item.flags).replace('$', '$$')}"
             )
-        linker = nvcc if any(source.endswith(".cu") for source in sources) else CXX
         lines.append(
-            f"build {escape(library)}: link {' '.join(map(escape, objects))}\n"
+            f"build {escape(library)}: link {' '.join(escape(item.name) for item in objects)}\n"
             f" compiler = {linker}\n links = {shlex.join(links).replace('$', '$$')}"
         )
     return "\n".join(lines) + "\n"
+
+
+def run_ninja(folder: Path, libraries: dict[Path, tuple[list[Object], str, list[str]]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text(build_file(libraries))
+    jobs = [f"-j{os.environ['MAX_JOBS']}"] if "MAX_JOBS" in os.environ else []
+    subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-C", folder, *jobs], check=True)
 
 
 class NinjaBuild(build_ext):
@@ -104,15 +179,34 @@ class NinjaBuild(build_ext):
     def build_extensions(self) -> None:
         # An editable install names a temporary folder; objects kept here make the next one incremental.
         folder = Path("build", f"ninja-{sys.implementation.cache_tag}") if self.editable_mode else Path(self.build_temp)
-        folder.mkdir(parents=True, exist_ok=True)
         libraries = {}
         for extension in self.extensions:
             library = Path(self.get_ext_fullpath(extension.name)).resolve()
             library.parent.mkdir(parents=True, exist_ok=True)
-            libraries[extension.name] = (extension.sources, library)
-        (folder / "build.ninja").write_text(build_file(libraries))
-        jobs = [f"-j{os.environ['MAX_JOBS']}"] if "MAX_JOBS" in os.environ else []
-        subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-C", folder, *jobs], check=True)
+            objects = objects_of(extension.name, extension.sources)
+            cuda = next((item.compiler for item in objects if item.source.endswith(".cu")), None)
+            libraries[library] = objects, cuda or CXX, TORCH_LINKS if extension.name == OPERATORS else []
+        run_ninja(folder, libraries)
+
+
+class BuildEmulated(Command):
+    """The CUDA implementations as a CPU library, see the top of this file."""
+
+    description = "compile the CUDA implementations for the CPU emulator"
+    user_options: ClassVar[list] = [("variant=", None, "plain, asan or tsan (default: plain)")]
+
+    def initialize_options(self) -> None:
+        self.variant = "plain"
+
+    def finalize_options(self) -> None:
+        if self.variant not in SANITIZERS:
+            raise SystemExit(f"--variant={self.variant}: must be one of {', '.join(SANITIZERS)}")
+
+    def run(self) -> None:
+        folder = ROOT / "build" / "emulated" / self.variant
+        sanitize = [flag for flag in SANITIZERS[self.variant] if flag.startswith("-fsanitize")]
+        links = [*sanitize, *TORCH_LINKS, "-lboost_context"]
+        run_ninja(folder, {folder / "mmoe_emulated.so": (emulated_objects(self.variant), CXX, links)})
 
 
 class BuildWithCards(build_py):
@@ -132,8 +226,10 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(source.relative_to(ROOT)) for pattern in patterns for source in ROOT.glob(pattern))
 
 
-operators = sources("csrc/bindings.cpp", "csrc/*/*_cpu.cpp", *(["csrc/*/*_cuda.cu"] if find_nvcc() else []))
+operators = sources(
+    "csrc/bindings.cpp", "csrc/*/*_cpu.cpp", "csrc/*/*_simd.cpp", *(["csrc/*/*_cuda.cu"] if find_nvcc() else [])
+)
 setup(
     ext_modules=[Extension(OPERATORS, operators), Extension(HOST, sources("csrc/host/*.cpp"))],
-    cmdclass={"build_ext": NinjaBuild, "build_py": BuildWithCards},
+    cmdclass={"build_ext": NinjaBuild, "build_py": BuildWithCards, "build_emulated": BuildEmulated},
 )

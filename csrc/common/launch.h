@@ -1,21 +1,82 @@
-// What a launcher of CUDA kernels needs from torch and from the CUDA runtime.
+// What a launcher of CUDA kernels needs from torch and from the CUDA runtime, or from the emulator in their place.
 #pragma once
 
-#include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include "common/checks.h"
+#include "common/device.cuh"
 
 namespace mmoe {
+
+#ifdef MMOE_EMULATED
+
+class DeviceScope {
+ public:
+  explicit DeviceScope(const torch::stable::Tensor&) {}
+  cudaStream_t stream() const { return nullptr; }
+  int multiprocessors() const { return emulator::multiprocessors(); }
+};
+
+inline void check_launch(const char*) {}  // the emulator ends the process with a line of its own
+
+inline void wait_for(const DeviceScope&, void* host, const void* device, size_t bytes, const char*) {
+  std::memcpy(host, device, bytes);
+}
+
+#else
 
 inline void check_cuda(cudaError_t status, const char* what) {
   check(status == cudaSuccess, what, ": ", cudaGetErrorString(status));
 }
 
-// The stream on which torch currently queues work for the device. Asked through torch's device-neutral call, which the
-// CPU build of torch exports too, so that one library loads everywhere.
-inline cudaStream_t current_stream(torch::stable::accelerator::DeviceIndex device) {
-  return static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(device).nativeHandle());
+inline void check_launch(const char* kernel) { check_cuda(cudaGetLastError(), kernel); }
+
+// Makes the tensor's device current for the life of the object.
+class DeviceScope {
+ public:
+  explicit DeviceScope(const torch::stable::Tensor& tensor)
+      : device_(tensor.get_device_index()), guard_(tensor.get_device_index()) {}
+
+  // The stream on which torch currently queues work for the device. Asked through torch's device-neutral call, which
+  // the CPU build of torch exports too, so that one library loads everywhere.
+  cudaStream_t stream() const {
+    return static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(device_).nativeHandle());
+  }
+
+  int multiprocessors() const {
+    int count = 0;
+    check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_), "number of multiprocessors");
+    return count;
+  }
+
+ private:
+  torch::stable::accelerator::DeviceIndex device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+// Copies from the device and waits for the stream: the host stands still until all that was queued is done.
+inline void wait_for(const DeviceScope& scope, void* host, const void* device, size_t bytes, const char* what) {
+  check_cuda(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, scope.stream()), what);
+  check_cuda(cudaStreamSynchronize(scope.stream()), what);
+}
+
+#endif
+
+// Calls body(T{}) with the device type of a tensor's dtype.
+template <typename Body>
+void for_device_type(torch::headeronly::ScalarType dtype, const char* what, Body&& body) {
+  using torch::headeronly::ScalarType;
+  switch (dtype) {
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::BFloat16:
+      return body(__nv_bfloat16{});
+    case ScalarType::Half:
+      return body(__half{});
+    default:
+      check(false, what, " must be float32, bfloat16 or float16 on CUDA");
+  }
 }
 
 }  // namespace mmoe

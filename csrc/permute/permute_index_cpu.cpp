@@ -1,10 +1,9 @@
 // permute_index on the CPU: a counting sort over chunks of slots, in parallel on torch's own threads.
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <atomic>
 #include <vector>
 
+#include "common/library.h"
 #include "permute/permute_index.h"
 
 namespace mmoe {
@@ -81,6 +80,6 @@ PermuteIndex permute_index_cpu(Tensor ids, int64_t experts) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mmoe, CPU, m) { m.impl("permute_index", TORCH_BOX(&permute_index_cpu)); }
+MMOE_CPU(m) { m.impl("permute_index", TORCH_BOX(&permute_index_cpu)); }
 
 }  // namespace mmoe

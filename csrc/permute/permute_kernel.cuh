@@ -8,13 +8,12 @@
 // Compiled for sm_80, sm_90a and sm_100; not yet run on a GPU.
 #pragma once
 
-#include <cstdint>
+#include "common/device.cuh"
 
 namespace mmoe::permute {
 
-constexpr int kLanes = 32;
+constexpr int kLanes = kWarp;
 constexpr int kSlotsPerChunk = 1024;
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Calls place(slot, expert, rank, same) for every slot of the block's chunk, where `rank` counts the slots of the same
 // expert before it among the 32 in hand and `same` is the number of them. Zero experts get expert = experts and
@@ -44,7 +43,7 @@ __device__ void for_each_slot(const Id* __restrict__ id_of_slot, int slots, int 
 template <typename Id>
 __global__ void __launch_bounds__(kLanes)
     count_kernel(const Id* __restrict__ id_of_slot, int slots, int experts, int* __restrict__ counts) {
-  extern __shared__ int count[];
+  MMOE_DYNAMIC_SHARED(int, count);
   const int columns = experts + 2;
   for (int column = static_cast<int>(threadIdx.x); column < columns; column += kLanes) count[column] = 0;
   __syncwarp();
@@ -103,7 +102,7 @@ template <typename Id>
 __global__ void __launch_bounds__(kLanes)
     place_kernel(const Id* __restrict__ id_of_slot, int slots, int experts, const int* __restrict__ first_rows,
                  int* __restrict__ row_of_slot, int* __restrict__ slot_of_row) {
-  extern __shared__ int next[];
+  MMOE_DYNAMIC_SHARED(int, next);
   const int* first = first_rows + static_cast<int64_t>(blockIdx.x) * (experts + 2);
   for (int expert = static_cast<int>(threadIdx.x); expert < experts; expert += kLanes) next[expert] = first[expert];
   __syncwarp();

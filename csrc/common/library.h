@@ -1,0 +1,17 @@
+// Where operators register. The emulated build holds the same operators under torch.ops.mmoe_emulated: tensors lie in
+// CPU memory there and the CUDA implementation runs on csrc/emulator.
+//   MMOE_OPERATORS(m) { m.def(...); }        the schemas, once
+//   MMOE_CPU(m) { m.impl(...); }             in <operator>_cpu.cpp
+//   MMOE_CUDA(m) { m.impl(...); }            in <operator>_cuda.cu
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#ifdef MMOE_EMULATED
+#define MMOE_OPERATORS(m) STABLE_TORCH_LIBRARY(mmoe_emulated, m)
+#define MMOE_CUDA(m) STABLE_TORCH_LIBRARY_IMPL(mmoe_emulated, CPU, m)
+#else
+#define MMOE_OPERATORS(m) STABLE_TORCH_LIBRARY(mmoe, m)
+#define MMOE_CPU(m) STABLE_TORCH_LIBRARY_IMPL(mmoe, CPU, m)
+#define MMOE_CUDA(m) STABLE_TORCH_LIBRARY_IMPL(mmoe, CUDA, m)
+#endif

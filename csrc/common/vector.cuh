@@ -1,0 +1,93 @@
+// Vector accesses of 16 bytes and conversions between storage types (float, bf16, fp16) and fp32.
+#pragma once
+
+#include "common/device.cuh"
+
+namespace mmoe {
+
+template <typename T>
+__device__ __forceinline__ float to_float(T value) {
+  return static_cast<float>(value);
+}
+template <>
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) {
+  return __bfloat162float(value);
+}
+template <>
+__device__ __forceinline__ float to_float(__half value) {
+  return __half2float(value);
+}
+
+template <typename T>
+__device__ __forceinline__ T from_float(float value) {
+  return static_cast<T>(value);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float(float value) {
+  return __float2bfloat16_rn(value);
+}
+template <>
+__device__ __forceinline__ __half from_float(float value) {
+  return __float2half_rn(value);
+}
+
+// Elements of T in a 16-byte access.
+template <typename T>
+constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+
+// One access of 16 bytes. The pointer must be aligned to 16 bytes; the emulator checks that.
+__device__ __forceinline__ uint4 load16(const void* from) {
+#ifdef MMOE_EMULATED
+  return emulator::load<uint4>(from);
+#else
+  return *static_cast<const uint4*>(from);
+#endif
+}
+__device__ __forceinline__ void store16(void* to, uint4 value) {
+#ifdef MMOE_EMULATED
+  emulator::store(to, value);
+#else
+  *static_cast<uint4*>(to) = value;
+#endif
+}
+
+// kVector<T> elements at `from`, aligned to 16 bytes, as fp32.
+template <typename T>
+__device__ __forceinline__ void load_vector(const T* from, float (&values)[kVector<T>]) {
+  const uint4 raw = load16(from);
+  const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      values[i] = __uint_as_float(words[i]);
+    } else if constexpr (sizeof(T) == 2) {
+      const unsigned short half = static_cast<unsigned short>(words[i / 2] >> (16 * (i % 2)));
+      T element;
+      static_assert(sizeof(element) == sizeof(half));
+      memcpy(&element, &half, sizeof(half));
+      values[i] = to_float(element);
+    }
+  }
+}
+
+// Stores kVector<T> fp32 values, rounded to nearest even, at `to`, aligned to 16 bytes.
+template <typename T>
+__device__ __forceinline__ void store_vector(T* to, const float (&values)[kVector<T>]) {
+  unsigned words[4];
+#pragma unroll
+  for (int word = 0; word < 4; ++word) {
+    if constexpr (sizeof(T) == 4) {
+      words[word] = __float_as_uint(values[word]);
+    } else {
+      const T low = from_float<T>(values[2 * word]);
+      const T high = from_float<T>(values[2 * word + 1]);
+      unsigned short bits[2];
+      memcpy(&bits[0], &low, 2);
+      memcpy(&bits[1], &high, 2);
+      words[word] = bits[0] | static_cast<unsigned>(bits[1]) << 16;
+    }
+  }
+  store16(to, make_uint4(words[0], words[1], words[2], words[3]));
+}
+
+}  // namespace mmoe

@@ -1,0 +1,77 @@
+// hidden_z_loss on CUDA: launch and registration.
+#include "common/launch.h"
+#include "common/library.h"
+#include "hidden_z_loss/hidden_z_loss.h"
+#include "hidden_z_loss/hidden_z_loss_kernel.cuh"
+
+namespace mmoe {
+namespace {
+
+namespace device = hidden_z_loss;
+
+unsigned blocks(int64_t tokens) {
+  return static_cast<unsigned>((tokens + device::kTokensPerBlock - 1) / device::kTokensPerBlock);
+}
+
+template <typename T>
+bool rows_are_aligned(const void* base, int64_t width) {
+  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && width % kVector<T> == 0;
+}
+
+HiddenZLoss hidden_z_loss_cuda(Tensor z_any, std::optional<Tensor> valid_any, double coefficient) {
+  check_hidden_z_loss(z_any, valid_any);
+  const DeviceScope scope(z_any);
+  const Tensor z = torch::stable::contiguous(z_any);
+  std::optional<Tensor> valid;
+  if (valid_any) valid = torch::stable::contiguous(*valid_any);
+  const int64_t tokens = z.size(0), width = z.size(1);
+  Tensor loss = torch::stable::new_empty(z, {}, ScalarType::Float);
+  Tensor count = torch::stable::new_empty(z, {}, ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(z, {tokens}, ScalarType::Float);
+  const bool* counts = valid ? valid->const_data_ptr<bool>() : nullptr;
+  float* to = lse.mutable_data_ptr<float>();
+  if (tokens > 0) {
+    for_device_type(z.scalar_type(), "hidden_z_loss: z", [&](auto type) {
+      using T = decltype(type);
+      const T* from = static_cast<const T*>(z.const_data_ptr());
+      auto* kernel = rows_are_aligned<T>(from, width) ? device::lse_kernel<T, true> : device::lse_kernel<T, false>;
+      MMOE_LAUNCH(kernel, blocks(tokens), device::kThreads, 0, scope.stream())(from, counts, tokens, width, to);
+      check_launch("hidden_z_loss: lse_kernel");
+    });
+  }
+  MMOE_LAUNCH(device::mean_kernel, 1, device::kSumThreads, 0, scope.stream())
+  (to, counts, tokens, static_cast<float>(coefficient), loss.mutable_data_ptr<float>(),
+   count.mutable_data_ptr<float>());
+  check_launch("hidden_z_loss: mean_kernel");
+  return {loss, lse, count};
+}
+
+Tensor hidden_z_loss_backward_cuda(Tensor grad_loss, Tensor z_any, Tensor lse, Tensor count, double coefficient) {
+  check_hidden_z_loss(z_any, std::nullopt);
+  const DeviceScope scope(z_any);
+  const Tensor z = torch::stable::contiguous(z_any);
+  const int64_t tokens = z.size(0), width = z.size(1);
+  Tensor grad_z = torch::stable::new_empty(z, {tokens, width});
+  if (tokens == 0) return grad_z;
+  for_device_type(z.scalar_type(), "hidden_z_loss: z", [&](auto type) {
+    using T = decltype(type);
+    const T* from = static_cast<const T*>(z.const_data_ptr());
+    T* to = static_cast<T*>(grad_z.mutable_data_ptr());
+    auto* kernel =
+        rows_are_aligned<T>(from, width) ? device::backward_kernel<T, true> : device::backward_kernel<T, false>;
+    MMOE_LAUNCH(kernel, blocks(tokens), device::kThreads, 0, scope.stream())
+    (grad_loss.const_data_ptr<float>(), from, lse.const_data_ptr<float>(), count.const_data_ptr<float>(),
+     static_cast<float>(coefficient), tokens, width, to);
+    check_launch("hidden_z_loss: backward_kernel");
+  });
+  return grad_z;
+}
+
+}  // namespace
+
+MMOE_CUDA(m) {
+  m.impl("hidden_z_loss", TORCH_BOX(&hidden_z_loss_cuda));
+  m.impl("hidden_z_loss_backward", TORCH_BOX(&hidden_z_loss_backward_cuda));
+}
+
+}  // namespace mmoe
