@@ -87,6 +87,7 @@ system:
 	command -v g++ >/dev/null || need="$$need g++"; \
 	$(INTERPRETER) -c 'import ensurepip' 2>/dev/null || need="$$need python3-venv"; \
 	$(INTERPRETER) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || need="$$need python3-dev"; \
+	command -v nvcc >/dev/null && ! test -e /usr/include/boost/context/fiber.hpp && need="$$need libboost-context-dev"; \
 	if [ -n "$$need" ]; then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -qq -y $$need; \
 	  else echo "missing system packages: apt-get install$$need (as root), then run make again" >&2; exit 2; fi; \

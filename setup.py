@@ -128,7 +128,7 @@ def emulated_objects(variant: str) -> list[Object]:
 
 
 def cuda_include() -> Path:
-    """The folder of CUDA's own headers, which the emulated build includes for the types and fp8, fp16, bf16 arithmetic."""
+    """The folder of CUDA's headers: the emulated build takes the types and the bf16, fp16, fp8 arithmetic from there."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise SystemExit("the emulated build needs CUDA's headers, but there is no nvcc: set CUDA_HOME")
@@ -146,12 +146,12 @@ def build_file(libraries: dict[Path, tuple[list[Object], str, list[str]]]) -> st
         "rule link\n command = $compiler -shared $in $links -o $out",
     ]
     for library, (objects, linker, links) in libraries.items():
-        for item in objects:
-            lines.append(
-                f"build {escape(item.name)}: compile {escape(ROOT / item.source)}\n"
-                f" compiler = {item.compiler}\n"
-                f" flags = {shlex.join(item.flags).replace('$', '$$')}"
-            )
+        lines.extend(
+            f"build {escape(item.name)}: compile {escape(ROOT / item.source)}\n"
+            f" compiler = {item.compiler}\n"
+            f" flags = {shlex.join(item.flags).replace('$', '$$')}"
+            for item in objects
+        )
         lines.append(
             f"build {escape(library)}: link {' '.join(escape(item.name) for item in objects)}\n"
             f" compiler = {linker}\n links = {shlex.join(links).replace('$', '$$')}"
