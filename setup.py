@@ -128,7 +128,7 @@ def emulated_objects(variant: str) -> list[Object]:
 
 
 def cuda_include() -> Path:
-    """The folder of CUDA's headers: the emulated build takes the types and the bf16, fp16, fp8 arithmetic from there."""
+    """The folder of CUDA's headers, where the emulated build finds the types and the bf16, fp16, fp8 arithmetic."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise SystemExit("the emulated build needs CUDA's headers, but there is no nvcc: set CUDA_HOME")
