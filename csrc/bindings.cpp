@@ -8,4 +8,12 @@ MMOE_OPERATORS(m) {
   m.def(
       "hidden_z_loss_backward(Tensor grad_loss, Tensor z, Tensor lse, Tensor count, float coefficient) -> Tensor "
       "grad_z");
+  m.def(
+      "sva(Tensor q, Tensor[] keys, Tensor[] values, Tensor[] features, Tensor[] positions, Tensor[] absorbed, "
+      "Tensor[] constants, Tensor[] masks, float eps) -> (Tensor out, Tensor lse, Tensor[] pooled, Tensor[] mass)");
+  m.def(
+      "sva_backward(Tensor grad_out, Tensor[] grad_pooled, Tensor[] grad_mass, Tensor q, Tensor[] keys, "
+      "Tensor[] values, Tensor[] features, Tensor[] positions, Tensor[] absorbed, Tensor[] constants, "
+      "Tensor[] masks, Tensor lse, float eps) -> (Tensor grad_q, Tensor[] grad_keys, Tensor[] grad_values, "
+      "Tensor[] grad_features, Tensor[] grad_absorbed, Tensor[] grad_constants, Tensor[] pooled, Tensor[] mass)");
 }
