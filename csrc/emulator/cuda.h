@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include "emulator/intrinsics.h"
 #undef __shared__
 #undef __forceinline__
 #undef __launch_bounds__
@@ -45,6 +46,7 @@ extern thread_local Ctx* g_ctx;
 // noinline + never cached: a fiber never migrates between OS threads, g_ctx is rewritten on each switch
 inline Ctx* ctx() { return g_ctx; }
 enum Op : int { OP_SYNCWARP = 1, OP_SHFL, OP_VOTE, OP_MATCH, OP_REDUX, OP_MMA, OP_LDMATRIX };
+int barrier_count(bool vote);        // a barrier; the threads that voted
 void barrier(int id, int nthreads);  // __syncthreads / named barrier
 // deposits `n` bytes, waits for every live lane in mask, returns pointer to 32 slots of 64 bytes (valid until the
 // lane's next op on mask)
@@ -103,6 +105,9 @@ inline void __syncwarp(unsigned m = 0xffffffffu) {
 }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline void __threadfence_block() { __threadfence(); }
+inline int __syncthreads_count(int p) { return ::emulator::barrier_count(p != 0); }
+inline int __syncthreads_or(int p) { return __syncthreads_count(p) != 0; }
+inline int __syncthreads_and(int p) { return __syncthreads_count(p == 0) == 0; }
 template <class T>
 inline T __shfl_sync(unsigned m, T v, int src, int w = 32) {
   int l = ::emulator::ctx()->lane, base = l & ~(w - 1);
@@ -151,65 +156,104 @@ inline unsigned __match_any_sync(unsigned m, T value) {
 }
 inline int __any_sync(unsigned m, int p) { return __ballot_sync(m, p) != 0; }
 inline int __all_sync(unsigned m, int p) { return (__ballot_sync(m, !p)) == 0; }
-inline unsigned __activemask() { return 0xffffffffu; }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
+namespace emulator {
+template <class T, class F>
+inline T reduce_impl(unsigned m, T v, F f) {
+  unsigned pr;
+  const unsigned char* s = warp_exchange(m, OP_REDUX, &v, sizeof(T), false, &pr);
+  T r{};
+  bool first = true;
+  for (int i = 0; i < 32; i++)
+    if ((pr >> i) & 1) {
+      T x;
+      slot_read(&x, s, i, sizeof(T));
+      r = first ? x : f(r, x);
+      first = false;
+    }
+  return r;
+}
+}  // namespace emulator
+#define MMOE_REDUCE(name, type, expression)                                                  \
+  inline type name(unsigned m, type v) {                                                     \
+    return ::emulator::reduce_impl(m, v, [](type a, type b) -> type { return expression; }); \
+  }
+MMOE_REDUCE(__reduce_add_sync, unsigned, a + b)
+MMOE_REDUCE(__reduce_add_sync, int, static_cast<int>(static_cast<unsigned>(a) + static_cast<unsigned>(b)))
+MMOE_REDUCE(__reduce_min_sync, unsigned, a < b ? a : b)
+MMOE_REDUCE(__reduce_min_sync, int, a < b ? a : b)
+MMOE_REDUCE(__reduce_max_sync, unsigned, a > b ? a : b)
+MMOE_REDUCE(__reduce_max_sync, int, a > b ? a : b)
+MMOE_REDUCE(__reduce_and_sync, unsigned, a& b)
+MMOE_REDUCE(__reduce_or_sync, unsigned, a | b)
+MMOE_REDUCE(__reduce_xor_sync, unsigned, a ^ b)
+#undef MMOE_REDUCE
 template <class T>
 inline T __ldg(const T* p) {
   return *p;
 }
-inline float __expf(float x) { return std::exp(x); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-inline unsigned __float_as_uint(float f) {
-  unsigned u;
-  std::memcpy(&u, &f, 4);
-  return u;
-}
-inline float __uint_as_float(unsigned u) {
-  float f;
-  std::memcpy(&f, &u, 4);
-  return f;
-}
-inline int __float_as_int(float f) {
-  int u;
-  std::memcpy(&u, &f, 4);
-  return u;
-}
-inline float __int_as_float(int u) {
-  float f;
-  std::memcpy(&f, &u, 4);
-  return f;
-}
-using std::max;
-using std::min;
 template <class T>
-inline T atomicAdd(T* p, T v) {
-  std::atomic_ref<T> a(*p);
-  if constexpr (std::is_integral_v<T>)
-    return a.fetch_add(v, std::memory_order_relaxed);
-  else {
-    T o = a.load(std::memory_order_relaxed);
-    while (!a.compare_exchange_weak(o, o + v, std::memory_order_relaxed)) {
-    }
-    return o;
-  }
+inline T __ldcs(const T* p) {
+  return *p;
 }
 template <class T>
-inline T atomicMax(T* p, T v) {
+inline T __ldcg(const T* p) {
+  return *p;
+}
+template <class T>
+inline void __stcs(T* p, std::type_identity_t<T> v) {
+  *p = v;
+}
+template <class T>
+inline void __stcg(T* p, std::type_identity_t<T> v) {
+  *p = v;
+}
+inline void __nanosleep(unsigned) {}
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  std::memset(to, value, bytes);
+  return cudaSuccess;
+}
+template <class T, class F>
+inline T atomic_update(T* p, F f) {
   std::atomic_ref<T> a(*p);
   T o = a.load(std::memory_order_relaxed);
-  while (o < v && !a.compare_exchange_weak(o, v, std::memory_order_relaxed)) {
+  while (!a.compare_exchange_weak(o, f(o), std::memory_order_relaxed)) {
   }
   return o;
 }
 template <class T>
-inline T atomicExch(T* p, T v) {
+inline T atomicAdd(T* p, std::type_identity_t<T> v) {
+  return atomic_update(p, [v](T o) { return static_cast<T>(o + v); });
+}
+template <class T>
+inline T atomicSub(T* p, std::type_identity_t<T> v) {
+  return atomic_update(p, [v](T o) { return static_cast<T>(o - v); });
+}
+template <class T>
+inline T atomicMax(T* p, std::type_identity_t<T> v) {
+  return atomic_update(p, [v](T o) { return o < v ? v : o; });
+}
+template <class T>
+inline T atomicMin(T* p, std::type_identity_t<T> v) {
+  return atomic_update(p, [v](T o) { return v < o ? v : o; });
+}
+template <class T>
+inline T atomicAnd(T* p, std::type_identity_t<T> v) {
+  return atomic_update(p, [v](T o) { return o & v; });
+}
+template <class T>
+inline T atomicOr(T* p, std::type_identity_t<T> v) {
+  return atomic_update(p, [v](T o) { return o | v; });
+}
+template <class T>
+inline T atomicXor(T* p, std::type_identity_t<T> v) {
+  return atomic_update(p, [v](T o) { return o ^ v; });
+}
+template <class T>
+inline T atomicExch(T* p, std::type_identity_t<T> v) {
   return std::atomic_ref<T>(*p).exchange(v, std::memory_order_relaxed);
 }
 template <class T>
-inline T atomicCAS(T* p, T c, T v) {
+inline T atomicCAS(T* p, std::type_identity_t<T> c, std::type_identity_t<T> v) {
   std::atomic_ref<T>(*p).compare_exchange_strong(c, v, std::memory_order_relaxed);
   return c;
 }

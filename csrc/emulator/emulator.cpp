@@ -68,6 +68,8 @@ struct Block {
   std::vector<Warp> wp;
   int n = 0, live = 0, bar = 0;
   unsigned bargen = 0;
+  int voted = 0;
+  int votes[2] = {0, 0};
   char barsync[2];
   bc::fcontext_t sched{};
   Fiber* me = nullptr;
@@ -158,23 +160,27 @@ static inline void acq(void* p) {
 }
 static void maybe_release_bar(Block* b) {
   if (b->bar && b->bar == b->live) {
-    b->bar = 0;
+    b->votes[b->bargen & 1] = b->voted;
+    b->bar = b->voted = 0;
     b->bargen++;
     for (auto& f : b->fb)
       if (f.st == WAIT_BAR) f.st = RUN;
   }
 }
-void barrier(int, int) {
+int barrier_count(bool vote) {
   Block* b = B;
   unsigned g = b->bargen;
   Fiber* f = b->me;
   rel(&b->barsync[g & 1]);
   f->st = WAIT_BAR;
   b->bar++;
+  b->voted += vote;
   maybe_release_bar(b);
   if (b->bargen == g) to_sched();
   acq(&b->barsync[g & 1]);
+  return b->votes[g & 1];
 }
+void barrier(int, int) { barrier_count(false); }
 static bool try_complete(Block* b, Warp& w, WarpRec* r) {
   if (!r->arrived) return false;
   unsigned need = r->mask & w.valid & ~w.exited;
@@ -301,7 +307,7 @@ void* shared_alloc(const void* key, size_t bytes) {
 static void run_block(Block* b, uint3 bid, dim3 grid, dim3 bd, unsigned char* dyn, int sched, unsigned seed) {
   int n = bd.x * bd.y * bd.z, nw = (n + 31) / 32;
   b->n = b->live = n;
-  b->bar = 0;
+  b->bar = b->voted = 0;
   b->nsite = 0;
   if ((int)b->fb.size() < n) b->fb.resize(n);
   b->wp.resize(nw);
