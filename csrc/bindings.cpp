@@ -3,7 +3,18 @@
 #include "common/library.h"
 
 MMOE_OPERATORS(m) {
-  m.def("permute_index(Tensor ids, int experts) -> (Tensor row_of_slot, Tensor slot_of_row, Tensor offsets)");
+  m.def(
+      "permute_index(Tensor ids, int experts, int align=1, int? max_rows=None) -> (Tensor row_of_slot, Tensor "
+      "slot_of_row, Tensor offsets)");
+  m.def("permute(Tensor x, Tensor row_of_slot, Tensor slot_of_row) -> Tensor rows");
+  m.def("permute_backward(Tensor grad_rows, Tensor row_of_slot) -> Tensor grad_x");
+  m.def("permute_fp8(Tensor x, Tensor row_of_slot, Tensor slot_of_row) -> (Tensor rows, Tensor scales)");
+  m.def(
+      "unpermute(Tensor rows, Tensor row_of_slot, Tensor weights, Tensor x, Tensor identity, Tensor? slot_of_row) -> "
+      "Tensor out");
+  m.def(
+      "unpermute_backward(Tensor grad_out, Tensor rows, Tensor row_of_slot, Tensor weights, Tensor x, Tensor identity, "
+      "Tensor? slot_of_row) -> (Tensor grad_rows, Tensor grad_weights, Tensor grad_x, Tensor grad_identity)");
   m.def("hidden_z_loss(Tensor z, Tensor? valid, float coefficient) -> (Tensor loss, Tensor lse, Tensor count)");
   m.def(
       "hidden_z_loss_backward(Tensor grad_loss, Tensor z, Tensor lse, Tensor count, float coefficient) -> Tensor "

