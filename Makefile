@@ -25,7 +25,7 @@ endef
 export REQUIREMENTS
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-full test-latest checks format build system clean
+.PHONY: help quickstart test test-full test-latest checks bench format build system clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -58,6 +58,9 @@ checks: build ## lint, formats and types
 	$(BIN)/pyright --pythonpath $(BIN)/python || status=1; \
 	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu %.cuh,$(CSRC)) || status=1; \
 	exit $$status
+
+bench: build ## all benchmarks (about half an hour on two quiet cores); rows also go to build/bench-ops.json
+	$(BIN)/mmoe bench ops --json build/bench-ops.json
 
 format: build ## write what `make checks` asks of formats
 	$(BIN)/ruff check --fix .

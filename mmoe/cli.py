@@ -153,6 +153,15 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     example = "report runs/quickstart"
     report = _command(commands, "report", _report, "write report.html and report.png of a run", example)
     report.add_argument("run_directory", type=Path, metavar="DIR")
+    example = "bench ops --only router --json router.json"
+    bench = _command(commands, "bench", _bench, "time the operators against their peers", example)
+    bench.add_argument("suite", choices=["ops"], help="what to time; needs a checkout of mmoe")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write every row here")
+    bench.add_argument("--only", action="extend", nargs="+", default=[], metavar="NAME", help="these operators alone")
+    bench.add_argument("--skip", action="extend", nargs="+", default=[], metavar="PEER", help="leave these peers out")
+    bench.add_argument("--quick", action="store_true", help="tiny shapes, few repeats: does it run, not how fast")
+    bench.add_argument("--threads", type=int, default=2, metavar="N", help="CPU threads of every side (default: 2)")
+    bench.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     _command(commands, "doctor", _doctor, "what is installed and which kernels are in use", "doctor")
     return parser
 
@@ -274,6 +283,16 @@ def _report(options: argparse.Namespace) -> None:
     from mmoe.evaluate.report import write
 
     write(options.run_directory)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    import importlib
+
+    checkout = Path(__file__).parents[1]
+    if not (checkout / "benchmarks").is_dir():
+        raise UserError("benchmarks are not part of the installed package", "", "run this from a checkout of mmoe")
+    sys.path.insert(0, str(checkout))
+    importlib.import_module("benchmarks.ops").run(options)
 
 
 def _doctor(options: argparse.Namespace) -> None:

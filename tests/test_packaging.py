@@ -103,7 +103,7 @@ def test_source_distribution_can_be_built(root, distributions):
     assert sources | {"setup.py", "pyproject.toml", "constraints.txt", "NOTICE"} <= names
 
 
-@pytest.mark.parametrize("folder", ["mmoe", "tests"])
+@pytest.mark.parametrize("folder", ["mmoe", "benchmarks", "tests"])
 def test_every_import_is_a_declared_dependency(root, project, folder):
     texts = project["dependencies"] + (project["optional-dependencies"]["dev"] if folder == "tests" else [])
     sources = list((root / folder).rglob("*.py"))
@@ -114,7 +114,7 @@ def test_every_import_is_a_declared_dependency(root, project, folder):
                 modules |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 modules.add(node.module.split(".")[0])
-    ours = {"mmoe"} | ({source.stem for source in sources} if folder == "tests" else set())
+    ours = {"mmoe", "benchmarks"} | ({source.stem for source in sources} if folder == "tests" else set())
     needed = {DISTRIBUTION.get(module, module) for module in modules - sys.stdlib_module_names - ours}
     assert needed <= {Requirement(text).name for text in texts}
 
