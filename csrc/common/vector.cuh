@@ -51,10 +51,9 @@ __device__ __forceinline__ void store16(void* to, uint4 value) {
 #endif
 }
 
-// kVector<T> elements at `from`, aligned to 16 bytes, as fp32.
+// The kVector<T> elements in 16 bytes, as fp32.
 template <typename T>
-__device__ __forceinline__ void load_vector(const T* from, float (&values)[kVector<T>]) {
-  const uint4 raw = load16(from);
+__device__ __forceinline__ void unpack_vector(uint4 raw, float (&values)[kVector<T>]) {
   const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
   for (int i = 0; i < kVector<T>; ++i) {
@@ -68,6 +67,12 @@ __device__ __forceinline__ void load_vector(const T* from, float (&values)[kVect
       values[i] = to_float(element);
     }
   }
+}
+
+// kVector<T> elements at `from`, aligned to 16 bytes, as fp32.
+template <typename T>
+__device__ __forceinline__ void load_vector(const T* from, float (&values)[kVector<T>]) {
+  unpack_vector<T>(load16(from), values);
 }
 
 // Stores kVector<T> fp32 values, rounded to nearest even, at `to`, aligned to 16 bytes.
