@@ -22,6 +22,9 @@ struct Problem {
       : sizes(of), q(torch::stable::contiguous(q_any)) {
     check(sizes.width <= device::kWidestHead, "sva: q must have heads of at most ", device::kWidestHead, " on CUDA");
     check(sizes.queries() * sizes.heads <= std::numeric_limits<int>::max(), "sva: q has too many queries for CUDA");
+    for (int64_t m : sizes.window) {
+      check(m * m * sizes.rows * sizes.columns <= std::numeric_limits<int>::max(), "sva: a grid is too large for CUDA");
+    }
     queries = {static_cast<int>(sizes.rows), static_cast<int>(sizes.columns), static_cast<int>(sizes.heads),
                static_cast<int>(sizes.width)};
     for (const Tensor& grid : keys_any) keys.push_back(sva_readable(grid));
@@ -93,20 +96,18 @@ device::Projected<T> projected_args(const Problem& problem, const device::Projec
   return args;
 }
 
-// Calls body with the lanes of a head and whether they read vectors, as types.
+// Calls body with the room for a head and whether lanes hold vectors, as types.
 template <typename Body>
 void for_launch(const device::ProjectedLaunch& launch, Body&& body) {
   using std::integral_constant;
-  if (!launch.vectors) return body(integral_constant<int, 32>{}, std::false_type{});
-  switch (launch.lanes) {
-    case 4:
-      return body(integral_constant<int, 4>{}, std::true_type{});
-    case 8:
-      return body(integral_constant<int, 8>{}, std::true_type{});
-    case 16:
-      return body(integral_constant<int, 16>{}, std::true_type{});
-    default:
+  if (!launch.vectors) return body(integral_constant<int, 128>{}, std::false_type{});
+  switch (launch.width) {
+    case 32:
       return body(integral_constant<int, 32>{}, std::true_type{});
+    case 64:
+      return body(integral_constant<int, 64>{}, std::true_type{});
+    default:
+      return body(integral_constant<int, 128>{}, std::true_type{});
   }
 }
 
@@ -121,8 +122,8 @@ void launch_projected(const DeviceScope& scope, const Problem& problem, const fl
   for_device_type(problem.q.scalar_type(), "sva: q", [&](auto type) {
     using T = decltype(type);
     const auto args = projected_args<T>(problem, launch, {}, {});
-    for_launch(launch, [&](auto lanes, auto vectors) {
-      auto* kernel = device::projected_kernel<T, lanes(), vectors()>;
+    for_launch(launch, [&](auto width, auto vectors) {
+      auto* kernel = device::projected_kernel<T, width(), vectors()>;
       MMOE_LAUNCH(kernel, blocks_of(problem, launch), launch.warps * kWarp, 0, scope.stream())
       (args, others, out == nullptr ? nullptr : data<T>(*out), lse.mutable_data_ptr<float>());
     });
@@ -139,8 +140,8 @@ void launch_projected_backward(const DeviceScope& scope, const Problem& problem,
   for_device_type(problem.q.scalar_type(), "sva: q", [&](auto type) {
     using T = decltype(type);
     const auto args = projected_args<T>(problem, launch, grad_keys, grad_values);
-    for_launch(launch, [&](auto lanes, auto vectors) {
-      auto* kernel = device::projected_backward_kernel<T, lanes(), vectors()>;
+    for_launch(launch, [&](auto width, auto vectors) {
+      auto* kernel = device::projected_backward_kernel<T, width(), vectors()>;
       MMOE_LAUNCH(kernel, blocks_of(problem, launch), launch.warps * kWarp, launch.shared_bytes, scope.stream())
       (args, grad_out.numel() == 0 ? nullptr : static_cast<const T*>(grad_out.const_data_ptr()),
        lse.const_data_ptr<float>(), others, static_cast<int>(keys_of_query(problem)),

@@ -15,21 +15,21 @@ struct Queries {
 };
 
 struct Query {
-  int64_t index;  // in [B, R, W]
+  int index;  // in [B, R, W]
   int image, row, column;
 };
 
 __device__ __forceinline__ Query query_at(const Queries& queries, unsigned index) {
   const unsigned columns = static_cast<unsigned>(queries.columns), rows = static_cast<unsigned>(queries.rows);
   const unsigned line = index / columns, image = line / rows;
-  return {index, static_cast<int>(image), static_cast<int>(line - image * rows),
+  return {static_cast<int>(index), static_cast<int>(image), static_cast<int>(line - image * rows),
           static_cast<int>(index - line * columns)};
 }
 
 // The row of an image's grid [m*R, m*W] that holds a cell of the query's window, 0 <= cell < m*m.
-__device__ __forceinline__ int64_t row_of_cell(const Queries& queries, const Query& query, int m, int cell) {
+__device__ __forceinline__ int row_of_cell(const Queries& queries, const Query& query, int m, int cell) {
   const int down = cell / m, right = cell - down * m;
-  return static_cast<int64_t>(query.row * m + down) * (queries.columns * m) + query.column * m + right;
+  return (query.row * m + down) * (queries.columns * m) + query.column * m + right;
 }
 
 // The cells of the query's window that count, a bit each: the True ones, or all where none is. For a whole warp.

@@ -19,13 +19,16 @@
 #pragma once
 
 #include "common/vector.cuh"
-#include "sva/sva_heuristics.h"
 #include "sva/sva_kernel.cuh"
 
 namespace mmoe::sva {
 
 constexpr int kProjectedThreads = 128;  // at most; sva_heuristics.h may take fewer
-constexpr int kProjectedBlocks = 8;     // a multiprocessor: at most 64 registers a thread, half of its warps
+// Of a multiprocessor: at most 64 registers a thread and half of its warps, or 96 and 5/16 of them. The backward's two
+// sums beside q and grad_out need the registers; its warps still have 40 KiB of loads under way at a time, where 3.4
+// TB/s times 0.7 us is 18 KiB for each of 132 multiprocessors.
+constexpr int kForwardBlocks = 8;
+constexpr int kBackwardBlocks = 5;
 
 template <typename T>
 struct ProjectedEncoder {
@@ -49,11 +52,12 @@ struct Projected {
   const T* q;
 };
 
-// The part of a query's heads that a lane holds.
-template <typename T, int kLanes, bool kVectors>
+// The part of a query's heads that a lane holds: one vector, or every kLanes-th element of a head.
+template <typename T, int kWidth, bool kVectors>
 struct Slice {
-  static constexpr int kCount = kVectors ? kVector<T> : kScalarsPerLane;
-  static constexpr int kStep = kVectors ? 1 : kLanes;
+  static constexpr int kCount = kVectors ? kVector<T> : kWidth / kWarp;
+  static constexpr int kLanes = kWidth / kCount;
+  static constexpr int kHeads = kWarp / kLanes;  // of a warp
 
   struct Raw {
     uint4 vector;
@@ -67,7 +71,7 @@ struct Slice {
 
   __device__ __forceinline__ Slice(const Queries& queries, int group) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    head = group * (kWarp / kLanes) + lane / kLanes;
+    head = group * kHeads + lane / kLanes;
     part = lane % kLanes;
     const int skipped = part * (kVectors ? kCount : 1);
     first = head * queries.width + skipped;
@@ -83,7 +87,7 @@ struct Slice {
     } else {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        raw.scalar[i] = i * kStep < elements ? row[first + i * kStep] : from_float<T>(0.0f);
+        raw.scalar[i] = i * kLanes < elements ? row[first + i * kLanes] : from_float<T>(0.0f);
       }
     }
     return raw;
@@ -115,15 +119,16 @@ struct Slice {
     } else {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        if (i * kStep < elements) row[first + i * kStep] = from_float<T>(values[i]);
+        if (i * kLanes < elements) row[first + i * kLanes] = from_float<T>(values[i]);
       }
     }
   }
 
   // The head's dot product, in each of its lanes.
-  static __device__ __forceinline__ float dot(const float (&a)[kCount], const Raw& raw) {
-    float b[kCount], sum = 0.0f;
-    unpack(raw, b);
+  static __device__ __forceinline__ float dot(const Raw& left, const Raw& right) {
+    float a[kCount], b[kCount], sum = 0.0f;
+    unpack(left, a);
+    unpack(right, b);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) sum = fmaf(a[i], b[i], sum);
 #pragma unroll
@@ -139,7 +144,7 @@ struct Keys {
   const Query& query;
   int encoder = -1;
   unsigned long long left = 0;
-  int64_t row = 0;  // of the image's grid
+  int row = 0;  // of the image's grid
 
   __device__ __forceinline__ bool next() {
     while (left == 0) {
@@ -152,33 +157,33 @@ struct Keys {
     left &= left - 1;
     return true;
   }
-  __device__ __forceinline__ const T* key(int64_t channels) const {
-    return args.encoder[encoder].keys + query.image * args.encoder[encoder].keys_of_image + row * channels;
+  __device__ __forceinline__ const T* key(int channels) const {
+    const ProjectedEncoder<T>& at = args.encoder[encoder];
+    return at.keys + query.image * at.keys_of_image + static_cast<int64_t>(row) * channels;
   }
-  __device__ __forceinline__ const T* value(int64_t channels) const {
-    return args.encoder[encoder].values + query.image * args.encoder[encoder].values_of_image + row * channels;
+  __device__ __forceinline__ const T* value(int channels) const {
+    const ProjectedEncoder<T>& at = args.encoder[encoder];
+    return at.values + query.image * at.values_of_image + static_cast<int64_t>(row) * channels;
   }
 };
 
 // others [B, R, W, H] or null: the log-sum-exp over the keys of other encoders; lse covers both. Without out, values
 // are not read. <<<ceil(units / warps), warps * kWarp>>>
-template <typename T, int kLanes, bool kVectors>
-__global__ void __launch_bounds__(kProjectedThreads, kProjectedBlocks)
+template <typename T, int kWidth, bool kVectors>
+__global__ void __launch_bounds__(kProjectedThreads, kForwardBlocks)
     projected_kernel(const __grid_constant__ Projected<T> args, const float* __restrict__ others, T* __restrict__ out,
                      float* __restrict__ lse) {
-  using Slice = Slice<T, kLanes, kVectors>;
+  using Slice = Slice<T, kWidth, kVectors>;
   constexpr int kTile = kVectors ? 2 : 1;
   const unsigned unit = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp;
   if (unit >= args.units) return;
   const Query query = query_at(args.queries, unit / static_cast<unsigned>(args.groups));
   const Slice slice(args.queries, static_cast<int>(unit % static_cast<unsigned>(args.groups)));
-  const int64_t channels = static_cast<int64_t>(args.queries.heads) * args.queries.width;
-  const int64_t of_head = query.index * args.queries.heads + slice.head;
+  const int channels = args.queries.heads * args.queries.width;
+  const int64_t row = query.index * static_cast<int64_t>(channels);  // of q and out
+  const int of_head = query.index * args.queries.heads + slice.head;
 
-  float q[Slice::kCount];
-  Slice::unpack(slice.read(args.q + query.index * channels), q);
-#pragma unroll
-  for (int i = 0; i < Slice::kCount; ++i) q[i] *= args.scale;
+  const typename Slice::Raw q = slice.read(args.q + row);
   // A running maximum, and sums of exp(score - maximum) and of that times v.
   const bool joined = others != nullptr && slice.elements > 0;
   float top = joined ? others[of_head] : -INFINITY, sum = joined ? 1.0f : 0.0f;
@@ -199,7 +204,7 @@ __global__ void __launch_bounds__(kProjectedThreads, kProjectedBlocks)
     float score[kTile], higher = top;
 #pragma unroll
     for (int i = 0; i < kTile; ++i) {
-      score[i] = Slice::dot(q, k[i]);
+      score[i] = args.scale * Slice::dot(q, k[i]);
       if (!here[i]) score[i] = -INFINITY;
       higher = fmaxf(higher, score[i]);
     }
@@ -224,35 +229,32 @@ __global__ void __launch_bounds__(kProjectedThreads, kProjectedBlocks)
   if (out == nullptr) return;
 #pragma unroll
   for (int j = 0; j < Slice::kCount; ++j) total[j] /= sum;
-  slice.write(out + query.index * channels, total);
+  slice.write(out + row, total);
 }
 
 // lse [B, R, W, H] of the forward, over all encoders; others [B, R, W, H] or null: sum of a * da over the keys of other
 // encoders. Where grad_q is null, stops at delta: the same sum over the keys of these.
 // <<<ceil(units / warps), warps * kWarp, ProjectedLaunch::shared_bytes>>>
-template <typename T, int kLanes, bool kVectors>
-__global__ void __launch_bounds__(kProjectedThreads, kProjectedBlocks)
+template <typename T, int kWidth, bool kVectors>
+__global__ void __launch_bounds__(kProjectedThreads, kBackwardBlocks)
     projected_backward_kernel(const __grid_constant__ Projected<T> args, const T* __restrict__ grad_out,
                               const float* __restrict__ lse, const float* __restrict__ others, int keys_of_query,
                               T* __restrict__ grad_q, float* __restrict__ delta_of_head) {
-  using Slice = Slice<T, kLanes, kVectors>;
+  using Slice = Slice<T, kWidth, kVectors>;
   constexpr int kTile = kVectors ? 2 : 1;
-  constexpr int kHeads = kWarp / kLanes;
-  MMOE_DYNAMIC_SHARED(float2, kept);  // [warps][keys_of_query][kHeads]: a and da of the keys that count
+  MMOE_DYNAMIC_SHARED(float2, kept);  // [warps][keys_of_query][heads of a warp]: a and da of the keys that count
   const unsigned unit = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp;
   if (unit >= args.units) return;
   const Query query = query_at(args.queries, unit / static_cast<unsigned>(args.groups));
   const Slice slice(args.queries, static_cast<int>(unit % static_cast<unsigned>(args.groups)));
-  const int64_t channels = static_cast<int64_t>(args.queries.heads) * args.queries.width;
-  const int64_t of_head = query.index * args.queries.heads + slice.head;
-  const int in_warp = static_cast<int>(threadIdx.x) % kWarp / kLanes;
-  float2* of_key = kept + static_cast<int64_t>(threadIdx.x / kWarp) * keys_of_query * kHeads + in_warp;
+  const int channels = args.queries.heads * args.queries.width;
+  const int64_t row = query.index * static_cast<int64_t>(channels);  // of q and out
+  const int of_head = query.index * args.queries.heads + slice.head;
+  const int in_warp = static_cast<int>(threadIdx.x) % kWarp / Slice::kLanes;
+  float2* of_key = kept + static_cast<int64_t>(threadIdx.x / kWarp) * keys_of_query * Slice::kHeads + in_warp;
 
-  float q[Slice::kCount], grad[Slice::kCount];
-  Slice::unpack(slice.read(args.q + query.index * channels), q);
-  Slice::unpack(grad_out == nullptr ? Slice::nothing() : slice.read(grad_out + query.index * channels), grad);
-#pragma unroll
-  for (int i = 0; i < Slice::kCount; ++i) q[i] *= args.scale;
+  const typename Slice::Raw q = slice.read(args.q + row);
+  const typename Slice::Raw grad = grad_out == nullptr ? Slice::nothing() : slice.read(grad_out + row);
   const float total = slice.elements > 0 ? lse[of_head] : 0.0f;
   float delta = others != nullptr && slice.elements > 0 ? others[of_head] : 0.0f;
   float sum_ak[Slice::kCount] = {}, sum_adak[Slice::kCount] = {};
@@ -272,9 +274,9 @@ __global__ void __launch_bounds__(kProjectedThreads, kProjectedBlocks)
     more = here[kTile - 1];
 #pragma unroll
     for (int i = 0; i < kTile; ++i) {
-      const float score = Slice::dot(q, k[i]), slope = Slice::dot(grad, v[i]);
+      const float score = args.scale * Slice::dot(q, k[i]), slope = Slice::dot(grad, v[i]);
       const float weight = here[i] ? __expf(score - total) : 0.0f;
-      if (here[i] && slice.part == 0) of_key[done * kHeads] = make_float2(weight, slope);
+      if (here[i] && slice.part == 0) of_key[done * Slice::kHeads] = make_float2(weight, slope);
       done += here[i] ? 1 : 0;
       delta = fmaf(weight, slope, delta);
       float key[Slice::kCount];
@@ -292,7 +294,7 @@ __global__ void __launch_bounds__(kProjectedThreads, kProjectedBlocks)
   }
 #pragma unroll
   for (int j = 0; j < Slice::kCount; ++j) sum_adak[j] = args.scale * fmaf(-delta, sum_ak[j], sum_adak[j]);
-  slice.write(grad_q + query.index * channels, sum_adak);
+  slice.write(grad_q + row, sum_adak);
 
   __syncwarp();
   done = 0;
@@ -301,23 +303,26 @@ __global__ void __launch_bounds__(kProjectedThreads, kProjectedBlocks)
     const int cells = at.window * at.window;
     const unsigned long long valid = valid_cells(args.queries, query, at.window, at.mask, at.cells_of_image);
     const int64_t first_row = static_cast<int64_t>(query.image) * args.queries.rows * args.queries.columns * cells;
+#pragma unroll 1
     for (int cell = 0; cell < cells; ++cell) {
       float weight = 0.0f, slope = 0.0f;
       if (valid >> cell & 1) {
-        const float2 pair = of_key[done * kHeads];
+        const float2 pair = of_key[done * Slice::kHeads];
         weight = pair.x;
-        slope = weight * (pair.y - delta);
+        slope = args.scale * weight * (pair.y - delta);
         ++done;
       }
       float grad_key[Slice::kCount], grad_value[Slice::kCount];
+      Slice::unpack(q, grad_key);
+      Slice::unpack(grad, grad_value);
 #pragma unroll
       for (int j = 0; j < Slice::kCount; ++j) {
-        grad_key[j] = slope * q[j];  // q holds the scale
-        grad_value[j] = weight * grad[j];
+        grad_key[j] *= slope;
+        grad_value[j] *= weight;
       }
-      const int64_t row = first_row + row_of_cell(args.queries, query, at.window, cell);
-      slice.write(at.grad_keys + row * channels, grad_key);
-      slice.write(at.grad_values + row * channels, grad_value);
+      const int64_t to = (first_row + row_of_cell(args.queries, query, at.window, cell)) * channels;
+      slice.write(at.grad_keys + to, grad_key);
+      slice.write(at.grad_values + to, grad_value);
     }
   }
 }
