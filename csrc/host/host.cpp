@@ -1,8 +1,10 @@
-// The host side's hot loops: the order of the samples and the packing. They hold no tensors and no torch.
+// The host side's hot loops: the order of the samples and the packing. They hold no tensors and no torch. And, for
+// their tests, how CUDA kernels are launched.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include "../sva/sva_heuristics.h"
 #include "order.h"
 #include "pack.h"
 
@@ -47,4 +49,14 @@ PYBIND11_MODULE(_host, m) {
         "The keyed permutation of [0, size) at each index, int64; O(1) each, without state.");
   m.def("pack", &pack, py::arg("tokens"), py::arg("images"), py::arg("max_tokens"), py::arg("max_images"),
         "The pack of each item, int32; -1 for an item that fits in no pack. Every pack holds something.");
+  m.def(
+      "sva_projected_launch",
+      [](std::int64_t heads, std::int64_t width, std::int64_t element_bytes, bool aligned, std::int64_t keys) {
+        const auto launch = mmoe::sva::projected_launch(heads, width, element_bytes, aligned, keys);
+        return py::dict(py::arg("vectors") = launch.vectors, py::arg("width") = launch.width,
+                        py::arg("groups") = launch.groups, py::arg("warps") = launch.warps,
+                        py::arg("shared_bytes") = launch.shared_bytes);
+      },
+      py::arg("heads"), py::arg("width"), py::arg("element_bytes"), py::arg("aligned"), py::arg("keys"),
+      "The fields of ProjectedLaunch, csrc/sva/sva_heuristics.h.");
 }

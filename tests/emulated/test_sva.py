@@ -80,7 +80,7 @@ def windows(grid: Tensor, rows: int, columns: int) -> Tensor:
 def exact(arguments: Arguments) -> tuple[Tensor, Tensor]:
     """out and lse by the contract, in the dtype of the arguments."""
     q, keys, values, *_, masks = arguments
-    batch, rows, columns, heads, width = q.shape
+    _, rows, columns, heads, width = q.shape
     scores, kept = [], []
     for i, (key, value) in enumerate(zip(keys, values, strict=True)):
         k = windows(key, rows, columns).unflatten(-1, (heads, width))
@@ -119,7 +119,7 @@ def close(got: Tensor, wanted: Tensor, dtype: torch.dtype, name: str, terms: int
     error = (got.double() - wanted).abs() - wanted.abs() * torch.finfo(dtype).eps / 2
     worst = error.flatten().argmax()
     assert error.flatten()[worst] <= arithmetic + torch.finfo(dtype).tiny, (
-        f"{name}: {error.max():.2e} beyond rounding at {torch.unravel_index(worst, got.shape)}, {arithmetic:.2e} is fine"
+        f"{name}: {error.max():.2e} beyond rounding at {torch.unravel_index(worst, got.shape)}, allowed {arithmetic:.2e}"
     )
 
 
