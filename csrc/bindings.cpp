@@ -27,4 +27,12 @@ MMOE_OPERATORS(m) {
       "Tensor[] values, Tensor[] features, Tensor[] positions, Tensor[] absorbed, Tensor[] constants, "
       "Tensor[] masks, Tensor lse, float eps) -> (Tensor grad_q, Tensor[] grad_keys, Tensor[] grad_values, "
       "Tensor[] grad_features, Tensor[] grad_absorbed, Tensor[] grad_constants, Tensor[] pooled, Tensor[] mass)");
+  m.def(
+      "router(Tensor logits, Tensor bias, Tensor? valid, int zero_experts, int top_k, float scaling, str score, "
+      "bool renormalize, int balance_groups, int selection_groups, int selected_groups, str identity) -> "
+      "(Tensor weights, Tensor identity_weight, Tensor group_probs, Tensor stats, Tensor ids, Tensor counts)");
+  m.def(
+      "router_backward(Tensor? grad_weights, Tensor? grad_identity, Tensor? grad_group_probs, Tensor logits, "
+      "Tensor? valid, Tensor ids, Tensor stats, int zero_experts, float scaling, str score, bool renormalize, "
+      "int balance_groups, str identity) -> Tensor grad_logits");
 }

@@ -13,7 +13,7 @@
 #include <cstring>
 #include <type_traits>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -151,25 +151,27 @@ MMOE_INLINE auto max_of(V values) {
 // e^x to 2 ulp (Cephes' expf): NaN stays, below -87.3 it is 0, above 88.72 infinity.
 MMOE_INLINE Vec<float> exp(Vec<float> x) {
   const Vec<float> rounder = broadcast(12582912.0f);  // 1.5 * 2^23: adding and subtracting it rounds to an integer
-  const Vec<float> n = (x * 1.44269504088896341f + rounder) - rounder;
-  const Vec<float> r = x - n * 0.693359375f - n * -2.12194440e-4f;
+  const Vec<float> bounded = x > 89.0f ? broadcast(89.0f) : x;
+  const Vec<float> n = (bounded * 1.44269504088896341f + rounder) - rounder;
+  const Vec<float> r = bounded - n * 0.693359375f - n * -2.12194440e-4f;
   Vec<float> p = broadcast(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  // 2^n in two factors, so that 2^128 does not overflow before it is multiplied.
-  const Vec<float> bounded = n < -252.0f ? broadcast(-252.0f) : n > 254.0f ? broadcast(254.0f) : n;
-  const Int whole = __builtin_convertvector(bounded, Int);
+  p = p * (r * r) + (r + 1.0f);
+#ifdef __AVX512F__
+  const __mmask16 keeps = _mm512_cmp_ps_mask(std::bit_cast<__m512>(x), _mm512_set1_ps(-87.3365448f), _CMP_NLT_UQ);
+  return std::bit_cast<Vec<float>>(_mm512_maskz_scalef_ps(keeps, std::bit_cast<__m512>(p), std::bit_cast<__m512>(n)));
+#else
+  // 2^n in two factors, so that 2^128 does not overflow before it is multiplied. Where n is NaN, p is too.
+  const Int whole = __builtin_convertvector(n, Int);
   const Int half = whole >> 1;
   const Vec<float> first = std::bit_cast<Vec<float>>((half + 127) << 23);
   const Vec<float> second = std::bit_cast<Vec<float>>((whole - half + 127) << 23);
-  const Vec<float> result = p * first * second;
-  const Vec<float> low = x < -87.3365448f ? Vec<float>{} : result;
-  const Vec<float> high = x > 88.7228394f ? broadcast(INFINITY) : low;
-  return x != x ? x : high;
+  return x < -87.3365448f ? Vec<float>{} : p * first * second;
+#endif
 }
 MMOE_INLINE Vec<double> exp(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);

@@ -26,16 +26,25 @@ def load_library() -> bool:
     return True
 
 
-@functools.cache
 def kernel(name: str, device_type: str) -> Any | None:
     """The compiled operator ``mmoe::name`` for tensors on ``device_type``, or None (announced once)."""
+    return getattr(torch.ops.mmoe, name).default if _has_kernel(name, device_type) else None
+
+
+# torch.compile asks once, while it traces, and keeps the answer; it would trace through a functools.cache.
+@torch.compiler.assume_constant_result
+def _has_kernel(name: str, device_type: str) -> bool:
+    return _find_kernel(name, device_type)
+
+
+@functools.cache
+def _find_kernel(name: str, device_type: str) -> bool:
     if not load_library():
-        return None
-    # A name that the library does not define is a defect and raises here.
-    operator = getattr(torch.ops.mmoe, name).default
+        return False
+    getattr(torch.ops.mmoe, name)  # a name that the library does not define is a defect and raises here
     key = torch._C._dispatch_key_for_device(device_type)
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"mmoe::{name}", key):
         message = f"mmoe: {name} runs as PyTorch reference on {device_type}: this build has no kernel for it"
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
-        return None
-    return operator
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        return False
+    return True

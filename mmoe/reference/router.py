@@ -29,6 +29,8 @@ def router(
     score: Score = "softmax",
     renormalize: bool = False,
     balance_groups: int = 1,
+    selection_groups: int = 1,
+    selected_groups: int = 1,
     valid: Tensor | None = None,
     identity: Identity = "scaled",
 ) -> RouterOutput:
@@ -42,7 +44,21 @@ def router(
         probs = scores / scores.sum(-1, keepdim=True)
 
     # torch.topk leaves the order of ties open; a stable sort gives them to the lowest index.
-    ids = (scores.detach() + bias).sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    choice = scores.detach() + bias
+    order = choice.sort(dim=-1, descending=True, stable=True).indices
+    if selection_groups > 1:
+        groups = choice[:, :experts].unflatten(1, (selection_groups, -1))
+        ranked = groups.sort(dim=-1, descending=True).values[..., :2].sum(-1)
+        best = ranked.sort(dim=-1, descending=True, stable=True).indices[:, :selected_groups]
+        eligible = torch.ones_like(choice, dtype=torch.uint8)
+        eligible[:, :experts] = (
+            torch.zeros_like(ranked, dtype=torch.uint8)
+            .scatter(1, best, 1)
+            .repeat_interleave(experts // selection_groups, 1)
+        )
+        # Behind every eligible one, whatever it scores.
+        order = order.gather(1, eligible.gather(1, order).sort(dim=-1, descending=True, stable=True).indices)
+    ids = order[:, :top_k]
     chosen = scores.gather(1, ids)
     if renormalize:
         chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)

@@ -1,21 +1,18 @@
-"""The router against a loop written from the paper, its gradients, and its edge cases."""
+"""The router against a loop written from the paper, against its reference in float64, its gradients, its edge cases."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops.routing import COMBINATIONS, DTYPES, compare, draw, gradients_of, run
 
 from mmoe.ops.router import router
-
-
-def draw(
-    tokens: int, slots: int, seed: int = 0, dtype: torch.dtype = torch.float64
-) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return (
-        torch.randn(tokens, slots, generator=generator, dtype=dtype),
-        0.1 * torch.randn(slots, generator=generator, dtype=dtype),
-    )
+from mmoe.reference import router as reference
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
@@ -81,29 +78,139 @@ def test_dtypes_and_shapes():
     ]
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("renormalize", [False, True])
-@pytest.mark.parametrize("identity", ["scaled", "unscaled"])
-def test_gradient(score, renormalize, identity):
-    logits, bias = draw(5, 7, seed=1)
+@pytest.mark.parametrize("options", COMBINATIONS)
+@pytest.mark.parametrize("function", [router, reference.router])
+def test_gradient(function, options):
+    logits, bias = draw(5, 9, seed=1)
     valid = torch.tensor([True, False, True, True, True])
+    fixed = {"zero_experts": 3, "top_k": 3, "scaling": 1.5, "balance_groups": 2, "valid": valid}
 
     def differentiable(z):
-        out = router(
-            z,
-            bias,
-            zero_experts=3,
-            top_k=3,
-            scaling=1.5,
-            score=score,
-            renormalize=renormalize,
-            balance_groups=2,
-            valid=valid,
-            identity=identity,
-        )
-        return out.weights, out.identity, out.group_probs
+        out = function(z, bias, **fixed, **options)
+        return [part for part in (out.weights, out.identity, out.group_probs) if part.requires_grad]
 
     assert torch.autograd.gradcheck(differentiable, (logits.requires_grad_(),))
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_against_float64(data):
+    """Any sizes: rows shorter than a vector, ragged, of several buckets; every k up to the whole row."""
+    options = dict(data.draw(st.sampled_from(COMBINATIONS)))
+    runs = options.get("selection_groups", 1) * data.draw(st.integers(1, 3))
+    experts, zeros = runs * data.draw(st.integers(2, 70)), data.draw(st.integers(0, 70))
+    eligible = experts // options.get("selection_groups", 1) * options.get("selected_groups", 1) + zeros
+    tokens = data.draw(st.integers(0, 40))
+    logits, bias = draw(tokens, experts + zeros, experts, data.draw(st.sampled_from(DTYPES)), 2.0)
+    options |= {
+        "zero_experts": zeros,
+        "top_k": data.draw(st.integers(1, min(eligible, 40))),
+        "balance_groups": runs,
+        "scaling": data.draw(st.sampled_from([1.0, 2.5])),
+        "valid": torch.arange(tokens) % 3 != 1 if data.draw(st.booleans()) else None,
+    }
+    compare(*run(logits, bias, **options), logits, bias, options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("slots", "zeros", "top_k"), [(2304, 768, 32), (2303, 0, 32), (768, 256, 12), (40, 8, 40)])
+def test_large_rows(slots, zeros, top_k, dtype):
+    logits, bias = draw(20, slots, 3, dtype)
+    options = {"zero_experts": zeros, "top_k": top_k, "scaling": 6.0}
+    compare(*run(logits, bias, **options), logits, bias, options)
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "equal"])
+def test_rows_that_fill_the_list_of_candidates(order):
+    """Rising rows make every column a candidate: the list has to be cut again and again. Equal ones are all ties."""
+    logits = torch.linspace(-3, 3, 1000)[None].repeat(2, 1)
+    logits = {"rising": logits, "falling": logits.flip(1), "equal": 0 * logits}[order]
+    ids = router(logits, torch.zeros(1000), zero_experts=200, top_k=32).ids
+    wanted = range(999, 967, -1) if order == "rising" else range(32)
+    assert ids.tolist() == [list(wanted)] * 2
+
+
+def test_strided_and_shifted():
+    logits, bias = draw(40, 33, 0, torch.float32)
+    options = {"zero_experts": 8, "top_k": 5, "valid": torch.arange(66)[::2] % 4 > 0}
+    compare(*run(logits.t(), draw(1, 40)[1].float(), **options), logits.t(), draw(1, 40)[1].float(), options)
+    shifted = torch.cat([torch.zeros(1), logits.flatten()])[1:].view(40, 33)
+    options["valid"] = None
+    for a, b in zip(router(shifted, bias, **options), router(logits, bias, **options), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("missing", range(8))
+def test_any_gradient_may_be_absent(missing):
+    logits, bias = draw(6, 12, 2)
+    options = {"zero_experts": 4, "top_k": 3, "renormalize": True}
+    used = [i for i in range(3) if missing >> i & 1 == 0]
+    grads = []
+    for function in (router, reference.router):
+        leaf = logits.clone().requires_grad_()
+        out = function(leaf, bias, **options)
+        parts = out.weights, out.identity, out.group_probs
+        loss = sum([(parts[i] * gradients_of(out)[i]).sum() for i in used], 0 * leaf.sum())
+        loss.backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-15)
+
+
+def test_opcheck():
+    logits, bias = draw(5, 9, 0, torch.float32)
+    for valid in (None, torch.arange(5) % 2 == 0):
+        arguments = logits.requires_grad_(), bias, valid, 3, 2, 1.5, "softmax", True, 2, 3, 2, "scaled"
+        results = torch.library.opcheck(torch.ops.mmoe.router.default, arguments)
+        assert set(results.values()) == {"SUCCESS"}
+
+
+def test_compiled_and_under_autocast():
+    logits, bias = draw(8, 12, 0, torch.float32)
+    weight = torch.eye(12)
+    x = logits.bfloat16()
+
+    def routed(x: torch.Tensor) -> tuple:
+        return tuple(router(torch.nn.functional.linear(x, weight), bias, zero_experts=4, top_k=3))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        out = routed(x)
+        compiled = torch.compile(routed, backend="aot_eager", fullgraph=True)(x)
+    wanted = router(x.float(), bias, zero_experts=4, top_k=3)
+    for a, b, c in zip(out, wanted, compiled, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    logits, bias = draw(700, 300, 0, torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 1, 2, 3):
+            torch.set_num_threads(count)
+            out, grad = run(logits, bias, zero_experts=100, top_k=8, balance_groups=4, renormalize=True)
+            results.append((*out, grad))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_every_instruction_set(isa, root):
+    script = f"""
+import sys
+sys.path.insert(0, {str(root / "tests")!r})
+import torch
+from ops.routing import COMBINATIONS, DTYPES, compare, draw, run
+for i, options in enumerate(COMBINATIONS):
+    for slots, top_k, dtype in ((27, 5, DTYPES[i % 2]), (203, 17, torch.float32)):
+        logits, bias = draw(9, slots, i, dtype, 2.0)
+        options = options | {{"zero_experts": slots % 12 + 12, "top_k": top_k, "valid": torch.arange(9) % 4 > 0}}
+        compare(*run(logits, bias, **options), logits, bias, options)
+"""
+    environment = os.environ | {"MMOE_SIMD": isa}
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_bias_chooses_but_never_weighs():
