@@ -205,7 +205,8 @@ class BuildEmulated(Command):
     def run(self) -> None:
         folder = ROOT / "build" / "emulated" / self.variant
         sanitize = [flag for flag in SANITIZERS[self.variant] if flag.startswith("-fsanitize")]
-        links = [*sanitize, *TORCH_LINKS, "-lboost_context"]
+        # Without -z defs a name that the emulator lacks would show at its first use only.
+        links = [*sanitize, *TORCH_LINKS, "-lboost_context", "-Wl,-z,defs"]
         run_ninja(folder, {folder / "mmoe_emulated.so": (emulated_objects(self.variant), CXX, links)})
 
 
