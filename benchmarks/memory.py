@@ -1,7 +1,7 @@
 """What a training step holds beyond what every implementation must: inputs, weights, the result and all gradients.
 
 Each side runs in a process of its own, where the kernel's record of the largest resident size (VmHWM) counts all that
-was touched, by whichever allocator.
+was touched, by whichever allocator; the pool of :mod:`benchmarks.allocator` is not in it.
 """
 
 import ctypes
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import allocator
 from benchmarks.case import Case
 from benchmarks.measure import Side, size_of
 from benchmarks.operators import module
@@ -22,7 +23,7 @@ def extra_bytes(case: Case, side: str, *, quick: bool, threads: int) -> int:
     """Extra memory of one step of ``ours`` or of the peer ``side``, measured by this file as a program."""
     arguments = [case.operator, case.shape, case.dtype_name, side, str(threads), *(["quick"] if quick else [])]
     command = [sys.executable, "-m", "benchmarks.memory", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=allocator.system_environment(), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)} failed: {done.stderr.strip()}")
     return int(done.stdout.split()[-1])

@@ -2,13 +2,16 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import measure, report
+from benchmarks import allocator, measure, report
 from benchmarks.case import Case
 from benchmarks.operators import OPERATORS, TOGETHER, module
 from benchmarks.report import Row, Target
@@ -144,6 +147,32 @@ def test_backward_times_one_fresh_graph_a_call() -> None:
     assert measure.backward(measure.Side(forward, [x]))(4) > 0
     assert len(forwards) == 4
     assert x.grad is None
+
+
+def test_the_pool_hands_out_the_same_pages_again(root: Path) -> None:
+    script = """
+import ctypes, torch
+empty = lambda mebibytes: torch.empty(mebibytes * 2**18)
+def pages():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) // 1024
+
+a, b = empty(64).fill_(1), empty(64).fill_(2)
+assert a.data_ptr() != b.data_ptr()
+first = a.data_ptr()
+del a
+full = pages()
+c = empty(60).fill_(3)  # fits with little waste
+assert c.data_ptr() == first and b[-1] == 2 and pages() - full < 8
+d = empty(8).fill_(4)
+assert d.data_ptr() != first
+del b, c
+ctypes.CDLL(None).mmoe_release_pages()
+assert full - pages() > 100 and d[-1] == 4
+"""
+    allocator.build()
+    environment = os.environ | {"LD_PRELOAD": str(allocator.LIBRARY)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_one_sample_has_no_spread() -> None:
