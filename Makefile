@@ -16,6 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 CSRC := $(shell find csrc -type f 2>/dev/null)
+FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(CSRC)) benchmarks/keep_pages.c tests/emulated/planted.cu
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 define REQUIREMENTS
 import tomllib
@@ -56,7 +57,7 @@ checks: build ## lint, formats and types
 	$(BIN)/ruff check . || status=1; \
 	$(BIN)/ruff format --check . || status=1; \
 	$(BIN)/pyright --pythonpath $(BIN)/python || status=1; \
-	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu %.cuh,$(CSRC)) benchmarks/keep_pages.c || status=1; \
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED) || status=1; \
 	exit $$status
 
 bench: build ## all benchmarks (about half an hour on two quiet cores); rows also go to build/bench-ops.json
@@ -65,7 +66,7 @@ bench: build ## all benchmarks (about half an hour on two quiet cores); rows als
 format: build ## write what `make checks` asks of formats
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter %.cpp %.h %.cu %.cuh,$(CSRC)) benchmarks/keep_pages.c
+	$(BIN)/clang-format -i $(FORMATTED)
 
 build: $(BUILT) ## the environment and the compiled parts
 

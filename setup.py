@@ -4,7 +4,8 @@
 `mmoe/_host.*.so` host-side helpers without tensors (csrc/host/*.cpp) on pybind11
 
 `python setup.py build_emulated [--variant plain|asan|tsan]` compiles the CUDA implementations against csrc/emulator
-into build/emulated/VARIANT/mmoe_emulated.so (tests and `mmoe bench ops --emulated` do it by themselves).
+into build/emulated/VARIANT/mmoe_emulated.so (tests and `mmoe bench ops --emulated` do it by themselves); with
+`--sources FILE,...` other CUDA sources, into a library of the first one's name.
 
 MMOE_BUILD_CUDA=auto|0|1   compile the .cu files: where nvcc is found (default), never, or fail without nvcc
 MMOE_CUDA_ARCHS            comma-separated, default 80,90a,100; the first is kept as PTX for every newer GPU
@@ -112,15 +113,14 @@ def objects_of(name: str, sources: list[str]) -> list[Object]:
     return made
 
 
-def emulated_objects(variant: str) -> list[Object]:
-    """The emulated build: every CUDA source compiled as C++, and the emulator itself without instrumentation."""
+def emulated_objects(variant: str, instrumented: list[str], plain: list[str]) -> list[Object]:
+    """The emulated build: CUDA sources compiled as C++, and the emulator itself without instrumentation."""
     sanitize = SANITIZERS[variant]
     define = [flag for flag in sanitize if flag.startswith("-D")]
     # -w: CUDA's headers and attributes are not meant for g++; nvcc and the CPU build warn about our own code.
     common = ["-std=c++20", "-g", "-fPIC", "-w", "-DMMOE_EMULATED", "-isystem", str(cuda_include()), *TORCH_FLAGS]
     kernels = [*common, "-O1" if sanitize else "-O2", "-x", "c++"]
-    instrumented = sources("csrc/*/*_cuda.cu")
-    plain = ["csrc/bindings.cpp", *sources("csrc/emulator/*.cpp")]
+    plain = [*plain, *sources("csrc/emulator/*.cpp")]
     return [
         *(Object(f"{source}.o", source, CXX, kernels + sanitize) for source in instrumented),
         *(Object(f"{source}.o", source, CXX, [*common, "-O2", *define]) for source in plain),
@@ -193,10 +193,14 @@ class BuildEmulated(Command):
     """The CUDA implementations as a CPU library, see the top of this file."""
 
     description = "compile the CUDA implementations for the CPU emulator"
-    user_options: ClassVar[list] = [("variant=", None, "plain, asan or tsan (default: plain)")]
+    user_options: ClassVar[list] = [
+        ("variant=", None, "plain, asan or tsan (default: plain)"),
+        ("sources=", None, "comma-separated CUDA sources in place of the operators'"),
+    ]
 
     def initialize_options(self) -> None:
         self.variant = "plain"
+        self.sources = None
 
     def finalize_options(self) -> None:
         if self.variant not in SANITIZERS:
@@ -204,10 +208,16 @@ class BuildEmulated(Command):
 
     def run(self) -> None:
         folder = ROOT / "build" / "emulated" / self.variant
+        if self.sources is None:
+            name, instrumented, plain = "mmoe_emulated", sources("csrc/*/*_cuda.cu"), ["csrc/bindings.cpp"]
+            torch_links = TORCH_LINKS
+        else:
+            instrumented, plain, torch_links = self.sources.split(","), [], []
+            name = Path(instrumented[0]).stem
         sanitize = [flag for flag in SANITIZERS[self.variant] if flag.startswith("-fsanitize")]
         # Without -z defs a name that the emulator lacks would show at its first use only.
-        links = [*sanitize, *TORCH_LINKS, "-lboost_context", "-Wl,-z,defs"]
-        run_ninja(folder, {folder / "mmoe_emulated.so": (emulated_objects(self.variant), CXX, links)})
+        links = [*sanitize, *torch_links, "-lboost_context", "-Wl,-z,defs"]
+        run_ninja(folder, {folder / f"{name}.so": (emulated_objects(self.variant, instrumented, plain), CXX, links)})
 
 
 class BuildWithCards(build_py):

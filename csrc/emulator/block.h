@@ -8,8 +8,7 @@
 #include <source_location>
 
 // Allocated per block and call site, not per variable of g++: filled with NaN, fenced for AddressSanitizer.
-#define MMOE_SHARED(T, name, count) \
-  T* const name = static_cast<T*>(::emulator::shared_site([] {}, sizeof(T) * (count)))
+#define MMOE_SHARED(T, name, count) T* const name = static_cast<T*>(::emulator::shared_site([] {}, sizeof(T) * (count)))
 #define MMOE_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(::emulator::dynamic_shared())
 
 #define threadIdx (::emulator::thread_index())

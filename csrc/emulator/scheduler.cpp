@@ -43,8 +43,13 @@ void Block::run(uint3 index) {
     const bool moved = settings_.schedule == Schedule::kGreedy ? turn_by_warp() : turn_by_order();
     if (!moved) report_deadlock();
   }
-  for (Fiber& fiber : fibers_) destroy_context(fiber.side.context);
+  for (const Fiber& fiber : fibers_) contexts_.push_back(fiber.side.context);
+  retire_contexts(kContexts);
   t_block = nullptr;
+}
+
+void Block::retire_contexts(size_t keep) {
+  for (; contexts_.size() > keep; contexts_.pop_front()) destroy_context(contexts_.front());
 }
 
 void Block::begin(uint3 index) {

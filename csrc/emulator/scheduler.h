@@ -3,6 +3,7 @@
 #pragma once
 
 #include <boost/context/detail/fcontext.hpp>
+#include <deque>
 #include <random>
 #include <string>
 #include <vector>
@@ -17,6 +18,9 @@ namespace emulator {
 
 constexpr int kMaxThreads = 1024;
 constexpr size_t kStackBytes = 128 * 1024;
+// ThreadSanitizer gives the number of a context that is gone to a new one and then sees no race between the two. The
+// contexts of so many threads stay until the launch ends; it has room for 8192.
+constexpr size_t kContexts = 2048;
 
 enum class State { kReady, kAtBarrier, kInCollective, kExited };
 
@@ -106,6 +110,9 @@ class Block {
 
   Block(const Shape& shape, const Settings& settings, size_t shared_limit, void (*call)(const void*),
         const void* arguments);
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+  ~Block() { retire_contexts(0); }
   void run(uint3 index);
 
   const uint3& index() const { return index_; }
@@ -123,6 +130,7 @@ class Block {
   static void enter(boost::context::detail::transfer_t from);
 
   void begin(uint3 index);
+  void retire_contexts(size_t keep);
   bool turn_by_order();
   bool turn_by_warp();
   void resume(Fiber& fiber);
@@ -152,6 +160,7 @@ class Block {
 
   Fiber* running_ = nullptr;
   Side scheduler_side_;
+  std::deque<void*> contexts_;
   boost::context::detail::fcontext_t scheduler_ = nullptr;
 };
 

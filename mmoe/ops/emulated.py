@@ -14,11 +14,12 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 @functools.cache
-def build(variant: str = "plain") -> Path:
-    """Compile csrc's CUDA sources against the emulator, where they changed; the library's path.
+def build(variant: str = "plain", *sources: str) -> Path:
+    """Compile CUDA sources against the emulator, where they changed; the library's path.
 
     Args:
         variant: ``plain``; ``asan`` and ``tsan`` need the sanitizer's runtime preloaded in the process that loads them.
+        sources: files of the checkout; none means the operators'.
 
     Raises:
         UserError: no checkout, no CUDA headers, no Boost.Context, or a source that does not compile.
@@ -27,6 +28,8 @@ def build(variant: str = "plain") -> Path:
     if not (CHECKOUT / "csrc" / "emulator").is_dir():
         raise UserError("the emulated operators are built from source", "", "run this from a checkout of mmoe")
     command = [sys.executable, script, "build_emulated", f"--variant={variant}"]
+    if sources:
+        command.append(f"--sources={','.join(sources)}")
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower()]
@@ -35,7 +38,8 @@ def build(variant: str = "plain") -> Path:
             "",
             "install nvcc 13 and libboost-context-dev, or mend the source",
         )
-    return CHECKOUT / "build" / "emulated" / variant / "mmoe_emulated.so"
+    name = Path(sources[0]).stem if sources else "mmoe_emulated"
+    return CHECKOUT / "build" / "emulated" / variant / f"{name}.so"
 
 
 @functools.cache

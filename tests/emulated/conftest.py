@@ -10,12 +10,12 @@ from mmoe.ops.emulated import load
 
 
 @pytest.fixture(scope="session")
-def emulated() -> Any:
+def emulated(need_emulator: None) -> Any:
     """``torch.ops.mmoe_emulated``."""
-    need_emulator()
     return load()
 
 
+@pytest.fixture(scope="session")
 def need_emulator() -> None:
     """Skips where the emulator cannot be built; a source that does not compile is a failure, not a skip."""
     if shutil.which("nvcc") is None:
