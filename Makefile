@@ -26,7 +26,7 @@ endef
 export REQUIREMENTS
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-full test-latest checks bench format build system clean
+.PHONY: help quickstart test test-full test-latest test-gpu checks bench format build system clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -51,6 +51,16 @@ test-latest: build ## the short quickstart and the tests of the newest Megatron-
 	MMOE_RUN=runs/quickstart-short-$(VERSION) launch/quickstart.sh --short || status=1; \
 	$(BIN)/python -m pytest -m "latest and not slow" || status=1; \
 	exit $$status
+
+# Without PyTorch's caching allocator, so that an access behind a tensor is one behind an allocation; CUDA graphs need it.
+test-gpu: build ## the tests that need a CUDA device; those of the operators once more under compute-sanitizer
+	$(BIN)/python -m pytest tests/gpu
+	@if command -v compute-sanitizer >/dev/null; then \
+	  for tool in memcheck racecheck synccheck; do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	      $(BIN)/python -m pytest -m gpu -k "not captured" tests/gpu/test_operators.py || exit 1; \
+	  done; \
+	else echo "compute-sanitizer was not found: install the CUDA toolkit to run the operators under it"; fi
 
 checks: build ## lint, formats and types
 	@status=0; \

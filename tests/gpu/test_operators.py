@@ -1,0 +1,431 @@
+"""Every operator on a device: against float64, gradients, layouts, repeatability, opcheck, CUDA graphs.
+
+The bodies run on the CPU too, so that what a GPU sees for the first time is the kernels and not these tests.
+`make test-gpu` runs them, and once more under compute-sanitizer. Bandwidth: `mmoe bench ops --device cuda`.
+"""
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from ops import routing
+from torch import Tensor
+
+from mmoe.ops.hidden_z_loss import hidden_z_loss
+from mmoe.ops.permute import permute
+from mmoe.ops.permute_index import permute_index
+from mmoe.ops.router import router
+from mmoe.ops.sva import Absorbed, Projected
+from mmoe.ops.sva import sva_absorbed as sva
+from mmoe.ops.unpermute import unpermute
+from mmoe.reference import hidden_z_loss as reference_hidden_z_loss
+from mmoe.reference import permute as reference_permute
+from mmoe.reference import permute_index as reference_permute_index
+from mmoe.reference import sva as reference_sva
+from mmoe.reference import unpermute as reference_unpermute
+from mmoe.reference.router import RouterOutput
+
+OPERATORS = SimpleNamespace(hidden_z_loss=hidden_z_loss, permute=permute, sva=sva, unpermute=unpermute)
+REFERENCES = SimpleNamespace(
+    hidden_z_loss=reference_hidden_z_loss.hidden_z_loss,
+    permute=reference_permute.permute,
+    sva=reference_sva.sva_absorbed,
+    unpermute=reference_unpermute.unpermute,
+)
+
+ON_CUDA = pytest.mark.gpu
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_CUDA)]
+DTYPES = [
+    ("cpu", torch.float32),
+    ("cpu", torch.bfloat16),
+    *(pytest.param("cuda", dtype, marks=ON_CUDA) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+]
+
+
+Leaves = Sequence[Tensor]
+Constants = Sequence[Tensor | None]
+
+
+class Sample(NamedTuple):
+    """``call(side, data, scalars, constants)`` returns outputs that carry gradient to data and scalars.
+
+    ``side`` is OPERATORS or REFERENCES; the tensors are those given here on some device: ``data`` (float64) in the
+    tested dtype, ``scalars`` (float64: routing weights) in float32, ``constants`` (indices, masks) as they are.
+    """
+
+    call: Callable[[Any, Leaves, Leaves, Constants], Leaves]
+    data: Leaves
+    scalars: Leaves = ()
+    constants: Constants = ()
+
+
+class Placed(NamedTuple):
+    """A sample's tensors on a device."""
+
+    data: list[Tensor]
+    scalars: list[Tensor]
+    constants: list[Tensor | None]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [*self.data, *self.scalars]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def slots(tokens: int, columns: int, top_k: int) -> Tensor:
+    """Distinct experts for every token."""
+    return torch.rand(tokens, columns, generator=torch.Generator().manual_seed(tokens)).argsort(1)[:, :top_k]
+
+
+def z_loss(tokens: int, width: int, masked: bool) -> Sample:
+    valid = torch.arange(tokens) % 3 != 1 if masked else None
+    return Sample(
+        lambda side, data, _, constants: [side.hidden_z_loss(data[0], 0.5, valid=constants[0])],
+        [3 * normal(tokens, width)],
+        constants=[valid],
+    )
+
+
+def there(ids: Tensor, experts: int, width: int, **options: int) -> Sample:
+    return Sample(
+        lambda side, data, _, constants: [side.permute(data[0], constants[0], experts, **options).rows],
+        [normal(len(ids), width)],
+        constants=[ids],
+    )
+
+
+def back(ids: Tensor, experts: int, width: int) -> Sample:
+    index = reference_permute_index.permute_index(ids, experts)
+
+    def call(side: Any, data: Leaves, scalars: Leaves, constants: Constants) -> list[Tensor]:
+        (rows, x), (weights, identity) = data, scalars
+        return [side.unpermute(rows, constants[0], weights, x, identity)]
+
+    data = [normal(len(index.slot_of_row), width), normal(len(ids), width, seed=1)]
+    return Sample(call, data, [normal(*ids.shape, seed=2), normal(len(ids), seed=3)], [index.row_of_slot])
+
+
+def aggregate(
+    windows: Sequence[int], absorbed: Sequence[bool], head_width: int, masked: bool, batch: int = 2
+) -> Sample:
+    """L = 3, two heads; the masks leave whole windows of an encoder without a valid key."""
+    side, heads = 3, 2
+    width = heads * head_width
+    tensors, masks = [normal(batch, side, side, heads, head_width)], []
+    for i, (m, fold) in enumerate(zip(windows, absorbed, strict=True)):
+        grid, seed = (batch, m * side, m * side, width), 10 * i
+        tensors.append(normal(*grid, seed=seed + 1))
+        if fold:
+            tensors.append(normal(m * m, width, seed=seed + 2))
+            for which in (3, 6):
+                gain = 1 + 0.1 * normal(width, seed=seed + which)
+                tensors += [gain, normal(width, seed=seed + which + 1)]
+                tensors.append(normal(width, width, seed=seed + which + 2) * width**-0.5)
+        else:
+            tensors.append(normal(*grid, seed=seed + 2))
+        rows = torch.arange(m * side)
+        masks.append(((rows >= m) & (rows < 2 * m))[None, :, None].expand(grid[:3]) if masked else None)
+
+    def call(of: Any, data: Leaves, _: Leaves, masks: Constants) -> list[Tensor]:
+        q, *rest = data
+        sources: list[Projected | Absorbed] = []
+        for fold in absorbed:
+            count = 8 if fold else 2
+            sources.append(Absorbed(*rest[:count]) if fold else Projected(*rest[:count]))
+            rest = rest[count:]
+        return [of.sva(q, sources, masks)]
+
+    return Sample(call, tensors, constants=masks)
+
+
+MIXED = slots(13, 9, 4)
+# Widths: below a vector, ragged, several vectors a lane with a tail.
+SAMPLES = {
+    **{
+        f"hidden_z_loss {tokens} × {width}{' masked' if masked else ''}": z_loss(tokens, width, masked)
+        for tokens, width, masked in [(9, 1, False), (9, 7, True), (9, 517, True), (1, 6144, False), (0, 8, False)]
+    },
+    **{
+        f"{name}, {width} wide": make(ids, 6, width)
+        for width in (1, 7, 24, 517)
+        for name, make, ids in [("permute", there, MIXED), ("unpermute", back, MIXED)]
+    },
+    **{
+        f"{kind} of {name}": make(ids, 6, 24)
+        for kind, make in [("permute", there), ("unpermute", back)]
+        for name, ids in {
+            "no token": torch.zeros(0, 4, dtype=torch.int64),
+            "one token": slots(1, 9, 4),
+            "one expert": torch.full((7, 1), 2),
+            "zero experts alone": 6 + slots(5, 3, 2),
+        }.items()
+    },
+    "permute, aligned": there(MIXED, 6, 24, align=8),
+    "permute, rows left over": there(MIXED, 6, 24, align=8, max_rows=150),
+    **{
+        f"sva {windows}, {width} wide{' masked' if masked else ''}": aggregate(
+            windows, [False] * len(windows), width, masked
+        )
+        for windows, width, masked in [
+            ((1,), 32, False),
+            ((1, 1, 2), 40, True),
+            ((4, 1), 64, True),
+            ((8,), 128, False),
+            ((2, 3), 7, True),
+        ]
+    },
+    "sva without an image": aggregate((1, 2), (False, False), 32, True, batch=0),
+    "sva absorbed": aggregate((1, 2), (False, True), 16, True),
+    "sva absorbed alone": aggregate((4, 2), (True, True), 8, False),
+}
+
+
+def place(sample: Sample, device: str, dtype: torch.dtype) -> Placed:
+    """The sample's values, rounded to ``dtype`` (and float32), as leaves on the device."""
+    scalar = torch.promote_types(torch.float32, dtype)
+    return Placed(
+        [part.to(device, dtype, copy=True).requires_grad_() for part in sample.data],
+        [part.to(device, scalar, copy=True).requires_grad_() for part in sample.scalars],
+        [part if part is None else part.to(device) for part in sample.constants],
+    )
+
+
+def results(side: Any, sample: Sample, placed: Placed) -> list[Tensor]:
+    """Outputs, and the gradients of all leaves for cotangents that every dtype here can hold."""
+    out = sample.call(side, *placed)
+    given = [normal(*part.shape, seed=99).bfloat16().half().to(part) for part in out]
+    grads = torch.autograd.grad(out, placed.leaves, given)
+    return [part.detach() for part in (*out, *grads)]
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize(("device", "dtype"), DTYPES)
+def test_against_float64(name: str, device: str, dtype: torch.dtype) -> None:
+    """At most twice the error of plain PyTorch in the same dtype, and one rounding of the result's own."""
+    sample = SAMPLES[name]
+    placed = place(sample, device, dtype)
+    exact = Placed(
+        [part.detach().cpu().double().requires_grad_() for part in placed.data],
+        [part.detach().cpu().double().requires_grad_() for part in placed.scalars],
+        list(sample.constants),
+    )
+    got, plain = results(OPERATORS, sample, placed), results(REFERENCES, sample, placed)
+    for ours, theirs, wanted in zip(got, plain, results(REFERENCES, sample, exact), strict=True):
+        assert ours.shape == wanted.shape
+        assert ours.dtype == theirs.dtype
+        if not wanted.numel():
+            continue
+        rounding = torch.finfo(ours.dtype).eps * wanted.abs().max()
+        allowed = 2 * (theirs.cpu().double() - wanted).abs().max() + rounding
+        error = (ours.cpu().double() - wanted).abs()
+        assert error.max() <= allowed, f"off by {error.max():.3g} > {allowed:.3g} at {error.argmax()} of {ours.shape}"
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_bits_repeat(name: str, device: str) -> None:
+    first, second = (results(OPERATORS, SAMPLES[name], place(SAMPLES[name], device, torch.bfloat16)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["strided", "shifted"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hidden_z_loss 9 × 517 masked",
+        "permute, 24 wide",
+        "unpermute, 24 wide",
+        "sva (4, 1), 64 wide masked",
+        "sva absorbed",
+    ],
+)
+@pytest.mark.parametrize("device", DEVICES)
+def test_layouts(name: str, device: str, layout: str) -> None:
+    """Transposed storage, and a view that starts one element off the vectors' grid.
+
+    The scalar path may sum in another order: a few roundings of float32.
+    """
+    sample = SAMPLES[name]
+    placed = place(sample, device, torch.float32)
+    odd = placed._replace(data=[strided(part) if layout == "strided" else shifted(part) for part in placed.data])
+    for a, b in zip(results(OPERATORS, sample, odd), results(OPERATORS, sample, placed), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * b.abs().max().item())
+
+
+def strided(tensor: Tensor) -> Tensor:
+    return tensor.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_()
+
+
+def shifted(tensor: Tensor) -> Tensor:
+    buffer = tensor.new_zeros(tensor.numel() + 1)
+    return buffer[1:].view(tensor.shape).copy_(tensor.detach()).detach().requires_grad_()
+
+
+@pytest.mark.parametrize("options", routing.COMBINATIONS, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_router(device: str, options: dict[str, Any]) -> None:
+    settings = {"zero_experts": 6, "top_k": 5, "scaling": 2.5, "balance_groups": 3, **options}
+    logits, bias = routing.draw(33, 18, dtype=torch.float32)
+    settings["valid"] = torch.arange(33) % 4 != 2
+    out, grad = routed(logits, bias, device, settings)
+    routing.compare(out, grad, logits, bias, settings)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "zeros", "top_k"), [(0, 6, 3, 4), (1, 1, 0, 1), (5, 512, 256, 12), (3, 1536, 768, 32)]
+)
+@pytest.mark.parametrize("device", DEVICES)
+def test_router_sizes(device: str, tokens: int, experts: int, zeros: int, top_k: int) -> None:
+    settings = {"zero_experts": zeros, "top_k": top_k, "scaling": 6.0}
+    logits, bias = routing.draw(tokens, experts + zeros, dtype=torch.float32)
+    out, grad = routed(logits, bias, device, settings)
+    again, grad_again = routed(logits, bias, device, settings)
+    assert all(torch.equal(a, b) for a, b in zip((*out, grad), (*again, grad_again), strict=True))
+    routing.compare(out, grad, logits, bias, settings)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_router_orders_ties_and_nan(device: str) -> None:
+    logits = torch.zeros(3, 40)
+    logits[1] = float("nan")
+    logits[2, 7] = float("inf")
+    ids = router(logits.to(device), torch.zeros(40, device=device), zero_experts=8, top_k=3).ids.cpu()
+    assert ids[0].tolist() == [0, 1, 2]
+    assert all(len(set(row)) == 3 and min(row) >= 0 and max(row) < 40 for row in ids.tolist())
+
+
+def routed(logits: Tensor, bias: Tensor, device: str, settings: dict[str, Any]) -> tuple[RouterOutput, Tensor]:
+    """Outputs and the gradient of the logits for `routing.gradients_of`, computed on the device, on the CPU."""
+    leaf = logits.to(device, copy=True).requires_grad_()
+    on_device = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in settings.items()}
+    out = router(leaf, bias.to(device), **on_device)
+    given = zip((out.weights, out.identity, out.group_probs), routing.gradients_of(out), strict=True)
+    # Weights of "copy" and "drop" are constants.
+    outputs, grads = zip(*((part, grad.to(device)) for part, grad in given if part.requires_grad), strict=True)
+    (grad,) = torch.autograd.grad(outputs, leaf, grads)
+    return RouterOutput(*(part.detach().cpu() for part in out)), grad.cpu()
+
+
+@pytest.mark.parametrize("options", [{}, {"align": 16}, {"align": 8, "max_rows": 100}, {"max_rows": 20}], ids=str)
+@pytest.mark.parametrize("ids", [MIXED, slots(3000, 768, 12), 6 + slots(5, 3, 2), torch.zeros(0, 4, dtype=torch.int64)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_permute_index(device: str, ids: Tensor, options: dict[str, int]) -> None:
+    experts = 512 if len(ids) == 3000 else 6
+    got = permute_index(ids.to(device), experts, **options)
+    wanted = reference_permute_index.permute_index(ids, experts, **{"align": 1, "max_rows": None, **options})
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(got, wanted, strict=True))
+
+
+def arguments_of(operator: str, device: str) -> tuple[Any, ...]:
+    """A call of ``torch.ops.mmoe.<operator>``."""
+    ids = MIXED.to(device)
+    index = permute_index(ids, 6)
+    x = normal(len(ids), 24).to(device, torch.float32).requires_grad_()
+    if operator == "hidden_z_loss":
+        return x, torch.arange(len(ids), device=device) % 2 == 0, 0.5
+    if operator == "permute_index":
+        return ids, 6, 1, 100
+    if operator == "permute":
+        return x, index.row_of_slot, index.slot_of_row
+    if operator == "unpermute":
+        rows = normal(len(index.slot_of_row), 24).to(x).requires_grad_()
+        weights, identity = torch.rand(ids.shape, device=device), torch.rand(len(ids), device=device)
+        return rows, index.row_of_slot, weights.requires_grad_(), x, identity.requires_grad_(), index.slot_of_row
+    if operator == "router":
+        logits, bias = (part.to(device) for part in routing.draw(9, 18, dtype=torch.float32))
+        return logits.requires_grad_(), bias, None, 6, 4, 2.5, "softmax", False, 3, 1, 1, "scaled"
+    raise AssertionError(operator)
+
+
+@pytest.mark.parametrize("operator", ["hidden_z_loss", "permute_index", "permute", "unpermute", "router"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device: str, operator: str) -> None:
+    result = torch.library.opcheck(getattr(torch.ops.mmoe, operator).default, arguments_of(operator, device))
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def replayed(device: str, call: Callable[[], Sequence[Tensor]], change: Callable[[], None]) -> list[Tensor]:
+    """What ``call`` gives after ``change``: on CUDA by replaying a graph that was captured before it."""
+    if device == "cpu":
+        change()
+        return [part.clone() for part in call()]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    change()
+    graph.replay()
+    torch.cuda.synchronize()
+    return [part.clone() for part in out]
+
+
+# permute without max_rows waits for the number of rows, as documented; with it nothing waits.
+CAPTURED = [name for name in SAMPLES if not name.startswith("permute") or name == "permute, rows left over"]
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+@pytest.mark.parametrize("device", DEVICES)
+def test_forward_and_backward_can_be_captured(name: str, device: str) -> None:
+    sample = SAMPLES[name]
+    placed = place(sample, device, torch.bfloat16)
+    given = [normal(*part.shape, seed=99).to(part) for part in sample.call(OPERATORS, *placed)]
+
+    def call() -> list[Tensor]:
+        out = sample.call(OPERATORS, *placed)
+        return [*out, *torch.autograd.grad(out, placed.leaves, given)]
+
+    def change() -> None:
+        with torch.no_grad():
+            for part in placed.leaves:
+                part.mul_(0.75)
+
+    got = replayed(device, call, change)
+    assert all(torch.equal(a, b) for a, b in zip(got, call(), strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_moe_layer_can_be_captured(device: str) -> None:
+    """Router, permute and unpermute with their gradients, the number of rows never leaving the device."""
+    leaf, bias = (part.to(device) for part in routing.draw(13, 9, dtype=torch.float32))
+    logits, x = leaf.requires_grad_(), normal(13, 24).to(device, torch.float32).requires_grad_()
+    given = normal(13, 24, seed=5).to(x)
+
+    def call() -> list[Tensor]:
+        out = router(logits, bias, zero_experts=3, top_k=4)
+        sent = permute(x, out.ids, 6, align=8, max_rows=13 * 4 + 6 * 7)
+        y = unpermute(2 * sent.rows, sent.row_of_slot, out.weights, x, out.identity, slot_of_row=sent.slot_of_row)
+        return [y, *torch.autograd.grad(y, [logits, x], given)]
+
+    def change() -> None:
+        with torch.no_grad():
+            logits.copy_(logits.flip(0))
+            x.mul_(0.5)
+
+    got = replayed(device, call, change)
+    assert all(torch.equal(a, b) for a, b in zip(got, call(), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "name", ["hidden_z_loss 9 × 7 masked", "permute, 24 wide", "unpermute, 24 wide", "sva absorbed"]
+)
+def test_another_device_and_another_stream(name: str) -> None:
+    """Kernels run where their tensors are, on the stream that is current there."""
+    device = f"cuda:{torch.cuda.device_count() - 1}"
+    sample = SAMPLES[name]
+    wanted = results(OPERATORS, sample, place(sample, "cuda:0", torch.float32))
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+    with torch.cuda.device(0), torch.cuda.stream(stream):
+        got = results(OPERATORS, sample, place(sample, device, torch.float32))
+        stream.synchronize()
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, wanted, strict=True))
