@@ -1,0 +1,35 @@
+"""A tiny run, forward and backward, of every operator that has CUDA kernels: what the sanitizers watch.
+
+A function for each operator, of its name; it takes ``torch.ops.mmoe_emulated``. The shapes reach every branch of the
+kernels (a vector path and a scalar one, more than a block, a ragged end) and no more: ThreadSanitizer runs some thousand
+CUDA threads a second.
+"""
+
+from typing import Any
+
+import torch
+
+
+def hidden_z_loss(ops: Any) -> None:
+    for dtype, width in [(torch.float32, 24), (torch.bfloat16, 7)]:
+        z = torch.randn(5, width).to(dtype)
+        valid = torch.arange(5) != 2
+        _, lse, count = ops.hidden_z_loss(z, valid, 0.5)
+        ops.hidden_z_loss_backward(torch.ones(()), z, lse, count, 0.5)
+
+
+def permute_index(ops: Any) -> None:
+    ops.permute_index(torch.arange(1500).view(500, 3) % 40, 35)
+    ops.permute_index(torch.arange(60, dtype=torch.int32).view(20, 3) % 7, 5, align=8, max_rows=100)
+
+
+def sva(ops: Any) -> None:
+    for dtype, m, width in [(torch.float32, 1, 32), (torch.bfloat16, 2, 40)]:
+        q = torch.randn(1, 2, 2, 2, width).to(dtype)
+        grids = [torch.randn(2, 1, 2 * m, 2 * m, 2 * width).to(dtype) for _ in range(2)]
+        keys, values = [list(grid) for grid in grids]
+        mask = torch.ones(1, 2 * m, 2 * m, dtype=torch.bool)
+        mask[0, :m, :m] = False
+        arguments = [q, keys, values, [], [], [], [], [mask, torch.empty(0, dtype=torch.bool)]]
+        out, lse, pooled, mass = ops.sva(*arguments, 1e-5)
+        ops.sva_backward(torch.ones_like(out), pooled, mass, *arguments, lse, 1e-5)
