@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -142,6 +143,32 @@ MMOE_INLINE auto fold(V values, Combine combine) {
 template <typename V>
 MMOE_INLINE auto sum(V values) {
   return detail::fold(values, [](auto a, auto b) { return a + b; });
+}
+
+namespace detail {
+// Lane i: of x, where bit kReach of i is 0, otherwise of y, the sum of lane i and its partner at that distance.
+template <int kReach, typename V, int... kLane>
+MMOE_INLINE V add_partners(V x, V y, std::integer_sequence<int, kLane...>) {
+  constexpr int lanes = sizeof...(kLane);
+  return __builtin_shufflevector(x, y, ((kLane & kReach) ? lanes + kLane : kLane)...) +
+         __builtin_shufflevector(x, y, ((kLane & kReach) ? lanes + (kLane ^ kReach) : kLane ^ kReach)...);
+}
+template <int kCount, typename V>
+MMOE_INLINE V sum_each(const V* values) {
+  if constexpr (kCount == 1) {
+    return values[0];
+  } else {
+    constexpr int lanes = sizeof(V) / sizeof(values[0][0]);
+    return add_partners<kCount / 2>(sum_each<kCount / 2>(values), sum_each<kCount / 2>(values + kCount / 2),
+                                    std::make_integer_sequence<int, lanes>());
+  }
+}
+}  // namespace detail
+
+// Lane i of the result is the sum over the lanes of values[i]; there are as many values as lanes.
+template <typename V>
+MMOE_INLINE V sum_each(const V* values) {
+  return detail::sum_each<sizeof(V) / sizeof(values[0][0])>(values);
 }
 template <typename V>
 MMOE_INLINE auto max_of(V values) {

@@ -14,11 +14,10 @@
 // features, masks) are read in place where every image is contiguous, whatever the stride between images (a slice of
 // the rows of larger grids); what is laid out otherwise is copied first.
 //
-// The query (r, c) owns rows r*m .. r*m + m - 1 and columns c*m .. c*m + m - 1 of a grid. With x^ = (features +
-// position
-// - mean) / sqrt(variance + eps), over the channels, a key's score is q.k / sqrt(D), or (absorbed.x^ + constant) /
-// sqrt(D); a is the softmax over the keys of all encoders. A False key does not take part, except that a window of an
-// encoder without a True key counts as all True for that encoder.
+// The query (r, c) owns the rows r*m .. r*m + m - 1 and the columns c*m .. c*m + m - 1 of a grid. A key's score is
+// q.k / sqrt(D), or (absorbed.x^ + constant) / sqrt(D), where x^ = (x - mean) / sqrt(variance + eps) over the channels
+// of x = features + position; a is the softmax over the keys of all encoders. A False key takes no part, whatever it
+// holds, except that a window of an encoder without a True key counts as all True for that encoder.
 // ->
 //   out       [B, R, W, H*D], dtype of q: sum of a * value over the projected encoders
 //   lse       [B, R, W, H], float32 (float64): log of the sum of exp(score)
@@ -42,6 +41,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "sva/sva_limits.h"
 
 namespace mmoe {
 
@@ -53,9 +53,6 @@ using Tensors = std::vector<Tensor>;
 using SvaResult = std::tuple<Tensor, Tensor, Tensors, Tensors>;
 // The gradients of q, keys, values, features, absorbed and constants, then pooled and mass.
 using SvaGradients = std::tuple<Tensor, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors>;
-
-constexpr int64_t kSvaEncoders = 16;
-constexpr int64_t kSvaWindow = 8;
 
 struct SvaSizes {
   int64_t batch, rows, columns, heads, width;
