@@ -60,7 +60,13 @@ MMOE_INLINE Vec<Compute<T>> load(const T* from) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     Halves bits;
     std::memcpy(&bits, from, sizeof(bits));
-    return std::bit_cast<Vec<float>>(__builtin_convertvector(bits, Word) << 16);
+#ifdef __AVX512F__
+    // GCC 12 converts 16 values in two halves, and warns of its own header without the mask.
+    const Word words = std::bit_cast<Word>(_mm512_maskz_cvtepu16_epi32(0xffff, std::bit_cast<__m256i>(bits)));
+#else
+    const Word words = __builtin_convertvector(bits, Word);
+#endif
+    return std::bit_cast<Vec<float>>(words << 16);
   } else {
     Vec<T> values;
     std::memcpy(&values, from, sizeof(values));

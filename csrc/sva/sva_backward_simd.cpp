@@ -80,25 +80,27 @@ void grad_absorbed(const SvaArguments<T, C>& args, const SvaAbsorbed<T, C>& to, 
     slant[k] = dot_twice(ds + row, all.products + product, a + row, all.grad_products + product, heads) / channels;
   }
   T* image = to.grad_features + place.image * window.all * args.rows * args.columns * channels;
-  for_blocks<C>(channels, [&](auto vectors, int64_t first) {
+  for_blocks<C>(channels, [&](auto vectors, int64_t first) __attribute__((always_inline)) {
     constexpr int kVectors = vectors();
     const int64_t head_step = args.queries * channels;
     pool<kVectors>(ds, pitch, space, keys, heads, first, channels, to.grad_absorbed + query * channels, head_step);
     pool<kVectors>(a, pitch, space, keys, heads, first, channels, to.pooled + query * channels, head_step);
-    for_tiles<kTileRows>(keys, [&](auto tile, int64_t key) {
+    for_tiles<kTileRows>(keys, [&](auto tile, int64_t key) __attribute__((always_inline)) {
       constexpr int count = tile();
       Vec<C> sums[count][kVectors]{};
       accumulate(sums, ds + key * pitch, pitch, 1, space.absorbed + first, space.stride, heads);
       if (to.grad_pooled != nullptr) {
         accumulate(sums, a + key * pitch, pitch, 1, space.grad_pooled + first, space.stride, heads);
       }
+#pragma GCC unroll 4
       for (int i = 0; i < count; ++i) {
         const int64_t k = key + i;
         const C* normed = space.normed + k * space.stride + first;
+#pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
-          const Vec<C> grad = (sums[i][v] - mean[k] - load(normed + v * kLanes<C>) * slant[k]) * space.inverse[k];
-          store_within(image + window.cell[k] * channels, first + v * kLanes<T>, channels, grad);
+          sums[i][v] = (sums[i][v] - mean[k] - load(normed + v * kLanes<C>) * slant[k]) * space.inverse[k];
         }
+        store_block(image + window.cell[k] * channels, first, channels, sums[i]);
       }
     });
   });
@@ -118,10 +120,9 @@ void backward(const SvaArguments<T, C>& args, C* memory, int64_t begin, int64_t 
   Window windows[kSvaEncoders];
   for (int64_t query = begin; query < end; ++query) {
     const Place place = place_of(args, query);
-    for (int64_t h = 0; h < heads; ++h) {
-      widen(args.q + query * row_size + h * width, width, space.row, scale, space.q + h * space.row);
-      if (args.grad_out == nullptr) continue;
-      widen(args.grad_out + query * row_size + h * width, width, space.row, C(1), space.grad_out + h * space.row);
+    widen_row(args.q + query * row_size, heads, width, scale, space.q, space.row);
+    if (args.grad_out != nullptr) {
+      widen_row(args.grad_out + query * row_size, heads, width, C(1), space.grad_out, space.row);
     }
     int64_t keys = 0;
     for (int64_t i = 0; i < args.projected_count; ++i) {
@@ -144,10 +145,8 @@ void backward(const SvaArguments<T, C>& args, C* memory, int64_t begin, int64_t 
       const int64_t channels = from.channels, padded = round_up(channels, 16);
       sum_rows(part.absorbed, part.stride, heads, padded, part.sums);
       if (from.grad_pooled != nullptr) {
-        for (int64_t h = 0; h < heads; ++h) {
-          widen(from.grad_pooled + (h * args.queries + query) * channels, channels, padded, C(1),
-                part.grad_pooled + h * part.stride);
-        }
+        widen_heads(from.grad_pooled + query * channels, args.queries * channels, heads, channels, part.grad_pooled,
+                    part.stride);
         sum_rows(part.grad_pooled, part.stride, heads, padded, part.sums + pitch);
         products(part.grad_pooled, part.normed, part.stride, heads, window.taking_part, padded,
                  space.grad_products + keys * pitch, pitch);

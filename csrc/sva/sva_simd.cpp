@@ -57,9 +57,7 @@ void forward(const SvaArguments<T, C>& args, C* memory, int64_t begin, int64_t e
   Window windows[kSvaEncoders];
   for (int64_t query = begin; query < end; ++query) {
     const Place place = place_of(args, query);
-    for (int64_t h = 0; h < heads; ++h) {
-      widen(args.q + query * row_size + h * width, width, space.row, scale, space.q + h * space.row);
-    }
+    widen_row(args.q + query * row_size, heads, width, scale, space.q, space.row);
     C* scores = space.scores;
     for (int64_t i = 0; i < args.projected_count; ++i) {
       const SvaProjected<T>& from = args.projected[i];
@@ -102,7 +100,7 @@ void forward(const SvaArguments<T, C>& args, C* memory, int64_t begin, int64_t e
       const SvaAbsorbed<T, C>& to = args.absorbed[j];
       const int64_t keys = windows[args.projected_count + j].taking_part, head_step = args.queries * to.channels;
       sum_mass(args, to, query, keys, a, pitch);
-      for_blocks<C>(to.channels, [&](auto vectors, int64_t first) {
+      for_blocks<C>(to.channels, [&](auto vectors, int64_t first) __attribute__((always_inline)) {
         pool<vectors()>(a, pitch, space.absorbed[j], keys, heads, first, to.channels, to.pooled + query * to.channels,
                         head_step);
       });

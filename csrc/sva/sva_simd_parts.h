@@ -24,11 +24,13 @@ MMOE_INLINE void for_tiles(int64_t count, Body&& body) {
   for (; first < count; ++first) body(std::integral_constant<int, 1>{}, first);
 }
 
-// The same for the vectors of a row of `channels`, `first` in elements.
+// The same for the vectors of a row of `channels`, `first` in elements; only a block of one vector may end beyond them.
 template <typename C, typename Body>
 MMOE_INLINE void for_blocks(int64_t channels, Body&& body) {
-  for_tiles<kTileVectors>(round_up(channels, kLanes<C>) / kLanes<C>,
-                          [&](auto vectors, int64_t first) { body(vectors, first * kLanes<C>); });
+  constexpr int64_t lanes = kLanes<C>;
+  for_tiles<kTileVectors>(channels / lanes, [&](auto vectors, int64_t first)
+                                                __attribute__((always_inline)) { body(vectors, first * lanes); });
+  if (channels % lanes != 0) body(std::integral_constant<int, 1>{}, channels / lanes * lanes);
 }
 
 struct Place {
@@ -133,12 +135,16 @@ Space<C> space_in(C* memory, const SvaArguments<T, C>& args) {
   return space;
 }
 
-// `to` = factor * `from`, with zeros up to `padded`, a multiple of a vector.
+// `to` = factor * `from`, with zeros up to `padded`, a multiple of a vector. `next` is the row that is read after this
+// one: rows lie too far apart for the hardware to guess it.
 template <typename T, typename C>
-MMOE_INLINE void widen(const T* from, int64_t count, int64_t padded, C factor, C* to) {
+MMOE_INLINE void widen(const T* from, int64_t count, int64_t padded, C factor, C* to, const T* next) {
   constexpr int64_t lanes = kLanes<T>;
   int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) store(to + i, load(from + i) * factor);
+  for (; i + lanes <= count; i += lanes) {
+    __builtin_prefetch(next + i);
+    store(to + i, load(from + i) * factor);
+  }
   if (i < count) store(to + i, load_first(from + i, count - i, C(0)) * factor), i += lanes;
   for (; i < padded; i += lanes) store(to + i, Vec<C>{});
 }
@@ -149,6 +155,14 @@ MMOE_INLINE void narrow(const C* from, int64_t count, C factor, T* to) {
   int64_t i = 0;
   for (; i + lanes <= count; i += lanes) store(to + i, load(from + i) * factor);
   if (i < count) store_first(to + i, load(from + i) * factor, count - i);
+}
+
+// A row of q, out or grad_out, by head and in the compute type.
+template <typename T, typename C>
+void widen_row(const T* from, int64_t heads, int64_t width, C factor, C* to, int64_t row) {
+  for (int64_t h = 0; h < heads; ++h) {
+    widen(from + h * width, width, row, factor, to + h * row, from + (h + 1 < heads ? h + 1 : h) * width);
+  }
 }
 
 // to[h] = left_h . right_h for the heads of one key: left in the compute type with padded rows, right as stored.
@@ -204,79 +218,104 @@ void products(const C* left, const C* right, int64_t stride, int64_t heads, int6
   });
 }
 
-// sums[i][v] += sum over j < count of weights[i * row_step + j * step] * rows[j * stride + v-th vector].
+// sums[i][v] += sum over j < count of weights[i * row_step + j * step] * rows[j * stride + v-th vector]. Loops over a
+// tile are unrolled by pragma here and wherever it is read: an index that stays variable puts the tile into memory.
 template <int kRows, int kVectors, typename C>
 MMOE_INLINE void accumulate(Vec<C> (&sums)[kRows][kVectors], const C* weights, int64_t row_step, int64_t step,
                             const C* rows, int64_t stride, int64_t count) {
   for (int64_t j = 0; j < count; ++j) {
     Vec<C> row[kVectors];
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) row[v] = load(rows + j * stride + v * kLanes<C>);
+#pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) {
       const C weight = weights[i * row_step + j * step];
+#pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sums[i][v] += weight * row[v];
     }
   }
 }
 
-// Stores vector v of a row of `channels` elements, the first `first` of which are stored elsewhere.
-template <typename T>
-MMOE_INLINE void store_within(T* row, int64_t first, int64_t channels, Vec<Compute<T>> values) {
-  if (first + kLanes<T> <= channels) {
-    store(row + first, values);
-  } else if (first < channels) {
-    store_first(row + first, values, channels - first);
+// Stores vectors from the element `first` of a row on; a block of one vector may end beyond `channels` (for_blocks).
+template <int kVectors, typename T, typename C = Compute<T>>
+MMOE_INLINE void store_block(T* row, int64_t first, int64_t channels, const Vec<C> (&values)[kVectors]) {
+  if (kVectors == 1 && first + kLanes<T> > channels) {
+    store_first(row + first, values[0], channels - first);
+    return;
   }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) store(row + first + v * kLanes<T>, values[v]);
 }
 
 // to[head][channel] = sum over the keys of weights[key][head] * normed[key][channel], for a block of vectors.
 template <int kVectors, typename T, typename C>
 MMOE_INLINE void pool(const C* weights, int64_t pitch, const AbsorbedSpace<C>& space, int64_t keys, int64_t heads,
                       int64_t first, int64_t channels, T* to, int64_t head_step) {
-  for_tiles<kTileRows>(heads, [&](auto tile, int64_t head) {
+  for_tiles<kTileRows>(heads, [&](auto tile, int64_t head) __attribute__((always_inline)) {
     constexpr int count = tile();
     Vec<C> sums[count][kVectors]{};
     accumulate(sums, weights + head, 1, pitch, space.normed + first, space.stride, keys);
-    for (int i = 0; i < count; ++i) {
-      for (int v = 0; v < kVectors; ++v) {
-        store_within(to + (head + i) * head_step, first + v * kLanes<T>, channels, sums[i][v]);
-      }
-    }
+#pragma GCC unroll 4
+    for (int i = 0; i < count; ++i) store_block(to + (head + i) * head_step, first, channels, sums[i]);
   });
 }
 
-// The normalised row of features + position, zeros up to `padded`; returns 1 / sqrt(variance + eps).
+// The normalised row of features + position, zeros up to `padded`; returns 1 / sqrt(variance + eps). `next` as in
+// widen.
 template <typename T, typename C>
-C normalise(const T* features, const T* position, int64_t channels, int64_t padded, C eps, C* to) {
+C normalise(const T* features, const T* position, int64_t channels, int64_t padded, C eps, C* to, const T* next) {
   constexpr int64_t lanes = kLanes<T>;
   constexpr int apart = 4;  // independent sums, since an addition takes four cycles
   const int64_t whole = channels - channels % lanes, body = whole - whole % (apart * lanes);
-  const auto fold = [](const Vec<C>* sums) { return sum((sums[0] + sums[1]) + (sums[2] + sums[3])); };
-  widen(features, channels, padded, C(1), to);
-  if (position != nullptr) {
-    for (int64_t i = 0; i < whole; i += lanes) store(to + i, load(to + i) + load(position + i));
-    if (whole < channels) {
-      store(to + whole, load(to + whole) + load_first(position + whole, channels - whole, C(0)));
-    }
-  }
-  Vec<C> sums[apart]{};
+  Vec<C> sums[apart]{}, squares[apart]{};
+  const auto mean_of = [&](const Vec<C>* parts) {
+    return sum((parts[0] + parts[1]) + (parts[2] + parts[3])) / static_cast<C>(channels);
+  };
+  const auto read = [&](int64_t i, Vec<C>& total) __attribute__((always_inline)) {
+    __builtin_prefetch(next + i);
+    const Vec<C> values = position == nullptr ? load(features + i) : load(features + i) + load(position + i);
+    store(to + i, values);
+    total += values;
+  };
   for (int64_t i = 0; i < body; i += apart * lanes) {
-    for (int j = 0; j < apart; ++j) sums[j] += load(to + i + j * lanes);
+    for (int j = 0; j < apart; ++j) read(i + j * lanes, sums[j]);
   }
-  for (int64_t i = body; i < channels; i += lanes) sums[0] += load(to + i);
-  const C mean = fold(sums) / static_cast<C>(channels);
-  for (int64_t i = 0; i < whole; i += lanes) store(to + i, load(to + i) - mean);
+  for (int64_t i = body; i < whole; i += lanes) read(i, sums[0]);
+  if (whole < channels) {
+    Vec<C> values = load_first(features + whole, channels - whole, C(0));
+    if (position != nullptr) values += load_first(position + whole, channels - whole, C(0));
+    store(to + whole, values);
+    sums[0] += values;
+  }
+  const C mean = mean_of(sums);
+  const auto centre = [&](int64_t i, Vec<C>& total) __attribute__((always_inline)) {
+    const Vec<C> values = load(to + i) - mean;
+    store(to + i, values);
+    total += values * values;
+  };
+  for (int64_t i = 0; i < body; i += apart * lanes) {
+    for (int j = 0; j < apart; ++j) centre(i + j * lanes, squares[j]);
+  }
+  for (int64_t i = body; i < whole; i += lanes) centre(i, squares[0]);
   if (whole < channels) {
     const Vec<C> rest = load(to + whole) - mean;
-    store(to + whole, index_below<C>(channels - whole) ? rest : Vec<C>{});
+    const Vec<C> values = index_below<C>(channels - whole) ? rest : Vec<C>{};
+    store(to + whole, values);
+    squares[0] += values * values;
   }
-  Vec<C> squares[apart]{};
-  for (int64_t i = 0; i < body; i += apart * lanes) {
-    for (int j = 0; j < apart; ++j) squares[j] += load(to + i + j * lanes) * load(to + i + j * lanes);
-  }
-  for (int64_t i = body; i < channels; i += lanes) squares[0] += load(to + i) * load(to + i);
-  const C inverse = 1 / std::sqrt(fold(squares) / static_cast<C>(channels) + eps);
-  for (int64_t i = 0; i < padded; i += lanes) store(to + i, load(to + i) * inverse);
+  const C inverse = 1 / std::sqrt(mean_of(squares) + eps);
+  for (int64_t i = 0; i < channels; i += lanes) store(to + i, load(to + i) * inverse);
+  for (int64_t i = round_up(channels, lanes); i < padded; i += lanes) store(to + i, Vec<C>{});
   return inverse;
+}
+
+// Brings the rows of all heads of one query, `head_step` apart, to the compute type.
+template <typename T, typename C>
+void widen_heads(const T* from, int64_t head_step, int64_t heads, int64_t channels, C* to, int64_t stride) {
+  for (int64_t h = 0; h < heads; ++h) {
+    const T* const next = from + (h + 1 < heads ? h + 1 : h) * head_step;
+    widen(from + h * head_step, channels, round_up(channels, 16), C(1), to + h * stride, next);
+  }
 }
 
 // Normalises the window of an absorbed encoder, brings absorbed to the compute type, and writes absorbed.x^ to scores.
@@ -289,13 +328,12 @@ void score_absorbed(const SvaArguments<T, C>& args, const SvaAbsorbed<T, C>& fro
     const int64_t cell = window.cell[k];
     const T* position = from.position;
     if (position != nullptr) position += position_of(args, cell, from.window) * channels;
+    const T* const next = image + window.cell[k + 1 < window.taking_part ? k + 1 : k] * channels;
     space.inverse[k] =
-        normalise(image + cell * channels, position, channels, padded, args.eps, space.normed + k * space.stride);
+        normalise(image + cell * channels, position, channels, padded, args.eps, space.normed + k * space.stride, next);
   }
-  for (int64_t h = 0; h < args.heads; ++h) {
-    widen(from.absorbed + (h * args.queries + query) * channels, channels, padded, C(1),
-          space.absorbed + h * space.stride);
-  }
+  widen_heads(from.absorbed + query * channels, args.queries * channels, args.heads, channels, space.absorbed,
+              space.stride);
   products(space.absorbed, space.normed, space.stride, args.heads, window.taking_part, padded, scores, pitch);
 }
 
