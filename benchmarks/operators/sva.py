@@ -8,8 +8,7 @@ from torch import Tensor
 from benchmarks import peers, plain_sva
 from benchmarks.case import DTYPES, QUICK_SVA, SVA, Case, Floor, SvaShape, Workload
 from benchmarks.measure import Side, draw, size_of
-from mmoe.ops.sva import Projected
-from mmoe.ops.sva import sva_absorbed as sva
+from mmoe.ops.sva import Projected, sva
 from mmoe.reference import sva as reference
 
 
@@ -26,7 +25,7 @@ def build(shape: SvaShape, dtype: torch.dtype) -> Workload:
     grids = [(shape.batch, m * shape.side, m * shape.side, shape.width) for m in shape.windows]
     sources = [Projected(draw(*grid, dtype=dtype), draw(*grid, dtype=dtype)) for grid in grids]
     inputs = [q, *(part for source in sources for part in source)]
-    compiled = peers.compiled(reference.sva_absorbed)
+    compiled = peers.compiled(reference.sva)
 
     def released() -> Tensor:
         keys, values = (
@@ -38,7 +37,7 @@ def build(shape: SvaShape, dtype: torch.dtype) -> Workload:
     return Workload(
         Side(lambda: sva(q, sources), inputs),
         {
-            "eager": Side(lambda: reference.sva_absorbed(q, sources), inputs),
+            "eager": Side(lambda: reference.sva(q, sources), inputs),
             "compile": Side(lambda: compiled(q, sources), inputs),
             "released": Side(released, inputs),
         },

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmoe.ops.sva import Absorbed, Projected, sva_absorbed
+from mmoe.ops.sva import Absorbed, Projected, sva
 
 
 class Config(Protocol):
@@ -73,10 +73,12 @@ class Layer(nn.Module):
         self.mlp_out = nn.Linear(width, width, bias=False)
 
     def forward(self, queries: Tensor, features: Sequence[Tensor], context: Tensor) -> Tensor:
-        about = self.context(context)[:, None, None].expand_as(queries)
-        start = self.query_in(torch.cat([queries, about], dim=-1))
+        # query_in of [query ; context]: the context's half is the same for all queries of an image.
+        of_query, of_context = self.query_in.weight.chunk(2, dim=1)
+        about = F.linear(self.context(context), of_context)[:, None, None]
+        start = F.linear(queries, of_query) + about
         q = self.query(self.query_norm(start)).unflatten(-1, (self.heads, -1))
-        mixed = sva_absorbed(q, [source(part) for source, part in zip(self.sources, features, strict=True)])
+        mixed = sva(q, [source(part) for source, part in zip(self.sources, features, strict=True)])
         gathered = self.norm(start + self.attention_out(mixed))
         return queries + self.mlp_out(F.gelu(self.mlp_in(gathered)))
 
