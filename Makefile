@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 CSRC := $(shell find csrc -type f 2>/dev/null)
-FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(CSRC)) benchmarks/keep_pages.c tests/emulated/planted.cu
+FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(CSRC)) benchmarks/keep_pages.c $(wildcard tests/emulated/*.cu)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 define REQUIREMENTS
 import tomllib

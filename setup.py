@@ -3,9 +3,9 @@
 `mmoe/_C.so`      the operators (csrc/bindings.cpp, csrc/*/*_{cpu,simd}.cpp, csrc/*/*_cuda.cu) on torch's stable ABI
 `mmoe/_host.*.so` host-side helpers without tensors (csrc/host/*.cpp) on pybind11
 
-`python setup.py build_emulated [--variant plain|asan|tsan]` compiles the CUDA implementations against csrc/emulator
-into build/emulated/VARIANT/mmoe_emulated.so (tests and `mmoe bench ops --emulated` do it by themselves); with
-`--sources FILE,...` other CUDA sources, into a library of the first one's name.
+`python setup.py build_emulated [--variant plain|asan|tsan|counted]` compiles the CUDA implementations for the CPU, on
+csrc/emulator, into build/emulated/VARIANT/mmoe_emulated.so (tests and `mmoe bench ops --emulated` do it by themselves);
+with `--sources FILE,...` other CUDA sources, into a library of the first one's name.
 
 MMOE_BUILD_CUDA=auto|0|1   compile the .cu files: where nvcc is found (default), never, or fail without nvcc
 MMOE_CUDA_ARCHS            comma-separated, default 80,90a,100; the first is kept as PTX for every newer GPU
@@ -47,10 +47,29 @@ SIMD = {"generic": []} | (
     else {}
 )
 SIMD_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
-SANITIZERS = {
-    "plain": [],
-    "asan": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-DMMOE_EMULATED_ASAN"],
-    "tsan": ["-fsanitize=thread", "-DMMOE_EMULATED_TSAN"],
+
+
+class Variant(NamedTuple):
+    """A build of the emulated operators: how the kernels are compiled, what all of it defines, the library's links."""
+
+    kernels: list[str]
+    defines: list[str]
+    links: list[str]
+
+
+SANITIZE = {"asan": ["-fsanitize=address,undefined"], "tsan": ["-fsanitize=thread"]}
+EMULATED = {
+    "plain": Variant(["-O2"], ["-DMMOE_EMULATED=mmoe_emulated"], []),
+    "asan": Variant(
+        ["-O1", *SANITIZE["asan"], "-fno-sanitize-recover=undefined"],
+        ["-DMMOE_EMULATED=mmoe_emulated", "-DMMOE_EMULATED_ASAN"],
+        SANITIZE["asan"],
+    ),
+    "tsan": Variant(
+        ["-O1", *SANITIZE["tsan"]], ["-DMMOE_EMULATED=mmoe_emulated", "-DMMOE_EMULATED_TSAN"], SANITIZE["tsan"]
+    ),
+    # ThreadSanitizer's calls without its runtime: csrc/emulator/counters.cpp answers them.
+    "counted": Variant(["-O1", *SANITIZE["tsan"]], ["-DMMOE_EMULATED=mmoe_counted", "-DMMOE_EMULATED_COUNTED"], []),
 }
 # Only what torch 2.13 promises, so that a library built here loads in every later torch.
 TORCH_LINKS = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
@@ -115,15 +134,13 @@ def objects_of(name: str, sources: list[str]) -> list[Object]:
 
 def emulated_objects(variant: str, instrumented: list[str], plain: list[str]) -> list[Object]:
     """The emulated build: CUDA sources compiled as C++, and the emulator itself without instrumentation."""
-    sanitize = SANITIZERS[variant]
-    define = [flag for flag in sanitize if flag.startswith("-D")]
+    kernels, defines, _ = EMULATED[variant]
     # -w: CUDA's headers and attributes are not meant for g++; nvcc and the CPU build warn about our own code.
-    common = ["-std=c++20", "-g", "-fPIC", "-w", "-DMMOE_EMULATED", "-isystem", str(cuda_include()), *TORCH_FLAGS]
-    kernels = [*common, "-O1" if sanitize else "-O2", "-x", "c++"]
-    plain = [*plain, *sources("csrc/emulator/*.cpp")]
+    common = ["-std=c++20", "-g", "-fPIC", "-w", *defines, "-isystem", str(cuda_include()), *TORCH_FLAGS]
+    emulator = [s for s in sources("csrc/emulator/*.cpp") if variant == "counted" or not s.endswith("/counters.cpp")]
     return [
-        *(Object(f"{source}.o", source, CXX, kernels + sanitize) for source in instrumented),
-        *(Object(f"{source}.o", source, CXX, [*common, "-O2", *define]) for source in plain),
+        *(Object(f"{source}.o", source, CXX, [*common, *kernels, "-x", "c++"]) for source in instrumented),
+        *(Object(f"{source}.o", source, CXX, [*common, "-O2"]) for source in [*plain, *emulator]),
     ]
 
 
@@ -194,7 +211,7 @@ class BuildEmulated(Command):
 
     description = "compile the CUDA implementations for the CPU emulator"
     user_options: ClassVar[list] = [
-        ("variant=", None, "plain, asan or tsan (default: plain)"),
+        ("variant=", None, "plain, asan, tsan or counted (default: plain)"),
         ("sources=", None, "comma-separated CUDA sources in place of the operators'"),
     ]
 
@@ -203,8 +220,8 @@ class BuildEmulated(Command):
         self.sources = None
 
     def finalize_options(self) -> None:
-        if self.variant not in SANITIZERS:
-            raise SystemExit(f"--variant={self.variant}: must be one of {', '.join(SANITIZERS)}")
+        if self.variant not in EMULATED:
+            raise SystemExit(f"--variant={self.variant}: must be one of {', '.join(EMULATED)}")
 
     def run(self) -> None:
         folder = ROOT / "build" / "emulated" / self.variant
@@ -214,9 +231,8 @@ class BuildEmulated(Command):
         else:
             instrumented, plain, torch_links = self.sources.split(","), [], []
             name = Path(instrumented[0]).stem
-        sanitize = [flag for flag in SANITIZERS[self.variant] if flag.startswith("-fsanitize")]
         # Without -z defs a name that the emulator lacks would show at its first use only.
-        links = [*sanitize, *torch_links, "-lboost_context", "-Wl,-z,defs"]
+        links = [*EMULATED[self.variant].links, *torch_links, "-lboost_context", "-Wl,-z,defs"]
         run_ninja(folder, {folder / f"{name}.so": (emulated_objects(self.variant, instrumented, plain), CXX, links)})
 
 

@@ -34,6 +34,7 @@ int Block::barrier(const char* what, bool vote, Where where) {
 
 void Block::complete_barrier() {
   if (barrier_.arrived == 0 || barrier_.arrived < live_) return;
+  if constexpr (kCounted) count_barrier();
   barrier_.result[barrier_.turn++ % 2] = barrier_.votes;
   barrier_.arrived = barrier_.votes = 0;
   for (Fiber& fiber : fibers_) {

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "emulator/block.h"
+#include "emulator/counters.h"
 
 namespace emulator {
 
@@ -17,18 +18,29 @@ inline void check_aligned(const char* what, const void* address, size_t bytes) {
 template <typename V>
 [[gnu::always_inline]] inline V load(const void* from) {
   check_aligned("load", from, sizeof(V));
-  return *static_cast<const V*>(from);
+  if constexpr (kCounted) {
+    V value;
+    counted_copy(&value, from, sizeof(V), false);
+    return value;
+  } else {
+    return *static_cast<const V*>(from);
+  }
 }
 template <typename V>
 [[gnu::always_inline]] inline void store(void* to, V value) {
   check_aligned("store", to, sizeof(V));
-  *static_cast<V*>(to) = value;
+  if constexpr (kCounted) {
+    counted_copy(to, &value, sizeof(V), true);
+  } else {
+    *static_cast<V*>(to) = value;
+  }
 }
 
 // Atomics order nothing but themselves, as CUDA's.
 template <typename T, typename Update>
 T update(T* at, Update updated) {
   check_aligned("atomic", at, sizeof(T));
+  if constexpr (kCounted) count_atomic();
   std::atomic_ref<T> atomic(*at);
   T old = atomic.load(std::memory_order_relaxed);
   while (!atomic.compare_exchange_weak(old, updated(old), std::memory_order_relaxed)) {

@@ -43,6 +43,7 @@ void Block::run(uint3 index) {
     const bool moved = settings_.schedule == Schedule::kGreedy ? turn_by_warp() : turn_by_order();
     if (!moved) report_deadlock();
   }
+  if constexpr (kCounted) count_block();
   for (const Fiber& fiber : fibers_) contexts_.push_back(fiber.side.context);
   retire_contexts(kContexts);
   t_block = nullptr;

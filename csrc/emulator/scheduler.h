@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "emulator/block.h"
+#include "emulator/counters.h"
 #include "emulator/launch.h"
 #include "emulator/sanitizer.h"
 #include "emulator/settings.h"
@@ -119,6 +120,7 @@ class Block {
   const Shape& shape() const { return shape_; }
   const Fiber* running() const { return running_; }
   SharedMemory& shared() { return shared_; }
+  bool is_stack(const void* address) const { return stacks_.contains(address); }
 
   void yield();
   int barrier(const char* what, bool vote, Where where);

@@ -1,8 +1,7 @@
 """A tiny run, forward and backward, of every operator that has CUDA kernels: what the sanitizers watch.
 
 A function for each operator, of its name; it takes ``torch.ops.mmoe_emulated``. The shapes reach every branch of the
-kernels (a vector path and a scalar one, more than a block, a ragged end) and no more: ThreadSanitizer runs some thousand
-CUDA threads a second.
+kernels (a vector path and a scalar one, more than a block, a ragged end) and no more: ThreadSanitizer is slow.
 """
 
 from typing import Any
