@@ -16,7 +16,12 @@ class DeviceScope {
   explicit DeviceScope(const torch::stable::Tensor&) {}
   cudaStream_t stream() const { return nullptr; }
   int multiprocessors() const { return emulator::multiprocessors(); }
+  int shared_bytes_per_block() const { return 227 * 1024; }
+  int shared_bytes_per_multiprocessor() const { return 228 * 1024; }
 };
+
+template <typename Kernel>
+void allow_shared(Kernel*, int64_t) {}
 
 inline void check_launch(const char*) {}  // the emulator ends the process with a line of its own
 
@@ -44,16 +49,29 @@ class DeviceScope {
     return static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(device_).nativeHandle());
   }
 
-  int multiprocessors() const {
-    int count = 0;
-    check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_), "number of multiprocessors");
-    return count;
-  }
+  int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
+
+  // What one block can have at most, after allow_shared, and what all blocks of a multiprocessor share.
+  int shared_bytes_per_block() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+  int shared_bytes_per_multiprocessor() const { return attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor); }
 
  private:
+  int attribute(cudaDeviceAttr which) const {
+    int value = 0;
+    check_cuda(cudaDeviceGetAttribute(&value, which, device_), "cudaDeviceGetAttribute");
+    return value;
+  }
+
   torch::stable::accelerator::DeviceIndex device_;
   torch::stable::accelerator::DeviceGuard guard_;
 };
+
+// Lets a launch of the kernel have so much dynamic shared memory; without, 48 KiB is the most.
+template <typename Kernel>
+void allow_shared(Kernel* kernel, int64_t bytes) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+             "shared memory of a block");
+}
 
 // Copies from the device and waits for the stream: the host stands still until all that was queued is done.
 inline void wait_for(const DeviceScope& scope, void* host, const void* device, size_t bytes, const char* what) {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 namespace mmoe::sva {
 
@@ -32,6 +33,82 @@ inline ProjectedLaunch projected_launch(int64_t heads, int64_t width, int64_t el
   const int warps = static_cast<int>(std::clamp<int64_t>(fitting, 1, 4));
   const int64_t groups = (heads + heads_of_warp(room) - 1) / heads_of_warp(room);
   return {aligned, room, static_cast<int>(groups), warps, warps * bytes_of_warp(room)};
+}
+
+constexpr int kMostEncoders = 16;
+constexpr int kKeysOfTile = 16;  // of a warp's dot products
+
+struct AbsorbedShape {
+  int64_t window, channels;
+  bool positions;
+};
+
+// Where what a block of the kernels over absorbed encoders keeps lies in its shared memory, in bytes. `row` and `plane`
+// are in floats.
+struct AbsorbedLayout {
+  bool staged;                    // x^ and streams have a place, and the kernel takes vectors
+  int row, plane;                 // [H][row] of weights; strides that keep shared stores free of conflicts
+  int weights, slopes, products;  // planes; the latter two of the backward
+  int moments, means, cells;      // [row] of float2, float2 (backward), int
+  int sums, valid;                // [encoders][2][H] of float (backward), [encoders] of 64 bits
+  int first_key[kMostEncoders];   // of an encoder in a row of weights
+  int normed[kMostEncoders];      // [m * m, C] x^
+  int streams[kMostEncoders];     // [2, H, C] absorbed and grad_pooled (backward)
+  int positions[kMostEncoders];   // [m * m, C], or -1: read where they are
+  int64_t bytes;
+};
+
+// `most`: bytes a block can have. `preferred`: bytes it should stay below, so that a multiprocessor holds two. The
+// positions are the same few rows for every query and stay in the caches by themselves: they never cost the second
+// block.
+inline AbsorbedLayout absorbed_layout(const std::vector<AbsorbedShape>& encoders, int64_t heads, int64_t element_bytes,
+                                      bool aligned, bool backward, int64_t most, int64_t preferred) {
+  AbsorbedLayout at = {};
+  int64_t bytes = 0;
+  const auto take = [&bytes](int64_t wanted) {
+    const int64_t offset = bytes;
+    bytes += (wanted + 15) / 16 * 16;
+    return static_cast<int>(offset);
+  };
+  // 16 after a multiple of 32 floats: a warp stores a tile of 2 x 16 weights, half of them a row or a plane apart.
+  const auto spread = [](int64_t floats) { return static_cast<int>((floats + 15) / 32 * 32 + 16); };
+  int64_t keys = 0;
+  for (size_t i = 0; i < encoders.size(); ++i) {
+    at.first_key[i] = static_cast<int>(keys);
+    keys += (encoders[i].window * encoders[i].window + kKeysOfTile - 1) / kKeysOfTile * kKeysOfTile;
+  }
+  at.row = spread(keys);
+  at.plane = spread(heads * at.row);
+  at.weights = take(at.plane * 4);
+  at.moments = take(at.row * 8);
+  at.cells = take(at.row * 4);
+  at.valid = take(static_cast<int64_t>(encoders.size()) * 8);
+  if (backward) {
+    at.slopes = take(at.plane * 4);
+    at.products = take(at.plane * 4);
+    at.means = take(at.row * 8);
+    at.sums = take(static_cast<int64_t>(encoders.size()) * 2 * heads * 4);
+  }
+  const int64_t least = bytes;
+  for (size_t i = 0; i < encoders.size(); ++i) {
+    const int64_t bytes_of_row = encoders[i].channels * element_bytes;
+    at.normed[i] = take(encoders[i].window * encoders[i].window * bytes_of_row);
+    at.streams[i] = take(backward ? 2 * heads * bytes_of_row : 0);
+    at.positions[i] = -1;
+  }
+  at.staged = aligned && bytes <= most;
+  const int64_t limit = bytes <= preferred ? preferred : most;
+  for (size_t i = 0; at.staged && i < encoders.size(); ++i) {
+    const int64_t wanted = encoders[i].window * encoders[i].window * encoders[i].channels * element_bytes;
+    if (encoders[i].positions && bytes + wanted <= limit) at.positions[i] = take(wanted);
+  }
+  at.bytes = at.staged ? bytes : least;
+  return at;
+}
+
+// Blocks that go from query to query: as many as fit onto the device at a time, each with 1 KiB beyond its own bytes.
+inline int64_t absorbed_blocks(int64_t multiprocessors, int64_t bytes_of_multiprocessor, int64_t bytes) {
+  return multiprocessors * std::clamp<int64_t>(bytes_of_multiprocessor / (bytes + 1024), 1, 4);
 }
 
 }  // namespace mmoe::sva

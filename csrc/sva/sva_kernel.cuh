@@ -3,10 +3,9 @@
 #pragma once
 
 #include "common/device.cuh"
+#include "sva/sva_heuristics.h"
 
 namespace mmoe::sva {
-
-constexpr int kMostEncoders = 16;
 
 // The grid of queries, R x W an image.
 struct Queries {

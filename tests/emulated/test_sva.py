@@ -3,6 +3,7 @@
 The emulator runs some 0.2 M CUDA threads a second, so the grids are a few queries each.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,11 +14,10 @@ from mmoe.reference import sva as reference
 
 EPS = 1e-5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NONE = torch.empty(0)
 
 
 class Case(NamedTuple):
-    """B, R, W, H, D and the windows m of the projected encoders."""
+    """B, R, W, H, D, the windows m of the projected encoders, (m, C) of the absorbed ones."""
 
     batch: int
     rows: int
@@ -25,11 +25,13 @@ class Case(NamedTuple):
     heads: int
     width: int
     projected: tuple[int, ...] = ()
+    absorbed: tuple[tuple[int, int], ...] = ()
     masked: bool = False
 
     def __str__(self) -> str:
         mask = "masked" if self.masked else ""
-        return f"{self.batch}x{self.rows}x{self.columns}h{self.heads}d{self.width}p{self.projected}{mask}"
+        sizes = f"{self.batch}x{self.rows}x{self.columns}h{self.heads}d{self.width}"
+        return f"{sizes}p{self.projected}a{self.absorbed}{mask}".replace(" ", "")
 
 
 class Arguments(NamedTuple):
@@ -44,28 +46,37 @@ class Arguments(NamedTuple):
     constants: list[Tensor]
     masks: list[Tensor]
 
+    def differentiable(self) -> list[Tensor]:
+        return [self.q, *self.keys, *self.values, *self.features, *self.absorbed, *self.constants]
 
-def draw(case: Case, dtype: torch.dtype, seed: int = 0) -> Arguments:
-    generator = torch.Generator().manual_seed(seed)
+
+def draw(case: Case, dtype: torch.dtype) -> Arguments:
+    generator = torch.Generator().manual_seed(0)
+    exponent = torch.promote_types(torch.float32, dtype)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(*shape, generator=generator)).to(dtype)
 
     batch, rows, columns, heads, width = case[:5]
-    grids = [(batch, m * rows, m * columns) for m in case.projected]
-    masks = [NONE.bool() for _ in grids]
+    sides = [*case.projected, *(m for m, _ in case.absorbed)]
+    grids = [(batch, m * rows, m * columns) for m in sides]
+    masks = [torch.empty(0, dtype=torch.bool) for _ in grids]
     if case.masked:
         masks = [torch.rand(*grid, generator=generator) < 0.5 for grid in grids]
-        for mask, m in zip(masks, case.projected, strict=True):
+        for mask, m in zip(masks, sides, strict=True):
             mask[0, :m, :m] = False  # a window without a valid key
+    projected, absorbed = grids[: len(case.projected)], grids[len(case.projected) :]
+    channels = [c for _, c in case.absorbed]
+    query = (heads, batch, rows, columns)
     return Arguments(
         normal(batch, rows, columns, heads, width),
-        [normal(*grid, heads * width) for grid in grids],
-        [normal(*grid, heads * width) for grid in grids],
-        [],
-        [],
-        [],
-        [],
+        [normal(*grid, heads * width) for grid in projected],
+        [normal(*grid, heads * width) for grid in projected],
+        [2 * normal(*grid, c) + 1 for grid, c in zip(absorbed, channels, strict=True)],
+        [normal(m * m, c) if m > 1 else normal(0) for m, c in case.absorbed],
+        # Scores of size one, like those of the keys.
+        [normal(*query, c, scale=(width / c) ** 0.5) for c in channels],
+        [normal(*query).to(exponent) for _ in channels],
         masks,
     )
 
@@ -77,26 +88,34 @@ def windows(grid: Tensor, rows: int, columns: int) -> Tensor:
     return split.reshape(batch, rows, columns, m * m, *grid.shape[3:])
 
 
-def exact(arguments: Arguments) -> tuple[Tensor, Tensor]:
-    """out and lse by the contract, in the dtype of the arguments."""
-    q, keys, values, *_, masks = arguments
+def exact(arguments: Arguments) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    """out, pooled, mass and lse by the contract, in the dtype of the arguments."""
+    q, keys, values, features, positions, absorbed, constants, masks = arguments
     _, rows, columns, heads, width = q.shape
     scores, kept = [], []
-    for i, (key, value) in enumerate(zip(keys, values, strict=True)):
+    for key, value in zip(keys, values, strict=True):
         k = windows(key, rows, columns).unflatten(-1, (heads, width))
-        score = torch.einsum("brchd,brckhd->brchk", q, k) / width**0.5
-        if masks[i].numel():
-            valid = windows(masks[i], rows, columns)
-            valid = valid | ~valid.any(-1, keepdim=True)
-            score = score.masked_fill(~valid[:, :, :, None], float("-inf"))
-        scores.append(score)
+        scores.append(torch.einsum("brchd,brckhd->brchk", q, k))
         kept.append(windows(value, rows, columns).unflatten(-1, (heads, width)))
-    lse = torch.cat(scores, -1).logsumexp(-1)
-    out = sum(
-        torch.einsum("brchk,brckhd->brchd", (score - lse[..., None]).exp(), v)
-        for score, v in zip(scores, kept, strict=True)
-    )
-    return out.flatten(-2), lse
+    for feature, position, query, constant in zip(features, positions, absorbed, constants, strict=True):
+        x = windows(feature, rows, columns)
+        x = x + position if position.numel() else x
+        kept.append(torch.nn.functional.layer_norm(x, x.shape[-1:], eps=EPS))
+        scores.append(torch.einsum("hbrce,brcke->brchk", query, kept[-1]) + constant.permute(1, 2, 3, 0)[..., None])
+    for i, mask in enumerate(masks):
+        if mask.numel():
+            valid = windows(mask, rows, columns)
+            valid = valid | ~valid.any(-1, keepdim=True)
+            scores[i] = scores[i].masked_fill(~valid[:, :, :, None], float("-inf"))
+    lse = torch.cat(scores, -1).div(width**0.5).logsumexp(-1)
+    weights = [(score / width**0.5 - lse[..., None]).exp() for score in scores]
+    out = torch.zeros_like(q)
+    for weight, value in zip(weights, kept[: len(keys)], strict=False):
+        out = out + torch.einsum("brchk,brckhd->brchd", weight, value)
+    rest = list(zip(weights[len(keys) :], kept[len(keys) :], strict=True))
+    pooled = [torch.einsum("brchk,brcke->hbrce", weight, normed) for weight, normed in rest]
+    mass = [weight.sum(-1).permute(3, 0, 1, 2) for weight, _ in rest]
+    return out.flatten(-2), pooled, mass, lse
 
 
 def leaves(arguments: Arguments) -> Arguments:
@@ -108,37 +127,78 @@ def leaves(arguments: Arguments) -> Arguments:
     )
 
 
-def close(got: Tensor, wanted: Tensor, dtype: torch.dtype, name: str, terms: int = 1) -> None:
-    """The storage type's rounding of the result, half a unit in the last place, and fp32 arithmetic before it.
+class Tolerance(NamedTuple):
+    """How far a result may be off: fp32 arithmetic on `terms` terms, and what the storage type rounds.
 
-    fp32 sums of `terms` products err by less than terms units of the largest partial sum, which the largest entry of
-    the result stands for; __expf adds a few units a score.
+    Sums of `terms` fp32 products err by less than terms units of the largest partial sum, which the largest entry of
+    the result stands for (one at least: weights are up to one). A result is rounded to its type by half a unit in the
+    last place. x̂ is kept in the storage type: it and so everything made of it is off by half a unit of each of its
+    entries, whose errors are independent and so add like a random walk; 4 standard deviations of it.
     """
-    wanted = wanted.detach()
-    arithmetic = (terms + 16) * torch.finfo(torch.float32).eps * max(1.0, wanted.abs().max().item())
-    error = (got.double() - wanted).abs() - wanted.abs() * torch.finfo(dtype).eps / 2
-    where = torch.unravel_index(error.argmax(), got.shape)
-    allowed = arithmetic + torch.finfo(dtype).tiny
-    assert error[where] <= allowed, f"{name}: {error.max():.2e} beyond rounding at {where}, allowed {allowed:.2e}"
+
+    terms: int
+    kept: torch.dtype | None
+
+    def check(self, name: str, got: Tensor, wanted: Tensor) -> None:
+        wanted = wanted.detach()
+        assert got.shape == wanted.shape, name
+        if not got.numel():
+            return
+        largest = max(1.0, wanted.abs().max().item())
+        allowed = (self.terms + 16) * torch.finfo(torch.float32).eps * largest + torch.finfo(got.dtype).tiny
+        if self.kept not in (None, torch.float32):
+            allowed += 4 * torch.finfo(self.kept).eps / 2 * largest
+        error = (got.double() - wanted).abs() - wanted.abs() * torch.finfo(got.dtype).eps / 2
+        where = torch.unravel_index(error.argmax(), got.shape)
+        assert error[where] <= allowed, f"{name}: {error.max():.2e} beyond rounding at {where}, allowed {allowed:.2e}"
+
+
+def gradients_of_outputs(case_outputs: tuple[Tensor, list[Tensor], list[Tensor]]) -> tuple:
+    generator = torch.Generator().manual_seed(1)
+
+    def like(tensor: Tensor) -> Tensor:
+        return torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+
+    out, pooled, mass = case_outputs
+    return like(out), [like(tensor) for tensor in pooled], [like(tensor) for tensor in mass]
 
 
 def compare(emulated: Any, arguments: Arguments) -> None:
     """Forward and backward against float64."""
     dtype = arguments.q.dtype
-    out, lse, _, _ = emulated.sva(*arguments, EPS)
+    out, lse, pooled, mass = emulated.sva(*arguments, EPS)
     exactly = leaves(arguments)
-    wanted_out, wanted_lse = exact(exactly)
-    width = arguments.q.shape[-1]
-    keys = sum(key.shape[1] * key.shape[2] for key in arguments.keys) // (out.shape[1] * out.shape[2])
-    close(out, wanted_out, dtype, "out", keys + width)
-    close(lse, wanted_lse, torch.float32, "lse", keys + width)
+    wanted_out, wanted_pooled, wanted_mass, wanted_lse = exact(exactly)
+    rows, _, heads, width = arguments.q.shape[1:]
+    sides = [grid.shape[1] // rows for grid in (*arguments.keys, *arguments.features)]
+    terms = sum(m * m for m in sides) + width + sum(feature.shape[-1] for feature in arguments.features)
+    tolerance = Tolerance(terms, dtype if arguments.features else None)
+    tolerance.check("out", out, wanted_out)
+    tolerance.check("lse", lse, wanted_lse)
+    for j in range(len(pooled)):
+        tolerance.check(f"pooled[{j}]", pooled[j], wanted_pooled[j])
+        tolerance.check(f"mass[{j}]", mass[j], wanted_mass[j])
 
-    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    wanted = torch.autograd.grad(wanted_out, [exactly.q, *exactly.keys, *exactly.values], grad_out.double())
-    grad_q, grad_keys, grad_values, *_ = emulated.sva_backward(grad_out, [], [], *arguments, lse, EPS)
-    names = ["q"] + [f"{name}[{i}]" for name in ("keys", "values") for i in range(len(grad_keys))]
-    for name, got, want in zip(names, [grad_q, *grad_keys, *grad_values], wanted, strict=True):
-        close(got, want, dtype, f"gradient of {name}", 2 * (keys + width))
+    given = gradients_of_outputs((out, pooled, mass))
+    grad_out, grad_pooled, grad_mass = given
+    outputs = [wanted_out, *wanted_pooled, *wanted_mass]
+    weights = [tensor.double() for tensor in (grad_out, *grad_pooled, *grad_mass)]
+    loss = sum((output * weight).sum() for output, weight in zip(outputs, weights, strict=True))
+    wanted = torch.autograd.grad(loss, exactly.differentiable(), materialize_grads=True)
+    result = emulated.sva_backward(*given, *arguments, lse, EPS)
+    grad_q, *groups, again_pooled, again_mass = result
+    gradients = [grad_q, *itertools.chain.from_iterable(groups)]
+    names = ["q"] + [
+        f"{name}[{i}]"
+        for name, group in zip(("keys", "values", "features", "absorbed", "constants"), groups, strict=True)
+        for i in range(len(group))
+    ]
+    tolerance = Tolerance(3 * terms * heads, tolerance.kept)
+    for name, got, want in zip(names, gradients, wanted, strict=True):
+        tolerance.check(f"gradient of {name}", got, want)
+    for j in range(len(pooled)):
+        tolerance.check(f"pooled[{j}] of the backward", again_pooled[j], wanted_pooled[j])
+        tolerance.check(f"mass[{j}] of the backward", again_mass[j], wanted_mass[j])
 
 
 CASES = [
@@ -153,6 +213,12 @@ CASES = [
     Case(1, 2, 2, 2, 31, (1, 3), masked=True),
     Case(1, 1, 2, 1, 127, (2,)),
     Case(1, 2, 1, 5, 8, (1, 2, 1, 2, 1)),
+    Case(1, 1, 2, 2, 32, (), ((2, 64),)),
+    Case(2, 1, 2, 3, 32, (), ((3, 40), (1, 264)), masked=True),
+    Case(1, 1, 2, 4, 64, (1, 1, 1), ((4, 256),)),
+    Case(1, 2, 1, 2, 64, (2, 1), ((2, 72), (4, 24)), masked=True),
+    Case(1, 1, 1, 1, 32, (1,), ((8, 32),), masked=True),
+    Case(1, 1, 1, 5, 24, (3,), ((5, 33), (6, 7), (7, 5)), masked=True),
 ]
 
 
@@ -162,8 +228,13 @@ def test_against_float64(emulated, dtype, case):
     compare(emulated, draw(case, dtype))
 
 
+def test_what_does_not_fit_into_shared_memory(emulated):
+    """x̂ of 64 keys of 904 channels in float32 is 231 KB: it is made again wherever it is needed."""
+    compare(emulated, draw(Case(1, 1, 1, 1, 32, (), ((8, 904),)), torch.float32))
+
+
 def test_the_contract_is_the_reference(emulated):
     """The float64 function above is the released arithmetic where the grid is square."""
     arguments = leaves(draw(Case(2, 3, 3, 2, 8, (1, 2), masked=True), torch.float64))
     wanted = reference.sva(arguments.q, arguments.keys, arguments.values, arguments.masks)
-    torch.testing.assert_close(exact(arguments)[0], wanted.to(torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(exact(arguments)[0], wanted, rtol=0, atol=1e-12)
