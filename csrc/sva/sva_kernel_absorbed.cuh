@@ -89,12 +89,12 @@ struct Seen {
   static constexpr int kCount = Item::kCount;
 
   const AbsorbedEncoder<T>& at;
-  const T* image;      // of the features
-  const T* positions;  // in shared or global memory, or null
-  T* normed;           // in shared memory, or null
-  T* streams;          // likewise: absorbed and grad_pooled
-  float2* moments;     // of the encoder's keys: mean, 1 / standard deviation
-  int* cells;          // of the encoder's keys, those of the window that count
+  const T* image;        // of the features
+  const T* positions;    // in shared or global memory, or null
+  T* normed = nullptr;   // where staged: x^
+  T* streams = nullptr;  // where staged: absorbed and grad_pooled
+  float2* moments;       // of the encoder's keys: mean, 1 / standard deviation
+  int* cells;            // of the encoder's keys, those of the window that count
   unsigned long long* valid;
   int first_key;
   int items;  // of a row

@@ -50,9 +50,10 @@ __device__ void multiply_window(const Absorbed<T>& args, const Query& query, int
               sum_absorbed += one[i];
               sum_grad += two[i];
             }
-            if (seen.streams == nullptr) return;
-            Item::write(seen.streams + head * seen.at.channels + item * Item::kCount, one);
-            Item::write(seen.streams + (heads + head) * seen.at.channels + item * Item::kCount, two);
+            if constexpr (kStaged) {
+              Item::write(seen.streams + head * seen.at.channels + item * Item::kCount, one);
+              Item::write(seen.streams + (heads + head) * seen.at.channels + item * Item::kCount, two);
+            }
           });
       const int key = from + lane % kKeysOfTile;
       float* plane = lane < kKeysOfTile ? planes.weights : planes.slopes;

@@ -23,12 +23,16 @@ def permute_index(ops: Any) -> None:
 
 
 def sva(ops: Any) -> None:
-    for dtype, m, width in [(torch.float32, 1, 32), (torch.bfloat16, 2, 40)]:
-        q = torch.randn(1, 2, 2, 2, width).to(dtype)
-        grids = [torch.randn(2, 1, 2 * m, 2 * m, 2 * width).to(dtype) for _ in range(2)]
-        keys, values = [list(grid) for grid in grids]
-        mask = torch.ones(1, 2 * m, 2 * m, dtype=torch.bool)
-        mask[0, :m, :m] = False
-        arguments = [q, keys, values, [], [], [], [], [mask, torch.empty(0, dtype=torch.bool)]]
+    """Vectors, then single elements; a projected encoder beside an absorbed one."""
+    for dtype, m, width, channels in [(torch.float32, 1, 32, 8), (torch.bfloat16, 2, 31, 33)]:
+        query = (2, 1, 2, 1)
+        q = torch.randn(1, 2, 1, 2, width).to(dtype)
+        key, value = (torch.randn(1, 2 * m, m, 2 * width).to(dtype) for _ in range(2))
+        features, position = torch.randn(1, 4, 2, channels).to(dtype), torch.randn(4, channels).to(dtype)
+        mask = torch.ones(1, 4, 2, dtype=torch.bool)
+        mask[0, :2, :2] = False
+        masks = [torch.empty(0, dtype=torch.bool), mask]
+        absorbed, constants = torch.randn(*query, channels).to(dtype), torch.randn(query)
+        arguments = [q, [key], [value], [features], [position], [absorbed], [constants], masks]
         out, lse, pooled, mass = ops.sva(*arguments, 1e-5)
         ops.sva_backward(torch.ones_like(out), pooled, mass, *arguments, lse, 1e-5)
