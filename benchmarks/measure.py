@@ -33,14 +33,23 @@ class Timing(NamedTuple):
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure a pair: at least ``least`` samples a side, then until ``seconds`` or ``most`` are reached."""
+    """How long to measure a pair: until ``seconds`` are over, but ``least`` to ``most`` samples a side.
+
+    Once a pair has taken ``longest`` seconds, ``enough`` samples are.
+    """
 
     seconds: float = 2.0
     least: int = 5
     most: int = 41
+    longest: float = 20.0
+    enough: int = 3
+
+    def satisfied(self, samples: int, seconds: float) -> bool:
+        least = self.enough if seconds >= self.longest else self.least
+        return samples >= least and (samples >= self.most or seconds >= self.seconds)
 
 
-QUICK = Effort(seconds=0.02, least=2, most=5)
+QUICK = Effort(seconds=0.02, least=2, most=5, enough=2)
 
 # Runs a side so many times and returns the seconds that took, without what it had to prepare.
 Run = Callable[[int], float]
@@ -102,11 +111,11 @@ def alternate(first: Run, second: Run, effort: Effort) -> tuple[Timing, Timing]:
         run(1)
         calls.append(calls_of(run(1)))
     samples: tuple[list[float], list[float]] = [], []
-    end = time.perf_counter() + effort.seconds
+    start = time.perf_counter()
     collecting = gc.isenabled()
     gc.disable()
     try:
-        while len(samples[0]) < effort.least or (len(samples[0]) < effort.most and time.perf_counter() < end):
+        while not effort.satisfied(len(samples[0]), time.perf_counter() - start):
             for run, count, times in zip(runs, calls, samples, strict=True):
                 times.append(run(count) / count)
     finally:

@@ -3,6 +3,7 @@
 import platform
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -21,14 +22,15 @@ GEMM_SIDE = 4096
 
 
 class Bench:
-    """One run over some operators; ``skip`` names peers that are left out."""
+    """One run over some operators; ``skip`` names peers that are left out, ``shape`` is a pattern of those measured."""
 
-    def __init__(self, *, quick: bool, skip: Sequence[str], threads: int, device: torch.device) -> None:
-        self.quick, self.threads, self.device = quick, threads, device
+    def __init__(self, *, quick: bool, skip: Sequence[str], shape: str, threads: int, device: torch.device) -> None:
+        self.quick, self.threads, self.device, self.shape = quick, threads, device, shape
         self.skip = {PEERS[name] for name in skip}
         self.effort = measure.QUICK if quick else Effort()
         self.triad = ceilings.Triad(device, 1 if quick else TRIAD_MEBIBYTES)
-        self.targets = report.load_targets()
+        # Tiny shapes were never asked about.
+        self.targets = [] if quick else report.load_targets()
 
     def ceilings(self) -> list[Row]:
         return ceilings.rows(self.triad, self.device, self.effort, 64 if self.quick else GEMM_SIDE)
@@ -36,11 +38,11 @@ class Bench:
     def operator(self, name: str) -> Iterator[Row]:
         """The rows of all cases of an operator; tensors of a case are gone before the next."""
         for case in module(name).cases(self.quick):
-            for row in self._case(case):
-                yield report.judge(row, self.targets)
+            if fnmatchcase(case.shape, self.shape):
+                for row in self._case(case):
+                    yield report.judge(row, self.targets)
 
     def _case(self, case: Case) -> Iterator[Row]:
-        allocator.release()
         torch.manual_seed(0)
         # Else the eighth shape of a function would silently run uncompiled.
         torch.compiler.reset()
@@ -62,6 +64,7 @@ class Bench:
     def _pass(self, case: Case, workload: Workload, which: str, peers: Sequence[str]) -> Iterator[Row]:
         name, start = f"{case.operator}.{which}", getattr(measure, which)
         for peer in peers:
+            allocator.release()
             ours, theirs = measure.alternate(start(workload.ours), start(workload.peers[peer]), self.effort)
             yield Row(
                 name,
@@ -74,6 +77,7 @@ class Bench:
                 spread=ours.spread,
             )
         if workload.floor:
+            allocator.release()
             ours, triad = measure.alternate(start(workload.ours), measure.repeat(self.triad), self.effort)
             yield self._bandwidth(name, case, getattr(workload.floor, which), ours, triad)
 
@@ -108,7 +112,13 @@ def run(options: Namespace) -> None:
         allocator.preload()
     torch.set_num_threads(options.threads)
     console = Console(width=160, soft_wrap=True)
-    bench = Bench(quick=options.quick, skip=options.skip, threads=options.threads, device=torch.device(options.device))
+    bench = Bench(
+        quick=options.quick,
+        skip=options.skip,
+        shape=options.shape,
+        threads=options.threads,
+        device=torch.device(options.device),
+    )
     console.print(machine(bench.device) + (", large tensors from a pool" if pool else ""), highlight=False)
     rows: list[Row] = []
     progress = Console(stderr=True)
@@ -122,8 +132,8 @@ def run(options: Namespace) -> None:
         rows += mine
         if options.json:
             report.write(options.json, rows)
-    asked = [row for row in rows if row.met is not None]
-    console.print(f"{sum(bool(row.met) for row in asked)} of {len(asked)} targets met")
+    if asked := [row for row in rows if row.met is not None]:
+        console.print(f"{sum(row.met is True for row in asked)} of {len(asked)} targets met")
 
 
 def _check(option: str, names: Sequence[str], known: Sequence[str]) -> None:

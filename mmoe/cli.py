@@ -159,6 +159,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     bench.add_argument("--json", type=Path, metavar="FILE", help="write every row here")
     bench.add_argument("--only", action="extend", nargs="+", default=[], metavar="NAME", help="these operators alone")
     bench.add_argument("--skip", action="extend", nargs="+", default=[], metavar="PEER", help="leave these peers out")
+    text = "these shapes alone, for example 'LongCat*'"
+    bench.add_argument("--shape", default="*", metavar="PATTERN", help=text)
     bench.add_argument("--quick", action="store_true", help="tiny shapes, few repeats: does it run, not how fast")
     bench.add_argument("--threads", type=int, default=2, metavar="N", help="CPU threads of every side (default: 2)")
     text = "keep the pages of freed tensors, as in a steady training run (default), or the system's"
