@@ -17,8 +17,7 @@ from mmoe.ops.hidden_z_loss import hidden_z_loss
 from mmoe.ops.permute import permute
 from mmoe.ops.permute_index import permute_index
 from mmoe.ops.router import router
-from mmoe.ops.sva import Absorbed, Projected
-from mmoe.ops.sva import sva_absorbed as sva
+from mmoe.ops.sva import Absorbed, Projected, sva
 from mmoe.ops.unpermute import unpermute
 from mmoe.reference import hidden_z_loss as reference_hidden_z_loss
 from mmoe.reference import permute as reference_permute
@@ -31,7 +30,7 @@ OPERATORS = SimpleNamespace(hidden_z_loss=hidden_z_loss, permute=permute, sva=sv
 REFERENCES = SimpleNamespace(
     hidden_z_loss=reference_hidden_z_loss.hidden_z_loss,
     permute=reference_permute.permute,
-    sva=reference_sva.sva_absorbed,
+    sva=reference_sva.sva,
     unpermute=reference_unpermute.unpermute,
 )
 
@@ -206,7 +205,11 @@ def results(side: Any, sample: Sample, placed: Placed) -> list[Tensor]:
 @pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.parametrize(("device", "dtype"), DTYPES)
 def test_against_float64(name: str, device: str, dtype: torch.dtype) -> None:
-    """At most twice the error of plain PyTorch in the same dtype, and one rounding of the result's own."""
+    """At most twice the error of plain PyTorch in the same dtype, one rounding of the result, and 16 of float32.
+
+    The last are for what is computed in float32 whatever the dtype: exponentials and quotients a few units in the last
+    place off, sums in another order. Both count relative to the largest element.
+    """
     sample = SAMPLES[name]
     placed = place(sample, device, dtype)
     exact = Placed(
@@ -220,7 +223,7 @@ def test_against_float64(name: str, device: str, dtype: torch.dtype) -> None:
         assert ours.dtype == theirs.dtype
         if not wanted.numel():
             continue
-        rounding = torch.finfo(ours.dtype).eps * wanted.abs().max()
+        rounding = (torch.finfo(ours.dtype).eps + 16 * torch.finfo(torch.float32).eps) * wanted.abs().max()
         allowed = 2 * (theirs.cpu().double() - wanted).abs().max() + rounding
         error = (ours.cpu().double() - wanted).abs()
         assert error.max() <= allowed, f"off by {error.max():.3g} > {allowed:.3g} at {error.argmax()} of {ours.shape}"
