@@ -4,6 +4,7 @@ The emulator runs some 0.2 M CUDA threads a second, so the grids are a few queri
 """
 
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -233,8 +234,147 @@ def test_what_does_not_fit_into_shared_memory(emulated):
     compare(emulated, draw(Case(1, 1, 1, 1, 32, (), ((8, 904),)), torch.float32))
 
 
-def test_the_contract_is_the_reference(emulated):
-    """The float64 function above is the released arithmetic where the grid is square."""
-    arguments = leaves(draw(Case(2, 3, 3, 2, 8, (1, 2), masked=True), torch.float64))
-    wanted = reference.sva(arguments.q, arguments.keys, arguments.values, arguments.masks)
-    torch.testing.assert_close(exact(arguments)[0], wanted, rtol=0, atol=1e-12)
+def test_the_contract_is_the_reference():
+    """The float64 function above, between the projections that are folded away, is the released arithmetic."""
+    heads, width, channels = 2, 8, 12
+    drawn = draw(Case(2, 3, 3, heads, width, (1, 2), ((2, channels),), masked=True), torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    norms = [torch.randn(channels, generator=generator, dtype=torch.float64) for _ in range(4)]
+    weights = [torch.randn(heads * width, channels, generator=generator, dtype=torch.float64) for _ in range(2)]
+    absorbed = reference.Absorbed(
+        drawn.features[0], drawn.positions[0], norms[0], norms[1], weights[0], norms[2], norms[3], weights[1], EPS
+    )
+    projected = [reference.Projected(key, value) for key, value in zip(drawn.keys, drawn.values, strict=True)]
+    wanted = reference.sva(drawn.q, [*projected, absorbed], drawn.masks)
+
+    of_keys, of_values = (weight.unflatten(0, (heads, width)) for weight in weights)
+    folded = drawn._replace(
+        absorbed=[torch.einsum("brchd,hde->hbrce", drawn.q, of_keys * norms[0])],
+        constants=[torch.einsum("brchd,hd->hbrc", drawn.q, of_keys @ norms[1])],
+    )
+    out, (pooled,), (mass,), _ = exact(folded)
+    summed = pooled * norms[2] + mass[..., None] * norms[3]
+    got = out + torch.einsum("hbrce,hde->brchd", summed, of_values).flatten(3)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+
+
+BOTH = Case(2, 2, 2, 2, 64, (1, 2), ((2, 64),), masked=True)
+
+
+def run(emulated: Any, arguments: Arguments) -> list[Tensor]:
+    """Every result of forward and backward."""
+    out, lse, pooled, mass = emulated.sva(*arguments, EPS)
+    grad_q, *groups = emulated.sva_backward(*gradients_of_outputs((out, pooled, mass)), *arguments, lse, EPS)
+    return [out, lse, *pooled, *mass, grad_q, *itertools.chain.from_iterable(groups)]
+
+
+def regroup(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
+    """With the grids that are read in place changed."""
+    grids = ([change(grid) for grid in group] for group in (arguments.keys, arguments.values, arguments.features))
+    keys, values, features = grids
+    masks = [change(mask) for mask in arguments.masks]
+    return arguments._replace(keys=keys, values=values, features=features, masks=masks)
+
+
+def test_images_apart(emulated):
+    """Grids whose images lie apart, as a slice of the rows of larger ones does, are read where they are."""
+    arguments = draw(BOTH, torch.float32)
+
+    def apart(grid: Tensor) -> Tensor:
+        larger = torch.cat([torch.full_like(grid[:, :1], True), grid, torch.full_like(grid[:, :1], True)], 1)
+        return larger[:, 1:-1]
+
+    for got, wanted in zip(run(emulated, regroup(arguments, apart)), run(emulated, arguments), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_off_the_vector_grid(emulated):
+    """Views that start 4 bytes off take the scalar paths."""
+
+    def shifted(grid: Tensor) -> Tensor:
+        return torch.cat([grid.new_zeros(1), grid.flatten()])[1:].view(grid.shape)
+
+    compare(emulated, regroup(draw(BOTH, torch.float32), shifted))
+
+
+def test_no_images(emulated):
+    arguments = draw(BOTH._replace(batch=1), torch.float32)
+    empty = Arguments(
+        arguments.q[:0],
+        *([grid[:0] for grid in group] for group in (arguments.keys, arguments.values, arguments.features)),
+        arguments.positions,
+        *([tensor[:, :0] for tensor in group] for group in (arguments.absorbed, arguments.constants)),
+        [mask[:0] for mask in arguments.masks],
+    )
+    assert [tuple(tensor.shape) for tensor in run(emulated, empty)[:4]] == [
+        (0, 2, 2, 128),
+        (0, 2, 2, 2),
+        (2, 0, 2, 2, 64),
+        (2, 0, 2, 2),
+    ]
+
+
+def test_gradients_that_are_missing(emulated):
+    """Tensors without elements stand for zeros."""
+    arguments = draw(BOTH, torch.float32)
+    out, lse, pooled, mass = emulated.sva(*arguments, EPS)
+    none = torch.empty(0)
+    missing = emulated.sva_backward(none, [none], [none], *arguments, lse, EPS)
+    zeros = [torch.zeros_like(out), [torch.zeros_like(pooled[0])], [torch.zeros_like(mass[0])]]
+    given = emulated.sva_backward(*zeros, *arguments, lse, EPS)
+    torch.testing.assert_close(missing, given, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("which", ["q", "keys", "values", "features", "absorbed"])
+def test_nan_stays_in_its_window(emulated, which):
+    arguments = draw(BOTH, torch.float32)._replace(masks=[torch.empty(0, dtype=torch.bool)] * 3)
+    target = getattr(arguments, which)
+    target = target if which == "q" else target[-1]
+    if which == "absorbed":
+        target[0, 1, 1, 1, 3] = float("nan")
+    else:
+        target[1, -1, -1].flatten()[3] = float("nan")
+    out, lse, (pooled,), (mass,) = emulated.sva(*arguments, EPS)
+    query = torch.zeros(2, 2, 2, dtype=torch.bool)
+    query[1, 1, 1] = True
+    if which == "values":
+        assert lse.isfinite().all()
+        assert torch.equal(out.isnan().any(-1), query)
+    else:
+        assert torch.equal(lse.isnan().any(-1), query)
+        assert torch.equal(mass.isnan().any(0), query)
+        assert torch.equal(pooled.isnan().any(-1).any(0), query)
+    gradients = run(emulated, arguments)[4:]
+    assert torch.equal(gradients[0].isnan().flatten(3).any(-1), query)
+    for gradient, m in zip(gradients[1:6], (1, 2, 1, 2, 2), strict=True):
+        assert not windows(gradient, 2, 2)[~query].isnan().any(), m
+
+
+def test_what_is_masked_is_not_read(emulated):
+    """NaN under a mask that leaves a window some keys changes nothing, and its gradient is 0."""
+    arguments = draw(BOTH, torch.float32)
+    for mask in arguments.masks:
+        mask[:, ::2, ::2] = True  # no window without a key
+    masks = arguments.masks
+    wanted = run(emulated, arguments)
+    for grids, part in ((arguments.keys, masks), (arguments.values, masks), (arguments.features, masks[2:])):
+        for grid, mask in zip(grids, part, strict=False):
+            if grid.shape[1] > 2:
+                grid[~mask] = float("nan")
+    for got, want in zip(run(emulated, arguments), wanted, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_bitwise_repeatable(emulated, monkeypatch):
+    arguments = draw(BOTH, torch.bfloat16)
+    wanted = run(emulated, arguments)
+    for schedule in ("reverse", "random", "greedy"):
+        monkeypatch.setenv("MMOE_EMULATED_SCHEDULE", schedule)
+        for got, want in zip(run(emulated, arguments), wanted, strict=True):
+            assert torch.equal(got, want)
+
+
+def test_errors_name_the_argument(emulated):
+    arguments = draw(Case(1, 1, 1, 1, 160, (1,)), torch.float32)
+    with pytest.raises(RuntimeError, match="sva: q must have heads of at most 128 on CUDA"):
+        emulated.sva(*arguments, EPS)
