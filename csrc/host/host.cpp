@@ -4,6 +4,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include "../router/router_heuristics.h"
 #include "../sva/sva_heuristics.h"
 #include "order.h"
 #include "pack.h"
@@ -59,4 +60,23 @@ PYBIND11_MODULE(_host, m) {
       },
       py::arg("heads"), py::arg("width"), py::arg("element_bytes"), py::arg("aligned"), py::arg("keys"),
       "The fields of ProjectedLaunch, csrc/sva/sva_heuristics.h.");
+  m.def(
+      "router_forward_launch",
+      [](std::int64_t tokens, std::int64_t columns, bool aligned, std::int64_t multiprocessors,
+         std::int64_t shared_limit) {
+        const auto launch = mmoe::router::forward_launch(tokens, columns, aligned, multiprocessors, shared_limit);
+        return py::dict(py::arg("vectors") = launch.vectors, py::arg("warps") = launch.warps,
+                        py::arg("blocks") = launch.blocks, py::arg("shared_bytes") = launch.shared_bytes);
+      },
+      py::arg("tokens"), py::arg("columns"), py::arg("aligned"), py::arg("multiprocessors"), py::arg("shared_limit"),
+      "The fields of ForwardLaunch, csrc/router/router_heuristics.h.");
+  m.def(
+      "router_backward_launch",
+      [](std::int64_t tokens, std::int64_t columns, std::int64_t multiprocessors) {
+        const auto launch = mmoe::router::backward_launch(tokens, columns, multiprocessors);
+        return py::dict(py::arg("warps") = launch.warps, py::arg("blocks") = launch.blocks,
+                        py::arg("shared_bytes") = launch.shared_bytes);
+      },
+      py::arg("tokens"), py::arg("columns"), py::arg("multiprocessors"),
+      "The fields of BackwardLaunch, csrc/router/router_heuristics.h.");
 }

@@ -27,3 +27,29 @@ def test_sva_over_projected_encoders(width, element_bytes, keys, aligned):
     assert 1 <= launch["warps"] <= 4
     assert launch["shared_bytes"] == launch["warps"] * keys * heads_of_warp * 8
     assert launch["shared_bytes"] <= SHARED_BY_DEFAULT
+
+
+def test_router_at_longcat_flash():
+    """768 columns: 6 vectors a lane, 32 warps; one block on each of the 132 multiprocessors of sm_90."""
+    row = 768 * 4
+    launch = _host.router_forward_launch(8192, 768, aligned=True, multiprocessors=132, shared_limit=227 * 1024)
+    assert launch == {"vectors": 6, "warps": 32, "blocks": 132, "shared_bytes": 2 * row + 32 * (row + 768)}
+    launch = _host.router_backward_launch(tokens=8192, columns=768, multiprocessors=132)
+    assert launch == {"warps": 8, "blocks": 528, "shared_bytes": 9 * row}
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 100, 1024, 100_000])
+@pytest.mark.parametrize("columns", [1, 24, 128, 129, 770, 1536, 2304])
+@pytest.mark.parametrize("shared_limit", [99 * 1024, 163 * 1024, 227 * 1024])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_router(tokens, columns, shared_limit, aligned):
+    launch = _host.router_forward_launch(tokens, columns, aligned, 108, shared_limit)
+    assert launch["vectors"] in ((1, 2, 4, 6, 18) if aligned else (2, 6, 18))
+    assert launch["vectors"] * 128 >= columns
+    assert 1 <= launch["warps"] <= (32 if launch["vectors"] <= 6 else 8)
+    assert launch["shared_bytes"] <= shared_limit
+    assert launch["blocks"] == min(108, -(-tokens // launch["warps"]))
+    launch = _host.router_backward_launch(tokens, columns, 108)
+    assert 1 <= launch["warps"] <= 8
+    assert launch["shared_bytes"] <= SHARED_BY_DEFAULT
+    assert launch["blocks"] == min(4 * 108, -(-tokens // launch["warps"]))

@@ -22,6 +22,18 @@ def permute_index(ops: Any) -> None:
     ops.permute_index(torch.arange(60, dtype=torch.int32).view(20, 3) % 7, 5, align=8, max_rows=100)
 
 
+def router(ops: Any) -> None:
+    # The last row is all ties: the list of candidates overflows.
+    for slots, zeros, top_k, groups, score in [(24, 8, 4, 2, "softmax"), (135, 7, 17, 1, "sigmoid")]:
+        logits = torch.randn(9, slots)
+        logits[8] = 0
+        valid = torch.arange(9) != 2
+        weights, identity, probs, stats, ids, _ = ops.router(
+            logits, torch.zeros(slots), valid, zeros, top_k, 2.0, score, True, 2, groups, 1, "scaled"
+        )
+        ops.router_backward(weights, identity, probs, logits, valid, ids, stats, zeros, 2.0, score, True, 2, "scaled")
+
+
 def sva(ops: Any) -> None:
     """Vectors, then single elements; a projected encoder beside an absorbed one."""
     for dtype, m, width, channels in [(torch.float32, 1, 32, 8), (torch.bfloat16, 2, 31, 33)]:

@@ -18,7 +18,8 @@ from mmoe.reference import router as reference
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("identity", ["scaled", "unscaled", "copy", "drop"])
-def test_against_a_loop(score, renormalize, identity):
+@pytest.mark.parametrize(("selection_groups", "selected_groups"), [(1, 1), (3, 1), (3, 2)])
+def test_against_a_loop(score, renormalize, identity, selection_groups, selected_groups):
     tokens, experts, zeros, top_k, scaling, groups = 7, 6, 3, 4, 2.5, 3
     logits, bias = draw(tokens, experts + zeros)
     valid = torch.tensor([True, True, False, True, False, True, True])
@@ -31,6 +32,8 @@ def test_against_a_loop(score, renormalize, identity):
         score=score,
         renormalize=renormalize,
         balance_groups=groups,
+        selection_groups=selection_groups,
+        selected_groups=selected_groups,
         valid=valid,
         identity=identity,
     )
@@ -42,7 +45,11 @@ def test_against_a_loop(score, renormalize, identity):
         else:
             scores = [e / (1 + e) for e in exponentials]
         biased = [s + b for s, b in zip(scores, bias.tolist(), strict=True)]
-        ids = sorted(range(experts + zeros), key=lambda i: (-biased[i], i))[:top_k]
+        run_size = experts // selection_groups
+        runs = [sorted(biased[g * run_size : (g + 1) * run_size])[-2:] for g in range(selection_groups)]
+        best = sorted(range(selection_groups), key=lambda g: (-sum(runs[g]), g))[:selected_groups]
+        eligible = [i for i in range(experts + zeros) if i >= experts or i // run_size in best]
+        ids = sorted(eligible, key=lambda i: (-biased[i], i))[:top_k]
         chosen = [scores[i] for i in ids]
         if renormalize:
             chosen = [s / sum(chosen) for s in chosen]
@@ -243,15 +250,97 @@ def test_no_zero_experts():
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-def test_unfinished_logits_stay_in_their_row(poison):
-    logits, bias = draw(3, 6)
-    logits[1, 2] = poison
-    out = router(logits, bias, zero_experts=2, top_k=3)
-    assert out.ids.min() >= 0
-    assert out.ids.max() < 6
-    assert all(len(set(row)) == 3 for row in out.ids.tolist())
-    assert out.weights[[0, 2]].isfinite().all()
-    assert out.weights[1].isfinite().all().item() == (poison == -math.inf)
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("groups", [{}, {"selection_groups": 5, "selected_groups": 2}])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_stays_in_its_row(poison, score, groups, dtype):
+    """NaN ranks first, infinities propagate: ids, weights and sums as the reference has them."""
+    logits, bias = draw(3, 90, 0, dtype)
+    logits[1, 30:34] = poison
+    options = {"zero_experts": 20, "top_k": 6, "score": score, **groups}
+    out, grad = run(logits, bias, **options)
+    wanted = reference.router(logits, bias, **options)
+    assert torch.equal(out.ids, wanted.ids)
+    assert torch.equal(out.counts, wanted.counts)
+    for part, wanted_part in ((out.weights, wanted.weights), (out.group_probs, wanted.group_probs)):
+        torch.testing.assert_close(part, wanted_part, rtol=2e-6, atol=0, equal_nan=True)
+    assert grad[[0, 2]].isfinite().all()
+
+
+def test_bias_that_is_not_finite():
+    """-inf is eligible, after everything else; NaN comes first."""
+    bias = torch.tensor([0.0, -math.inf, math.nan, -math.inf])
+    ids = router(torch.zeros(1, 4), bias, zero_experts=1, top_k=4).ids
+    assert ids.tolist() == [[2, 0, 1, 3]]
+    limited = router(torch.zeros(1, 4), bias, zero_experts=0, top_k=2, selection_groups=2, selected_groups=1).ids
+    assert limited.tolist() == [[2, 3]]
+
+
+def test_one_expert_takes_all_and_only_zero_experts():
+    logits, bias = draw(50, 24)
+    bias[5] = 2.0
+    out = router(logits, bias, zero_experts=8, top_k=1)
+    assert out.counts.tolist() == [50 * (i == 5) for i in range(24)]
+    bias[16:] = 3.0
+    out = router(logits, bias, zero_experts=8, top_k=8, scaling=2.0)
+    assert out.counts.tolist() == [0] * 16 + [50] * 8
+    torch.testing.assert_close(out.identity, out.weights.sum(1), rtol=1e-14, atol=0)
+
+
+def test_nothing_but_padding():
+    logits, bias = draw(4, 12)
+    options = {"zero_experts": 4, "top_k": 3, "valid": torch.zeros(4, dtype=torch.bool)}
+    compare(*run(logits, bias, **options), logits, bias, options)
+
+
+def from_transformers(layer, logits: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and weights of a router of transformers that sees the logits as they are; ids by falling choice."""
+    layer = layer.double()
+    layer.e_score_correction_bias = bias
+    # The weight is cast to fp32 in there, so an identity keeps fp32 logits exact.
+    _, weights, ids = layer(logits)
+    scores = logits.softmax(-1) if "Longcat" in type(layer).__name__ else logits.sigmoid()
+    order = (scores + bias).gather(1, ids).sort(dim=-1, descending=True).indices
+    return ids.gather(1, order), weights.gather(1, order)
+
+
+def test_against_transformers_longcat_flash():
+    from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashConfig, LongcatFlashTopkRouter
+
+    config = LongcatFlashConfig(
+        hidden_size=48, n_routed_experts=32, zero_expert_num=16, moe_topk=6, routed_scaling_factor=6.0
+    )
+    layer = LongcatFlashTopkRouter(config)
+    torch.nn.init.eye_(layer.classifier.weight)
+    logits, bias = draw(64, 48, dtype=torch.float32)
+    ids, weights = from_transformers(layer, logits, bias)
+    out = router(logits, bias, zero_experts=16, top_k=6, scaling=6.0)
+    assert torch.equal(out.ids, ids)
+    torch.testing.assert_close(out.weights, weights, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_against_transformers_deepseek_v3(renormalize):
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Config, DeepseekV3TopkRouter
+
+    config = DeepseekV3Config(
+        hidden_size=64,
+        n_routed_experts=64,
+        num_experts_per_tok=6,
+        n_group=8,
+        topk_group=3,
+        norm_topk_prob=renormalize,
+        routed_scaling_factor=2.5,
+    )
+    layer = DeepseekV3TopkRouter(config)
+    torch.nn.init.eye_(layer.weight)
+    logits, bias = draw(64, 64, dtype=torch.float32)
+    ids, weights = from_transformers(layer, logits, bias)
+    options = {"selection_groups": 8, "selected_groups": 3, "score": "sigmoid", "renormalize": renormalize}
+    for function in (router, reference.router):
+        out = function(logits, bias, zero_experts=0, top_k=6, scaling=2.5, **options)
+        assert torch.equal(out.ids, ids)
+        torch.testing.assert_close(out.weights, weights, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -266,6 +355,11 @@ def test_unfinished_logits_stay_in_their_row(poison):
         ({"top_k": 0}, "top_k"),
         ({"top_k": 7}, "top_k"),
         ({"balance_groups": 3}, "balance_groups"),
+        ({"selection_groups": 0}, "selection_groups"),
+        ({"selection_groups": 4}, "selection_groups"),
+        ({"selected_groups": 2}, "selected_groups"),
+        ({"selection_groups": 2, "selected_groups": 1, "top_k": 5}, "selected_groups"),
+        ({"logits": torch.zeros(4, 6, dtype=torch.bfloat16)}, "logits"),
         ({"score": "relu"}, "score"),
         ({"identity": "none"}, "identity"),
         ({"valid": torch.ones(3, dtype=torch.bool)}, "valid"),
