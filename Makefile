@@ -26,7 +26,7 @@ endef
 export REQUIREMENTS
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-full test-latest test-gpu checks bench format build system clean
+.PHONY: help quickstart test test-full test-latest test-cuda-build test-gpu checks bench format build system clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -61,6 +61,15 @@ test-gpu: build ## the tests that need a CUDA device; those of the operators onc
 	      $(BIN)/python -m pytest -m gpu -k "not captured" tests/gpu/test_operators.py || exit 1; \
 	  done; \
 	else echo "compute-sanitizer was not found: install the CUDA toolkit to run the operators under it"; fi
+
+# Two environments must not share mmoe/_C.so, so this one's package is made in build/cuda and found there.
+CUDA_BIN := .venv-cuda/bin
+test-cuda-build: system ## the extension compiled and loaded against a CUDA build of torch (.venv-cuda, 6 GB; no GPU needed)
+	@test -x $(CUDA_BIN)/python || $(INTERPRETER) -m venv .venv-cuda
+	$(CUDA_BIN)/python -m pip install --quiet torch==2.14.1 $(foreach p,hypothesis ninja pybind11 pytest setuptools transformers,$(shell grep ^$(p)== constraints.txt))
+	MMOE_BUILD_CUDA=1 $(CUDA_BIN)/python setup.py --quiet build --build-base build/cuda --build-lib build/cuda/lib
+	PYTHONPATH=build/cuda/lib $(CUDA_BIN)/python tests/csrc/cuda_build.py
+	$(CUDA_BIN)/pytest -o pythonpath="build/cuda/lib tests" tests/ops
 
 checks: build ## lint, formats and types
 	@status=0; \
