@@ -1,0 +1,110 @@
+"""What the compiler made of each kernel: ptxas' report, the machine code, and the occupancy that follows."""
+
+import importlib.metadata
+import os
+import re
+import subprocess
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PTXAS = re.compile(
+    r"Compiling entry function '(?P<symbol>\w+)' for '(?P<arch>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+# Of a multiprocessor, by architecture: bytes of shared memory. Registers, warps and blocks are the same on all three.
+SHARED = {"sm_80": 164 * 1024, "sm_90a": 228 * 1024, "sm_100": 228 * 1024}
+REGISTERS, WARPS, BLOCKS = 65536, 64, 32
+
+
+class Kernel(NamedTuple):
+    threads: int
+    """Of a block, by __launch_bounds__."""
+    registers: int
+    shared: int
+    """Static shared memory, bytes."""
+    stack: int
+    spills: int
+    instructions: Counter[str]
+
+    def count(self, pattern: str) -> int:
+        return sum(number for name, number in self.instructions.items() if re.match(pattern, name))
+
+    def occupancy(self, arch: str, dynamic: int = 0) -> float:
+        """Share of the multiprocessor's warps that may be resident."""
+        warps = -(-self.threads // 32)
+        # Registers are dealt out by 256 to a warp, shared memory by 128 bytes and 1 KiB for the system to a block.
+        by_registers = REGISTERS // (-(-self.registers * 32 // 256) * 256) // warps
+        by_shared = SHARED[arch] // (-(-(self.shared + dynamic + 1024) // 128) * 128)
+        return min(by_registers, by_shared, WARPS // warps, BLOCKS) * warps / WARPS
+
+
+def kernels(library: Path, log: str) -> dict[tuple[str, str], Kernel]:
+    """Every kernel of a build by (name, architecture), from the library and what the compilers printed."""
+    reports = {(found["symbol"], found["arch"]): found for found in PTXAS.finditer(log)}
+    code = machine_code(library)
+    threads = block_sizes(library)
+    names = demangled({symbol for symbol, _ in reports})
+    return {
+        (names[symbol], arch): Kernel(
+            threads[symbol],
+            int(found["registers"]),
+            sum(int(size) for size in re.findall(r"(\d+) bytes smem", found["rest"])),
+            int(found["stack"]),
+            int(found["stores"]) + int(found["loads"]),
+            code[symbol, arch],
+        )
+        for (symbol, arch), found in reports.items()
+    }
+
+
+def machine_code(library: Path) -> dict[tuple[str, str], Counter[str]]:
+    """How often each instruction stands in a kernel, by (symbol, architecture)."""
+    code: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    arch = symbol = ""
+    for line in cuobjdump("-sass", library).splitlines():
+        if line.startswith("\tcode for "):
+            arch = line.split()[-1]
+        elif "Function : " in line:
+            symbol = line.split()[-1]
+        elif found := INSTRUCTION.match(line):
+            code[symbol, arch][found[1]] += 1
+    return code
+
+
+def block_sizes(library: Path) -> dict[str, int]:
+    ptx = cuobjdump("-ptx", library)
+    return {symbol: int(size) for symbol, size in re.findall(r"\.entry (\w+)\(.*?\.maxntid (\d+)", ptx, re.DOTALL)}
+
+
+def cuobjdump(*arguments: str | Path) -> str:
+    try:
+        found = importlib.metadata.distribution("nvidia-cuda-cuobjdump").locate_file("nvidia/cu13/bin/cuobjdump")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("nvidia-cuda-cuobjdump is not installed: it has no build for this platform")
+    # It calls nvdisasm, which lies beside it.
+    path = f"{Path(str(found)).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        [str(found), *arguments], env=os.environ | {"PATH": path}, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def demangled(symbols: set[str]) -> dict[str, str]:
+    """{symbol: operator::kernel<types>}, without the result's type, the project's namespace and the parameters."""
+    ordered = sorted(symbols)
+    said = subprocess.run(["c++filt"], input="\n".join(ordered), capture_output=True, text=True, check=True).stdout
+    names = {}
+    for symbol, name in zip(ordered, said.splitlines(), strict=True):
+        depth = 0
+        for end, letter in enumerate(name):
+            depth += {"<": 1, ">": -1}.get(letter, 0)
+            if letter == "(" and depth == 0:
+                name = name[:end]
+                break
+        names[symbol] = name.removeprefix("void ").removeprefix("mmoe::")
+    return names
