@@ -13,8 +13,8 @@ from torch import Tensor
 
 FIELDS = 8
 """Tensors of an absorbed encoder: the fields of :class:`mmoe.reference.sva.Absorbed` but eps; no position is empty."""
-CHUNK_BYTES = 8 << 20
-"""What the absorbed queries and sums of a chunk may take."""
+CHUNK_NUMBERS = 2 << 20
+"""How many numbers the absorbed queries and the sums of a chunk may be: 8 MiB in fp32, twice that in the backward."""
 
 
 class _Encoder(NamedTuple):
@@ -53,8 +53,8 @@ def _encoders(q: Tensor, absorbed: list[Tensor]) -> list[_Encoder]:
 def _chunks(q: Tensor, encoders: list[_Encoder]) -> Iterator[_Chunk]:
     """Several images, or several rows of one."""
     batch, rows, columns, heads, _ = q.shape
-    row_bytes = 2 * columns * heads * q.element_size() * sum(encoder.features.shape[-1] for encoder in encoders)
-    fitting = max(1, CHUNK_BYTES // row_bytes)
+    row = 2 * columns * heads * sum(encoder.features.shape[-1] for encoder in encoders)
+    fitting = max(1, CHUNK_NUMBERS // row)
     if fitting >= rows:
         step = fitting // rows
         for image in range(0, batch, step):
@@ -150,7 +150,7 @@ class _WeightGradients:
             (self.value, self.value_bias, value_gain, value_shift, value),
         ):
             grad, grad_bias, weight = grad.flatten(0, 1), grad_bias.flatten(), weight.to(grad.dtype)
-            made += [torch.einsum("oc,oc->c", grad, weight), weight.t() @ grad_bias]
+            made += [(grad * weight).sum(0), weight.t() @ grad_bias]
             made.append(grad.mul_(gain).addr_(grad_bias, shift.to(grad.dtype)))
         return [grad.to(position.dtype) for grad in made]
 

@@ -179,12 +179,12 @@ def test_gradcheck(function, mixed, masked):
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 700, 1500, 4000])
-def test_chunks_of_any_size(chunk_bytes, monkeypatch):
+@pytest.mark.parametrize("numbers", [1, 130, 200, 400])
+def test_chunks_of_any_size(numbers, monkeypatch):
     """Single rows of queries, some rows, whole images: the same numbers up to the order of sums."""
     results = []
-    for size in (chunk_bytes, 8 << 20):
-        monkeypatch.setattr(chunked, "CHUNK_BYTES", size)
+    for size in (numbers, 2 << 20):
+        monkeypatch.setattr(chunked, "CHUNK_NUMBERS", size)
         q, given = randn(B, L, L, H, D).requires_grad_(), mixture("mixed")
         leaves = [q, *(part.detach().requires_grad_() for part in given[1] if isinstance(part, Tensor))]
         out = sva(q, [given[0], Absorbed(*leaves[1:])], masks())
@@ -529,7 +529,7 @@ def peak_bytes(run) -> int:
 def test_a_layer_takes_a_fifth_of_the_plain_memory(monkeypatch):
     """Forward and backward, beyond inputs, parameters and their gradients."""
     side, width = 12, 64
-    monkeypatch.setattr(chunked, "CHUNK_BYTES", 64 << 10)
+    monkeypatch.setattr(chunked, "CHUNK_NUMBERS", 16 << 10)
     layer = connector.Layer(width, 8, [1, 1, 1, 4])
     queries = torch.randn(2, side, side, width)
     features = [torch.randn(2, m * side, m * side, width, requires_grad=True) for m in (1, 1, 1, 4)]
