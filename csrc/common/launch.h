@@ -20,12 +20,6 @@ class DeviceScope {
   int shared_bytes_per_multiprocessor() const { return 228 * 1024; }
 };
 
-// The emulator asks for leave as a device does, and ends the process where there is none to give.
-template <typename Kernel>
-void allow_shared(Kernel* kernel, int64_t bytes) {
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-}
-
 inline void check_launch(const char*) {}  // the emulator ends the process with a line of its own
 
 inline void wait_for(const DeviceScope&, void* host, const void* device, size_t bytes, const char*) {
@@ -69,13 +63,6 @@ class DeviceScope {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
-// Lets a launch of the kernel have so much dynamic shared memory; without, 48 KiB is the most.
-template <typename Kernel>
-void allow_shared(Kernel* kernel, int64_t bytes) {
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-             "shared memory of a block");
-}
-
 // Copies from the device and waits for the stream: the host stands still until all that was queued is done.
 inline void wait_for(const DeviceScope& scope, void* host, const void* device, size_t bytes, const char* what) {
   check_cuda(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, scope.stream()), what);
@@ -83,6 +70,14 @@ inline void wait_for(const DeviceScope& scope, void* host, const void* device, s
 }
 
 #endif
+
+// Lets a launch of the kernel have so much dynamic shared memory; without, 48 KiB is the most.
+template <typename Kernel>
+void allow_shared(Kernel* kernel, int64_t bytes) {
+  check(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)) == cudaSuccess,
+      "a block cannot have ", bytes, " bytes of shared memory");
+}
 
 // Calls body(T{}) with the device type of a tensor's dtype.
 template <typename Body>

@@ -80,12 +80,15 @@ inline AbsorbedLayout absorbed_layout(const std::vector<AbsorbedShape>& encoders
   at.row = spread(keys);
   at.plane = spread(heads * at.row);
   at.weights = take(at.plane * 4);
+  // A tile's other row goes to the next plane in the backward: nothing may lie between.
+  if (backward) {
+    at.slopes = take(at.plane * 4);
+    at.products = take(at.plane * 4);
+  }
   at.moments = take(at.row * 8);
   at.cells = take(at.row * 4);
   at.valid = take(static_cast<int64_t>(encoders.size()) * 8);
   if (backward) {
-    at.slopes = take(at.plane * 4);
-    at.products = take(at.plane * 4);
     at.means = take(at.row * 8);
     at.sums = take(static_cast<int64_t>(encoders.size()) * 2 * heads * 4);
   }
