@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -11,3 +13,12 @@ def router_forward_launch(
     tokens: int, columns: int, aligned: bool, multiprocessors: int, shared_limit: int
 ) -> dict[str, int]: ...
 def router_backward_launch(tokens: int, columns: int, multiprocessors: int) -> dict[str, int]: ...
+def sva_absorbed_layout(
+    encoders: list[tuple[int, int, bool]],
+    heads: int,
+    element_bytes: int,
+    aligned: bool,
+    backward: bool,
+    most: int,
+    preferred: int,
+) -> dict[str, Any]: ...

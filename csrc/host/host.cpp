@@ -3,6 +3,7 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "../router/router_heuristics.h"
 #include "../sva/sva_heuristics.h"
@@ -60,6 +61,21 @@ PYBIND11_MODULE(_host, m) {
       },
       py::arg("heads"), py::arg("width"), py::arg("element_bytes"), py::arg("aligned"), py::arg("keys"),
       "The fields of ProjectedLaunch, csrc/sva/sva_heuristics.h.");
+  m.def(
+      "sva_absorbed_layout",
+      [](const std::vector<std::tuple<std::int64_t, std::int64_t, bool>>& encoders, std::int64_t heads,
+         std::int64_t element_bytes, bool aligned, bool backward, std::int64_t most, std::int64_t preferred) {
+        std::vector<mmoe::sva::AbsorbedShape> shapes;
+        for (const auto& [window, channels, positions] : encoders) shapes.push_back({window, channels, positions});
+        const auto at = mmoe::sva::absorbed_layout(shapes, heads, element_bytes, aligned, backward, most, preferred);
+        std::vector<bool> positions;
+        for (size_t i = 0; i < shapes.size(); ++i) positions.push_back(at.positions[i] >= 0);
+        return py::dict(py::arg("staged") = at.staged, py::arg("row") = at.row, py::arg("plane") = at.plane,
+                        py::arg("bytes") = at.bytes, py::arg("positions") = positions);
+      },
+      py::arg("encoders"), py::arg("heads"), py::arg("element_bytes"), py::arg("aligned"), py::arg("backward"),
+      py::arg("most"), py::arg("preferred"),
+      "Of AbsorbedLayout, csrc/sva/sva_heuristics.h, for encoders (window, channels, whether there are positions).");
   m.def(
       "router_forward_launch",
       [](std::int64_t tokens, std::int64_t columns, bool aligned, std::int64_t multiprocessors,

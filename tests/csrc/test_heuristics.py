@@ -53,3 +53,34 @@ def test_router(tokens, columns, shared_limit, aligned):
     assert 1 <= launch["warps"] <= 8
     assert launch["shared_bytes"] <= SHARED_BY_DEFAULT
     assert launch["blocks"] == min(4 * 108, -(-tokens // launch["warps"]))
+
+
+H100 = {"most": 227 * 1024, "preferred": 113 * 1024}
+
+
+@pytest.mark.parametrize(("backward", "positions"), [(False, True), (True, False)])
+def test_sva_at_cambrian_8b_absorbed(backward, positions):
+    """x̂, 32 KiB, is staged; the backward's absorbed and grad_pooled, 64 KiB, leave no room for positions beside it."""
+    layout = _host.sva_absorbed_layout([(4, 1024, True)], 16, 2, True, backward, **H100)
+    assert layout["staged"]
+    assert layout["positions"] == [positions]
+    assert layout["bytes"] <= H100["preferred"]
+
+
+@pytest.mark.parametrize(("window", "heads"), [(1, 1), (4, 16), (5, 7), (8, 16)])
+def test_sva_weights_lie_apart(window, heads):
+    """Rows and planes start 16 banks apart, so that the two halves of a warp's store meet in none."""
+    layout = _host.sva_absorbed_layout([(window, 64, False)] * 2, heads, 4, True, True, **H100)
+    assert layout["row"] % 32 == 16
+    assert layout["row"] >= 2 * window**2
+    assert layout["plane"] % 32 == 16
+    assert layout["plane"] >= heads * layout["row"]
+
+
+@pytest.mark.parametrize(("channels", "aligned"), [(64, False), (1024, True)])
+def test_sva_without_room(channels, aligned):
+    """Off the vector grid, or 64 keys of 1024 floats: only weights and moments stay in shared memory."""
+    layout = _host.sva_absorbed_layout([(8, channels, True)], 16, 4, aligned, True, **H100)
+    assert not layout["staged"]
+    assert layout["positions"] == [False]
+    assert layout["bytes"] <= SHARED_BY_DEFAULT
