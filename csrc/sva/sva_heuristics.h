@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "sva/sva_limits.h"
+
 namespace mmoe::sva {
 
 constexpr int kWidestHead = 128;                 // elements; the kernels have instances for 32, 64 and 128
@@ -35,7 +37,6 @@ inline ProjectedLaunch projected_launch(int64_t heads, int64_t width, int64_t el
   return {aligned, room, static_cast<int>(groups), warps, warps * bytes_of_warp(room)};
 }
 
-constexpr int kMostEncoders = 16;
 constexpr int kKeysOfTile = 16;  // of a warp's dot products
 
 struct AbsorbedShape {
@@ -51,10 +52,10 @@ struct AbsorbedLayout {
   int weights, slopes, products;  // planes; the latter two of the backward
   int moments, means, cells;      // [row] of float2, float2 (backward), int
   int sums, valid;                // [encoders][2][H] of float (backward), [encoders] of 64 bits
-  int first_key[kMostEncoders];   // of an encoder in a row of weights
-  int normed[kMostEncoders];      // [m * m, C] x^
-  int streams[kMostEncoders];     // [2, H, C] absorbed and grad_pooled (backward)
-  int positions[kMostEncoders];   // [m * m, C], or -1: read where they are
+  int first_key[kSvaEncoders];    // of an encoder in a row of weights
+  int normed[kSvaEncoders];       // [m * m, C] x^
+  int streams[kSvaEncoders];      // [2, H, C] absorbed and grad_pooled (backward)
+  int positions[kSvaEncoders];    // [m * m, C], or -1: read where they are
   int64_t bytes;
 };
 

@@ -4,7 +4,7 @@
 // Not yet run on a GPU.
 #pragma once
 
-#include "sva/sva_kernel_absorbed.cuh"
+#include "sva/sva_kernel_absorbed_parts.cuh"
 
 namespace mmoe::sva {
 

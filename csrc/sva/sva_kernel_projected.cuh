@@ -43,7 +43,7 @@ struct ProjectedEncoder {
 
 template <typename T>
 struct Projected {
-  ProjectedEncoder<T> encoder[kMostEncoders];
+  ProjectedEncoder<T> encoder[kSvaEncoders];
   int encoders;
   Queries queries;
   int groups;      // warps a query takes, see ProjectedLaunch
