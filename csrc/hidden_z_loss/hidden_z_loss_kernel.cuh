@@ -56,10 +56,12 @@ __global__ void __launch_bounds__(kThreads) lse_kernel(const T* __restrict__ z, 
   const T* row = z + token * width;
   Running state;
   const int64_t body = kVectors ? width - width % kVector<T> : 0;
-  for (int64_t i = static_cast<int64_t>(lane) * kVector<T>; i < body; i += kWarp * kVector<T>) {
-    float values[kVector<T>];
-    load_vector(row + i, values);
-    add(state, values);
+  if constexpr (kVectors) {
+    for (int64_t i = static_cast<int64_t>(lane) * kVector<T>; i < body; i += kWarp * kVector<T>) {
+      float values[kVector<T>];
+      load_vector(row + i, values);
+      add(state, values);
+    }
   }
   for (int64_t i = body + lane; i < width; i += kWarp) {
     const float value[1] = {to_float(row[i])};
@@ -121,12 +123,14 @@ __global__ void __launch_bounds__(kThreads)
   const T* row = z + token * width;
   T* grad = grad_z + token * width;
   const int64_t body = kVectors ? width - width % kVector<T> : 0;
-  for (int64_t i = static_cast<int64_t>(lane) * kVector<T>; i < body; i += kWarp * kVector<T>) {
-    float values[kVector<T>];
-    load_vector(row + i, values);
+  if constexpr (kVectors) {
+    for (int64_t i = static_cast<int64_t>(lane) * kVector<T>; i < body; i += kWarp * kVector<T>) {
+      float values[kVector<T>];
+      load_vector(row + i, values);
 #pragma unroll
-    for (int j = 0; j < kVector<T>; ++j) values[j] = row_lse == 0.0f ? 0.0f : slope(values[j], row_lse, scale);
-    store_vector(grad + i, values);
+      for (int j = 0; j < kVector<T>; ++j) values[j] = row_lse == 0.0f ? 0.0f : slope(values[j], row_lse, scale);
+      store_vector(grad + i, values);
+    }
   }
   for (int64_t i = body + lane; i < width; i += kWarp) {
     grad[i] = from_float<T>(row_lse == 0.0f ? 0.0f : slope(to_float(row[i]), row_lse, scale));
