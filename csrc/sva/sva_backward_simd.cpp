@@ -131,9 +131,11 @@ void backward(const SvaArguments<T, C>& args, C* memory, int64_t begin, int64_t 
       const T* key_image = from.keys + place.image * from.keys_image;
       const T* value_image = from.values + place.image * from.values_image;
       for (int64_t k = 0; k < windows[i].taking_part; ++k, ++keys) {
-        const int64_t cell = windows[i].cell[k] * row_size;
-        head_products(space.q, key_image + cell, heads, width, space.row, space.scores + keys * pitch);
-        head_products(space.grad_out, value_image + cell, heads, width, space.row, space.slopes + keys * pitch);
+        const int64_t cell = windows[i].cell[k] * row_size, next = cell_after(windows[i], k) * row_size;
+        head_products(space.q, key_image + cell, heads, width, space.row, space.scores + keys * pitch,
+                      key_image + next);
+        head_products(space.grad_out, value_image + cell, heads, width, space.row, space.slopes + keys * pitch,
+                      value_image + next);
       }
     }
     for (int64_t j = 0; j < args.absorbed_count; ++j) {

@@ -64,7 +64,8 @@ void forward(const SvaArguments<T, C>& args, C* memory, int64_t begin, int64_t e
       find_window(args, place, from.mask, from.window, windows[i]);
       const T* image = from.keys + place.image * from.keys_image;
       for (int64_t k = 0; k < windows[i].taking_part; ++k, scores += pitch) {
-        head_products(space.q, image + windows[i].cell[k] * row_size, heads, width, space.row, scores);
+        head_products(space.q, image + windows[i].cell[k] * row_size, heads, width, space.row, scores,
+                      image + cell_after(windows[i], k) * row_size);
       }
     }
     for (int64_t j = 0; j < args.absorbed_count; ++j) {

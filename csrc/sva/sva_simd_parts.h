@@ -71,6 +71,11 @@ void find_window(const SvaArguments<T, C>& args, const Place& place, const SvaMa
   window.taking_part = taking;
 }
 
+// The cell that is read after the k-th; the last is followed by itself.
+MMOE_INLINE int64_t cell_after(const Window& window, int64_t k) {
+  return window.cell[k + 1 < window.taking_part ? k + 1 : k];
+}
+
 // The row of `cell` among those of the m * m learned positions.
 template <typename T, typename C>
 int64_t position_of(const SvaArguments<T, C>& args, int64_t cell, int64_t m) {
@@ -165,16 +170,20 @@ void widen_row(const T* from, int64_t heads, int64_t width, C factor, C* to, int
   }
 }
 
-// to[h] = left_h . right_h for the heads of one key: left in the compute type with padded rows, right as stored.
+// to[h] = left_h . right_h for the heads of one key: left in the compute type with padded rows, right as stored. `next`
+// is the row that is read after this one.
 template <typename T, typename C>
-void head_products(const C* left, const T* right, int64_t heads, int64_t width, int64_t row, C* to) {
+void head_products(const C* left, const T* right, int64_t heads, int64_t width, int64_t row, C* to, const T* next) {
   constexpr int64_t lanes = kLanes<T>;
   const auto product = [&](int64_t head) __attribute__((always_inline)) {
     const C* a = left + head * row;
     const T* b = right + head * width;
     Vec<C> total{};
     int64_t i = 0;
-    for (; i + lanes <= width; i += lanes) total += load(a + i) * load(b + i);
+    for (; i + lanes <= width; i += lanes) {
+      __builtin_prefetch(next + head * width + i);
+      total += load(a + i) * load(b + i);
+    }
     if (i < width) total += load(a + i) * load_first(b + i, width - i, C(0));
     return total;
   };
@@ -328,7 +337,7 @@ void score_absorbed(const SvaArguments<T, C>& args, const SvaAbsorbed<T, C>& fro
     const int64_t cell = window.cell[k];
     const T* position = from.position;
     if (position != nullptr) position += position_of(args, cell, from.window) * channels;
-    const T* const next = image + window.cell[k + 1 < window.taking_part ? k + 1 : k] * channels;
+    const T* const next = image + cell_after(window, k) * channels;
     space.inverse[k] =
         normalise(image + cell * channels, position, channels, padded, args.eps, space.normed + k * space.stride, next);
   }
