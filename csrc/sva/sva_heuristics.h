@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "sva/sva_limits.h"
+#include "sva_limits.h"
 
 namespace mmoe::sva {
 
