@@ -37,8 +37,14 @@ MMOE_INLINE C value_of(KeyOf<C> key) {
   return std::bit_cast<C>(key ^ ((key >> (8 * sizeof(C) - 1)) & std::numeric_limits<KeyOf<C>>::max()));
 }
 
-template <typename Key>
-MMOE_INLINE Vec<Key> greater_of(Vec<Key> a, Vec<Key> b) {
+template <typename V>
+MMOE_INLINE V greater_of(V a, V b) {
+#if defined(__AVX512F__)
+  // The instruction for it, b where either is NaN; GCC makes a comparison and a blend.
+  if constexpr (std::is_same_v<V, Vec<float>>) {
+    return std::bit_cast<V>(_mm512_maskz_max_ps(0xffff, std::bit_cast<__m512>(a), std::bit_cast<__m512>(b)));
+  }
+#endif
   return a > b ? a : b;
 }
 
@@ -61,12 +67,13 @@ MMOE_INLINE bool any(V condition) {
   return all != 0;
 }
 
-// The candidates for the k best: keys with their columns, in the order of the columns.
+// The candidates for the k best, in the order of the columns.
 template <typename C>
 struct Candidates {
   using Key = KeyOf<C>;
-  Key* keys;
+  const Key* all;  // keys by column
   Key* columns;
+  Key* keys;
   Key* ranks;
   int64_t count;
 
@@ -74,6 +81,7 @@ struct Candidates {
   // branches or waits for another.
   MMOE_INLINE void rank() {
     constexpr int64_t lanes = kLanes<C>;
+    for (int64_t i = 0; i < count; ++i) keys[i] = all[columns[i]];
     for (int64_t first = 0; first < count; first += lanes) {
       const Vec<Key> mine = read<Vec<Key>>(keys + first), index = iota<Vec<Key>>() + static_cast<Key>(first);
       const int64_t own = first + lanes < count ? first + lanes : count;
@@ -96,20 +104,19 @@ struct Candidates {
     for (int64_t i = 0; i < count; ++i) {
       if (ranks[i] >= k) continue;
       if (ranks[i] == k - 1) last = keys[i];
-      keys[kept] = keys[i];
       columns[kept++] = columns[i];
     }
     count = kept;
     return last == std::numeric_limits<Key>::max() ? last : last + 1;
   }
 
-  // Appends where values reach the threshold. Writes up to a whole vector behind the last.
-  MMOE_INLINE void append(Vec<Key> values, Vec<Key> index, Key threshold) {
+  // Appends those of the columns from `first` whose values reach the threshold. Writes up to a whole vector behind the
+  // last.
+  MMOE_INLINE void append(Vec<Key> values, int64_t first, Key threshold) {
 #ifdef __AVX512F__
     if constexpr (sizeof(C) == 4) {
-      const __m512i all = std::bit_cast<__m512i>(values);
-      const __mmask16 takes = _mm512_cmpge_epi32_mask(all, _mm512_set1_epi32(threshold));
-      write(keys + count, _mm512_maskz_compress_epi32(takes, all));
+      const __mmask16 takes = _mm512_cmpge_epi32_mask(std::bit_cast<__m512i>(values), _mm512_set1_epi32(threshold));
+      const Vec<Key> index = iota<Vec<Key>>() + static_cast<Key>(first);
       write(columns + count, _mm512_maskz_compress_epi32(takes, std::bit_cast<__m512i>(index)));
       count += __builtin_popcount(takes);
       return;
@@ -117,8 +124,7 @@ struct Candidates {
 #endif
     if (!any(values >= threshold)) return;
     for (int64_t lane = 0; lane < kLanes<C>; ++lane) {
-      keys[count] = values[lane];
-      columns[count] = index[lane];
+      columns[count] = static_cast<Key>(first + lane);
       count += values[lane] >= threshold;
     }
   }
@@ -130,7 +136,7 @@ MMOE_INLINE Key threshold_of(const Key* keys, int64_t columns, int64_t buckets, 
   constexpr int64_t lanes = kBytes / sizeof(Key);
   for (int64_t first = 0; first < buckets; first += lanes) {
     Vec<Key> best = read<Vec<Key>>(keys + first);
-    for (int64_t i = first + buckets; i < columns; i += buckets) best = greater_of<Key>(best, read<Vec<Key>>(keys + i));
+    for (int64_t i = first + buckets; i < columns; i += buckets) best = greater_of(best, read<Vec<Key>>(keys + i));
     write(maxima + first, best);
   }
   constexpr Key most = std::numeric_limits<Key>::max();
@@ -149,7 +155,7 @@ MMOE_INLINE Key threshold_of(const Key* keys, int64_t columns, int64_t buckets, 
 
 // Group-limited selection: the keys of the experts outside the best groups become kNever.
 template <typename C>
-void keep_best_groups(const RouterOptions& options, KeyOf<C>* keys, Candidates<C> groups) {
+void keep_best_groups(const RouterOptions& options, KeyOf<C>* keys, KeyOf<C>* scores, Candidates<C> groups) {
   using Key = KeyOf<C>;
   const int64_t size = options.experts / options.selection_groups;
   groups.count = options.selection_groups;
@@ -162,7 +168,8 @@ void keep_best_groups(const RouterOptions& options, KeyOf<C>* keys, Candidates<C
       second = lower < second ? second : lower;
     }
     const C score = value_of<C>(best) + value_of<C>(second);
-    groups.keys[group] = key_of<C>(broadcast(score))[0];
+    scores[group] = key_of<C>(broadcast(score))[0];
+    groups.columns[group] = static_cast<Key>(group);
   }
   groups.rank();
   for (int64_t group = 0; group < groups.count; ++group) {
@@ -171,18 +178,16 @@ void keep_best_groups(const RouterOptions& options, KeyOf<C>* keys, Candidates<C
   }
 }
 
-// The columns of the k best keys, falling, in chosen.keys. `keys` is padded with kNever to whole buckets.
+// The columns of the k best keys, falling, in chosen.keys. chosen.all is padded with kNever to whole buckets.
 template <typename C>
-MMOE_INLINE void select(const KeyOf<C>* keys, const RouterScratch& sizes, int64_t k, Candidates<C>& chosen) {
+MMOE_INLINE void select(const RouterScratch& sizes, int64_t k, Candidates<C>& chosen) {
   using Key = KeyOf<C>;
   constexpr int64_t lanes = kLanes<C>;
   chosen.count = 0;
-  // The list of maxima is not needed when the candidates come.
   Key bound = kNever<C> + 1;
-  if (sizes.columns > sizes.buckets) bound = threshold_of(keys, sizes.columns, sizes.buckets, k, chosen.keys);
-  Vec<Key> index = iota<Vec<Key>>();
-  for (int64_t i = 0; i < sizes.columns; i += lanes, index += static_cast<Key>(lanes)) {
-    chosen.append(read<Vec<Key>>(keys + i), index, bound);
+  if (sizes.columns > sizes.buckets) bound = threshold_of(chosen.all, sizes.columns, sizes.buckets, k, chosen.keys);
+  for (int64_t i = 0; i < sizes.columns; i += lanes) {
+    chosen.append(read<Vec<Key>>(chosen.all + i), i, bound);
     if (chosen.count > sizes.candidates - lanes) bound = chosen.prune(k);
   }
   chosen.rank();
@@ -203,9 +208,10 @@ void forward(const RouterOptions& options, const RouterForward<C>& tensors, cons
   C* const mass = bias + sizes.columns;
   Key* const keys = reinterpret_cast<Key*>(mass + sizes.columns);
   Key* const lists = keys + sizes.columns;
-  Candidates<C> chosen{lists, lists + sizes.candidates, lists + 2 * sizes.candidates, 0};
-  Key* const group_lists = lists + 3 * sizes.candidates;
-  const Candidates<C> groups{group_lists, nullptr, group_lists + sizes.groups, 0};
+  Candidates<C> chosen{keys, lists, lists + sizes.candidates, lists + 2 * sizes.candidates, 0};
+  Key* const group_scores = lists + 3 * sizes.candidates;
+  Key* const group_lists = group_scores + sizes.groups;
+  const Candidates<C> groups{group_scores, group_lists, group_lists + sizes.groups, group_lists + 2 * sizes.groups, 0};
 
   std::memcpy(bias, tensors.bias, columns * sizeof(C));
   for (int64_t i = columns; i < sizes.columns; ++i) bias[i] = 0;
@@ -221,10 +227,16 @@ void forward(const RouterOptions& options, const RouterForward<C>& tensors, cons
     Vec<C> total{};
     C largest = 0;
     if (options.score == Score::softmax) {
-      Vec<C> most = broadcast(-std::numeric_limits<C>::infinity());
-      for (int64_t i = 0; i < body; i += lanes) most = max(most, load(row + i));
+      // NaN may get lost here: its own exponential brings it back.
       const Vec<C> rest = load_first(row + body, columns - body, -std::numeric_limits<C>::infinity());
-      largest = max_of(max(most, rest));
+      Vec<C> most = rest, others = rest;
+      int64_t first = 0;
+      for (; first + 2 * lanes <= body; first += 2 * lanes) {
+        most = greater_of(load(row + first), most);
+        others = greater_of(load(row + first + lanes), others);
+      }
+      if (first < body) most = greater_of(load(row + first), most);
+      largest = max_of(greater_of(most, others));
       const auto exponential = [&](int64_t i, Vec<C> logits) {
         const Vec<C> values = exp(logits - largest);
         total += values;
@@ -254,9 +266,9 @@ void forward(const RouterOptions& options, const RouterForward<C>& tensors, cons
       write(keys + i, key_of<C>(values * score_factor + load(bias + i)));
     }
     for (int64_t i = columns; i < filled; ++i) keys[i] = kNever<C>;
-    if (options.selection_groups > 1) keep_best_groups(options, keys, groups);
+    if (options.selection_groups > 1) keep_best_groups(options, keys, group_scores, groups);
 
-    select(keys, sizes, k, chosen);
+    select(sizes, k, chosen);
     int64_t* ids = tensors.ids + token * k;
     for (int64_t j = 0; j < k; ++j) ids[j] = chosen.keys[j];
 

@@ -46,7 +46,7 @@ struct RouterScratch {
     const int64_t buckets = up(2 * options.top_k, 32);
     return {buckets, up(options.columns, buckets), 2 * buckets, up(options.selection_groups, 32)};
   }
-  int64_t forward() const { return 4 * columns + 3 * candidates + 2 * groups; }
+  int64_t forward() const { return 4 * columns + 3 * candidates + 4 * groups; }
   int64_t backward() const { return 3 * (columns + 16) + buckets; }
 };
 
