@@ -116,7 +116,8 @@ class Object(NamedTuple):
 def objects_of(name: str, sources: list[str]) -> list[Object]:
     """What the library of the extension `name` is made of."""
     if name == HOST:
-        flags = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
+        flags = [f"-I{ROOT / 'csrc'}", "-isystem", pybind11.get_include()]
+        flags += ["-isystem", sysconfig.get_path("include")]
         return [Object(f"{source}.o", source, CXX, CXX_FLAGS + flags) for source in sources]
     nvcc = find_nvcc() or ""
     made = []
