@@ -2,6 +2,7 @@
 // ds = a * (da - sum over the keys of a * da). For an absorbed encoder the LayerNorm's two means need no pass of their
 // own: with dx^ = sum over the heads of ds * absorbed + a * grad_pooled, the mean of dx^ follows from the sums of the
 // rows of absorbed and grad_pooled, the mean of dx^ * x^ from the products that gave the scores.
+#include "common/stream.h"
 #include "sva/sva_simd_parts.h"
 
 namespace mmoe::MMOE_SIMD {
@@ -27,7 +28,7 @@ void slope(C* scores, C* slopes, const C* lse, int64_t keys, int64_t heads, int6
 }
 
 // The gradients of one key and value, and what the key adds to that of q.
-template <typename T, typename C>
+template <bool kStream, typename T, typename C>
 void grad_projected(const Space<C>& space, const C* a, const C* ds, const T* key, int64_t heads, int64_t width,
                     T* grad_key, T* grad_value) {
   constexpr int64_t lanes = kLanes<T>;
@@ -36,11 +37,24 @@ void grad_projected(const Space<C>& space, const C* a, const C* ds, const T* key
     C* grad_q = space.out + head * space.row;
     const T* from = key + head * width;
     T *to_key = grad_key + head * width, *to_value = grad_value + head * width;
+    const auto add_to_q = [&](int64_t i) __attribute__((always_inline)) {
+      store(grad_q + i, load(grad_q + i) + ds[head] * load(from + i));
+    };
     int64_t i = 0;
+    for (; i + kPerLine<T> <= width; i += kPerLine<T>) {
+      Vec<C> of_key[kVectorsPerLine<T>], of_value[kVectorsPerLine<T>];
+      for (int v = 0; v < kVectorsPerLine<T>; ++v) {
+        of_key[v] = ds[head] * load(q + i + v * lanes);
+        of_value[v] = a[head] * load(grad + i + v * lanes);
+        add_to_q(i + v * lanes);
+      }
+      store_line_of<kStream>(to_key + i, of_key);
+      store_line_of<kStream>(to_value + i, of_value);
+    }
     for (; i + lanes <= width; i += lanes) {
       store(to_key + i, ds[head] * load(q + i));
       store(to_value + i, a[head] * load(grad + i));
-      store(grad_q + i, load(grad_q + i) + ds[head] * load(from + i));
+      add_to_q(i);
     }
     if (i == width) continue;
     store_first(to_key + i, ds[head] * load(q + i), width - i);
@@ -174,8 +188,9 @@ void backward(const SvaArguments<T, C>& args, C* memory, int64_t begin, int64_t 
       const int64_t image = place.image * window.all * args.rows * args.columns * row_size;
       for (int64_t k = 0; k < window.taking_part; ++k, ++key) {
         const int64_t cell = window.cell[k] * row_size;
-        grad_projected(space, space.scores + key * pitch, space.slopes + key * pitch, keys_image + cell, heads, width,
-                       to.grad_keys + image + cell, to.grad_values + image + cell);
+        const auto grad = to.stream ? grad_projected<true, T, C> : grad_projected<false, T, C>;
+        grad(space, space.scores + key * pitch, space.slopes + key * pitch, keys_image + cell, heads, width,
+             to.grad_keys + image + cell, to.grad_values + image + cell);
       }
       for (int64_t k = window.taking_part; k < window.all; ++k) {
         const int64_t cell = image + window.cell[k] * row_size;
@@ -201,6 +216,7 @@ void backward(const SvaArguments<T, C>& args, C* memory, int64_t begin, int64_t 
       key += window.taking_part;
     }
   }
+  end_stream();
 }
 
 template void backward(const SvaArguments<float, float>&, float*, int64_t, int64_t);

@@ -11,6 +11,9 @@ namespace {
 using torch::headeronly::BFloat16;
 
 constexpr int64_t kQueriesPerTask = 4;
+// A gradient of more bytes is written past the caches: whoever reads it next would not find it there anyway.
+constexpr int64_t kStreamBytes = 16 << 20;
+constexpr int64_t kLine = 64;
 
 // Calls body(kernels of the dtype, T{}, C{}).
 template <typename Body>
@@ -50,6 +53,8 @@ template <typename T>
 const T* data_or_null(const Tensor& tensor) {
   return tensor.numel() == 0 ? nullptr : tensor.const_data_ptr<T>();
 }
+
+bool on_line(const void* data) { return reinterpret_cast<uintptr_t>(data) % kLine == 0; }
 
 SvaMask mask_of(const Tensor& mask) { return {data_or_null<bool>(mask), mask.numel() == 0 ? 0 : mask.stride(0)}; }
 
@@ -162,8 +167,11 @@ SvaGradients sva_backward_cpu(Tensor grad_out_any, Tensors grad_pooled_any, Tens
     using C = decltype(c);
     Arguments<T, C> arguments(in, pooled, mass, eps);
     for (size_t i = 0; i < keys.size(); ++i) {
-      arguments.projected[i].grad_keys = grad_keys[i].mutable_data_ptr<T>();
-      arguments.projected[i].grad_values = grad_values[i].mutable_data_ptr<T>();
+      SvaProjected<T>& part = arguments.projected[i];
+      part.grad_keys = grad_keys[i].mutable_data_ptr<T>();
+      part.grad_values = grad_values[i].mutable_data_ptr<T>();
+      part.stream = grad_keys[i].numel() * static_cast<int64_t>(sizeof(T)) > kStreamBytes &&
+                    in.sizes.width * sizeof(T) % kLine == 0 && on_line(part.grad_keys) && on_line(part.grad_values);
     }
     for (size_t j = 0; j < features.size(); ++j) {
       SvaAbsorbed<T, C>& part = arguments.absorbed[j];

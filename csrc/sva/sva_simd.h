@@ -21,6 +21,7 @@ struct SvaProjected {
   const T *keys, *values;
   int64_t keys_image, values_image;
   T *grad_keys, *grad_values;  // contiguous; null in the forward, as everything named grad_
+  bool stream;                 // the gradients do not fit the caches, and their rows are whole cache lines
   SvaMask mask;
   int64_t window;  // m
 };

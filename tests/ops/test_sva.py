@@ -369,6 +369,11 @@ def test_core_at_the_sizes_of_cambrian(dtype, masked):
     compare(core(1, 2, 16, 64, [1, 1, 1], [(4, 1024)], dtype, masked))
 
 
+def test_gradients_larger_than_the_caches():
+    """They are written past them; the window of 64 keys makes 19 MB of 12 × 12 queries."""
+    compare(core(1, 12, 8, 64, [8], [], torch.float32, masked=True))
+
+
 def test_one_channel_normalises_to_nothing():
     given = core(1, 2, 2, 3, [1], [(2, 1)], torch.float32)
     out, lse, pooled, mass = torch.ops.mmoe.sva(*given, 1e-5)
