@@ -1,4 +1,4 @@
-"""What the compiler made of each kernel: ptxas' report, the machine code, and the occupancy that follows."""
+"""What the compiler made of each kernel: its resources, its machine code, and the occupancy that follows."""
 
 import importlib.metadata
 import os
@@ -10,12 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-PTXAS = re.compile(
-    r"Compiling entry function '(?P<symbol>\w+)' for '(?P<arch>\w+)'.*?"
-    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
-    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
-    re.DOTALL,
-)
+RESOURCES = re.compile(r"Function (?P<symbol>\w+):\n\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 # Of a multiprocessor, by architecture: bytes of shared memory. Registers, warps and blocks are the same on all three.
 SHARED = {"sm_80": 164 * 1024, "sm_90a": 228 * 1024, "sm_100": 228 * 1024}
@@ -29,7 +24,7 @@ class Kernel(NamedTuple):
     shared: int
     """Static shared memory, bytes."""
     stack: int
-    spills: int
+    local: int
     instructions: Counter[str]
 
     def count(self, pattern: str) -> int:
@@ -44,23 +39,18 @@ class Kernel(NamedTuple):
         return min(by_registers, by_shared, WARPS // warps, BLOCKS) * warps / WARPS
 
 
-def kernels(library: Path, log: str) -> dict[tuple[str, str], Kernel]:
-    """Every kernel of a build by (name, architecture), from the library and what the compilers printed."""
-    reports = {(found["symbol"], found["arch"]): found for found in PTXAS.finditer(log)}
+def kernels(library: Path) -> dict[tuple[str, str], Kernel]:
+    """Every kernel of the library by (name, architecture)."""
     code = machine_code(library)
     threads = block_sizes(library)
-    names = demangled({symbol for symbol, _ in reports})
-    return {
-        (names[symbol], arch): Kernel(
-            threads[symbol],
-            int(found["registers"]),
-            sum(int(size) for size in re.findall(r"(\d+) bytes smem", found["rest"])),
-            int(found["stack"]),
-            int(found["stores"]) + int(found["loads"]),
-            code[symbol, arch],
-        )
-        for (symbol, arch), found in reports.items()
-    }
+    names = demangled(set(threads))
+    found = {}
+    for part in cuobjdump("-res-usage", library).split("arch = ")[1:]:
+        arch = part.split(maxsplit=1)[0]
+        for symbol, registers, stack, shared, local in RESOURCES.findall(part):
+            sizes = int(registers), int(shared), int(stack), int(local)
+            found[names[symbol], arch] = Kernel(threads[symbol], *sizes, code[symbol, arch])
+    return found
 
 
 def machine_code(library: Path) -> dict[tuple[str, str], Counter[str]]:
