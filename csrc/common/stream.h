@@ -62,16 +62,29 @@ constexpr int64_t kPerLine = kLineBytes / static_cast<int64_t>(sizeof(T));
 template <typename T>
 constexpr int64_t kVectorsPerLine = kPerLine<T> / kLanes<T>;
 
-// One line of T out of kVectorsPerLine<T> vectors.
-template <bool kStream, typename T>
-MMOE_INLINE void store_line_of(T* to, const Vec<Compute<T>> (&values)[kVectorsPerLine<T>]) {
-  if constexpr (!kStream) {
-    for (int i = 0; i < kVectorsPerLine<T>; ++i) store(to + i * kLanes<T>, values[i]);
-  } else {
-    T packed[kPerLine<T>];
-    for (int i = 0; i < kVectorsPerLine<T>; ++i) store(packed + i * kLanes<T>, values[i]);
-    store_line<true>(to, load_line(packed));
+MMOE_INLINE Register join(Halves low, Halves high) {
+#if defined(__AVX512F__)
+  return std::bit_cast<Register>(
+      _mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512(std::bit_cast<__m256i>(low)), std::bit_cast<__m256i>(high), 1));
+#elif defined(__AVX2__)
+  return std::bit_cast<Register>(_mm256_set_m128i(std::bit_cast<__m128i>(high), std::bit_cast<__m128i>(low)));
+#else
+  return std::bit_cast<Register>(Vec<uint64_t>{std::bit_cast<uint64_t>(low), std::bit_cast<uint64_t>(high)});
+#endif
+}
+
+// One line of T, rounded from kVectorsPerLine<T> vectors.
+template <typename T>
+MMOE_INLINE Line line_of(const Vec<Compute<T>> (&values)[kVectorsPerLine<T>]) {
+  Line line;
+  for (int i = 0; i < kRegistersPerLine; ++i) {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      line.part[i] = join(round_to_bf16(values[2 * i]), round_to_bf16(values[2 * i + 1]));
+    } else {
+      line.part[i] = std::bit_cast<Register>(values[i]);
+    }
   }
+  return line;
 }
 
 }  // namespace mmoe::MMOE_SIMD

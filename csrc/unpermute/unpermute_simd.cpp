@@ -5,45 +5,50 @@
 namespace mmoe::MMOE_SIMD {
 namespace {
 
-// Sums kCount vectors at a time over all slots: a token's rows are read side by side, each once.
+// A token's rows are read side by side, so many columns at a time that their sums stay in registers.
+constexpr int kColumns = 8;
+// The hardware follows so many short runs too late for bf16.
+constexpr int64_t kPrefetchBytes = 1024;
+
+// totals[i] += factor * from[i], vectors.
+template <typename T, typename C, size_t kCount>
+MMOE_INLINE void add_scaled(Vec<C> (&totals)[kCount], C factor, const T* from) {
+  for (size_t i = 0; i < kCount; ++i) totals[i] += factor * load(from + i * kLanes<T>);
+}
+
 template <typename T, typename C>
 void forward(const T* rows, const int32_t* row_of_slot, const C* weights, const T* x, const C* identity, T* out,
              int64_t top_k, int64_t width, int64_t begin, int64_t end) {
-  constexpr int64_t lanes = kLanes<T>, block = 4 * lanes;
+  constexpr int64_t lanes = kLanes<T>, block = kColumns * lanes;
   for (int64_t token = begin; token < end; ++token) {
-    const int32_t* row = row_of_slot + token * top_k;
-    const auto weight = [&](int64_t j) { return weights == nullptr ? C(1) : weights[token * top_k + j]; };
-    const auto sum_of = [&](auto& totals, auto&& load_at) {
+    const int32_t* row_of = row_of_slot + token * top_k;
+    // Calls add(factor, row) for every term of the sum, in order.
+    const auto for_each_term = [&](auto&& add) {
       for (int64_t j = 0; j < top_k; ++j) {
-        if (row[j] < 0) continue;
-        const C factor = weight(j);
-        for (int i = 0; i < static_cast<int>(std::size(totals)); ++i) {
-          totals[i] += factor * load_at(rows + row[j] * width, i);
-        }
+        if (row_of[j] >= 0) add(weights == nullptr ? C(1) : weights[token * top_k + j], rows + row_of[j] * width);
       }
-      if (x == nullptr) return;
-      for (int i = 0; i < static_cast<int>(std::size(totals)); ++i) {
-        totals[i] += identity[token] * load_at(x + token * width, i);
-      }
+      if (x != nullptr) add(identity[token], x + token * width);
     };
+    T* to = out + token * width;
     int64_t column = 0;
     for (; column + block <= width; column += block) {
-      Vec<C> totals[4]{};
-      sum_of(totals, [&](const T* from, int64_t i) { return load(from + column + i * lanes); });
-      for (int64_t i = 0; i < 4; ++i) store(out + token * width + column + i * lanes, totals[i]);
-    }
-    for (; column < width; column += lanes) {
-      const int64_t count = std::min(lanes, width - column);
-      Vec<C> total[1]{};
-      sum_of(total, [&](const T* from, int64_t) {
-        return count == lanes ? load(from + column) : load_first(from + column, count, C(0));
+      Vec<C> totals[kColumns]{};
+      for_each_term([&](C factor, const T* row) {
+        const char* ahead = reinterpret_cast<const char*>(row + column) + kPrefetchBytes;
+        for (int64_t i = 0; i < block * static_cast<int64_t>(sizeof(T)); i += kLineBytes) __builtin_prefetch(ahead + i);
+        add_scaled(totals, factor, row + column);
       });
-      if (count == lanes) {
-        store(out + token * width + column, total[0]);
-      } else {
-        store_first(out + token * width + column, total[0], count);
-      }
+      for (int64_t i = 0; i < kColumns; ++i) store(to + column + i * lanes, totals[i]);
     }
+    for (; column + lanes <= width; column += lanes) {
+      Vec<C> total[1]{};
+      for_each_term([&](C factor, const T* row) { add_scaled(total, factor, row + column); });
+      store(to + column, total[0]);
+    }
+    if (column == width) continue;
+    Vec<C> total{};
+    for_each_term([&](C factor, const T* row) { total += factor * load_first(row + column, width - column, C(0)); });
+    store_first(to + column, total, width - column);
   }
 }
 
@@ -60,7 +65,7 @@ MMOE_INLINE C scale_and_dot(const T* grad, const T* values, C factor, T* scaled,
       totals[i] += g * load(values + column + i * lanes);
       products[i] = factor * g;
     }
-    store_line_of<kStream>(scaled + column, products);
+    store_line<kStream>(scaled + column, line_of<T>(products));
   }
   for (; column < width; column += lanes) {
     const int64_t count = std::min(lanes, width - column);
