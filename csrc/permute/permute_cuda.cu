@@ -41,20 +41,10 @@ Tensor permute_cuda(Tensor x_any, Tensor row_of_slot_any, Tensor slot_of_row_any
   return rows;
 }
 
-Tensor permute_backward_cuda(Tensor grad_rows_any, Tensor row_of_slot_any) {
-  check_permute_backward(grad_rows_any, row_of_slot_any);
-  const DeviceScope scope(grad_rows_any);
-  const Tensor grad_rows = torch::stable::contiguous(grad_rows_any);
-  const Tensor row_of_slot = torch::stable::contiguous(row_of_slot_any);
-  const int64_t tokens = row_of_slot.size(0), width = grad_rows.size(1);
-  Tensor grad_x = torch::stable::new_empty(grad_rows, {tokens, width});
-  for_device_type(grad_rows.scalar_type(), "permute: grad_rows", [&](auto type) {
-    using T = decltype(type);
-    launch_sum<T>("permute: backward", scope.stream(), static_cast<const T*>(grad_rows.const_data_ptr()),
-                  row_of_slot.const_data_ptr<int32_t>(), nullptr, nullptr, nullptr, grad_rows.size(0), tokens,
-                  row_of_slot.size(1), width, static_cast<T*>(grad_x.mutable_data_ptr()));
-  });
-  return grad_x;
+Tensor permute_backward_cuda(Tensor grad_rows, Tensor row_of_slot) {
+  check_permute_backward(grad_rows, row_of_slot);
+  return sum_rows("permute: grad_rows", torch::stable::contiguous(grad_rows), torch::stable::contiguous(row_of_slot),
+                  nullptr);
 }
 
 std::tuple<Tensor, Tensor> permute_fp8_cuda(Tensor x_any, Tensor row_of_slot_any, Tensor slot_of_row_any) {

@@ -33,7 +33,7 @@ __device__ __forceinline__ unsigned to_e4m3(float a, float b, float c, float d) 
 // d is a multiple of kBlock; where kVectors, x is aligned to 16 bytes. Shared: d / kBlock floats.
 // <<<tokens + ceil(rows / kPadRows), row_threads>>>
 template <typename T, bool kVectors>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(512, 2)
     fp8_kernel(const T* __restrict__ x, const int* __restrict__ row_of_slot, const int* __restrict__ slot_of_row,
                int tokens, int rows, int top_k, int width, unsigned char* __restrict__ out,
                float* __restrict__ scales) {

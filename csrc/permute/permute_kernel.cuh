@@ -16,7 +16,7 @@ constexpr int kHeld = 4;
 
 // Piece: uint4, or an element where rows are not aligned to 16 bytes. <<<tokens + ceil(rows / kPadRows), row_threads>>>
 template <typename Piece>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(512, 2)
     copy_kernel(const Piece* __restrict__ x, const int* __restrict__ row_of_slot, const int* __restrict__ slot_of_row,
                 int tokens, int rows, int top_k, int pieces, Piece* __restrict__ out) {
   const int block = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);

@@ -1,29 +1,42 @@
 // unpermute on CUDA: launch and registration.
 #include "common/library.h"
 #include "unpermute/unpermute.h"
+#include "unpermute/unpermute_kernel.cuh"
 #include "unpermute/unpermute_launch.h"
 
 namespace mmoe {
+
+Tensor sum_rows(const char* what, const Tensor& rows, const Tensor& row_of_slot, const Mix* mix) {
+  const DeviceScope scope(rows);
+  const int64_t tokens = row_of_slot.size(0), width = rows.size(1);
+  Tensor out = torch::stable::new_empty(rows, {tokens, width});
+  for_device_type(rows.scalar_type(), what, [&](auto type) {
+    using T = decltype(type);
+    const auto* from = static_cast<const T*>(rows.const_data_ptr());
+    const auto* x = mix != nullptr ? static_cast<const T*>(mix->x.const_data_ptr()) : nullptr;
+    auto* to = static_cast<T*>(out.mutable_data_ptr());
+    const bool vectors = rows_on_grid<T>(width, from, x, to);
+    const int64_t pieces = vectors ? width / kVector<T> : width;
+    if (tokens == 0 || pieces == 0) return;
+    auto* kernel = vectors ? unpermute::forward_kernel<T, true> : unpermute::forward_kernel<T, false>;
+    MMOE_LAUNCH(kernel, static_cast<unsigned>(tokens), row_threads(pieces, unpermute::kHeld), 0, scope.stream())
+    (from, row_of_slot.const_data_ptr<int32_t>(), mix != nullptr ? mix->weights.const_data_ptr<float>() : nullptr, x,
+     mix != nullptr ? mix->identity.const_data_ptr<float>() : nullptr, static_cast<int>(rows.size(0)),
+     static_cast<int>(row_of_slot.size(1)), static_cast<int>(pieces), to);
+    check_launch(what);
+  });
+  return out;
+}
+
 namespace {
 
 constexpr int64_t kMaxSharedBytes = 48 * 1024;
 
-Tensor unpermute_cuda(Tensor rows_any, Tensor row_of_slot_any, Tensor weights_any, Tensor x_any, Tensor identity_any,
+Tensor unpermute_cuda(Tensor rows, Tensor row_of_slot, Tensor weights, Tensor x, Tensor identity,
                       std::optional<Tensor> slot_of_row) {
-  check_unpermute(rows_any, row_of_slot_any, weights_any, x_any, identity_any, slot_of_row);
-  const DeviceScope scope(x_any);
-  const Tensor rows = torch::stable::contiguous(rows_any), row_of_slot = torch::stable::contiguous(row_of_slot_any);
-  const Tensor weights = torch::stable::contiguous(weights_any), x = torch::stable::contiguous(x_any);
-  const Tensor identity = torch::stable::contiguous(identity_any);
-  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
-  for_device_type(x.scalar_type(), "unpermute: x", [&](auto type) {
-    using T = decltype(type);
-    launch_sum("unpermute: forward_kernel", scope.stream(), static_cast<const T*>(rows.const_data_ptr()),
-               row_of_slot.const_data_ptr<int32_t>(), weights.const_data_ptr<float>(),
-               static_cast<const T*>(x.const_data_ptr()), identity.const_data_ptr<float>(), rows.size(0), x.size(0),
-               row_of_slot.size(1), x.size(1), static_cast<T*>(out.mutable_data_ptr()));
-  });
-  return out;
+  check_unpermute(rows, row_of_slot, weights, x, identity, slot_of_row);
+  const Mix mix{torch::stable::contiguous(weights), torch::stable::contiguous(x), torch::stable::contiguous(identity)};
+  return sum_rows("unpermute: rows", torch::stable::contiguous(rows), torch::stable::contiguous(row_of_slot), &mix);
 }
 
 UnpermuteGrads unpermute_backward_cuda(Tensor grad_out_any, Tensor rows_any, Tensor row_of_slot_any, Tensor weights_any,

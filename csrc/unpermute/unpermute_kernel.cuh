@@ -28,7 +28,7 @@ constexpr int kHeld = 2;
 // Where kVectors, the rows of every matrix are aligned to 16 bytes. Null weights are 1 each, null x is no identity term
 // (the gradient of permute). <<<tokens, row_threads>>>
 template <typename T, bool kVectors>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(512, 2)
     forward_kernel(const T* __restrict__ rows, const int* __restrict__ row_of_slot, const float* __restrict__ weights,
                    const T* __restrict__ x, const float* __restrict__ identity, int row_count, int top_k, int pieces,
                    T* __restrict__ out) {
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(512)
 // Where kVectors, as above. Shared: (threads / kWarp) * (top_k + 1) floats.
 // <<<tokens or, with slot_of_row, tokens + ceil(row_count / kPadRows), row_threads>>>
 template <typename T, bool kVectors>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(512, 2)
     backward_kernel(const T* __restrict__ grad_out, const T* __restrict__ rows, const int* __restrict__ row_of_slot,
                     const float* __restrict__ weights, const T* __restrict__ x, const float* __restrict__ identity,
                     const int* __restrict__ slot_of_row, int tokens, int row_count, int top_k, int pieces,
