@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "../permute/permute_heuristics.h"
 #include "../router/router_heuristics.h"
 #include "../sva/sva_heuristics.h"
 #include "order.h"
@@ -51,6 +52,8 @@ PYBIND11_MODULE(_host, m) {
         "The keyed permutation of [0, size) at each index, int64; O(1) each, without state.");
   m.def("pack", &pack, py::arg("tokens"), py::arg("images"), py::arg("max_tokens"), py::arg("max_images"),
         "The pack of each item, int32; -1 for an item that fits in no pack. Every pack holds something.");
+  m.def("row_threads", &mmoe::row_threads, py::arg("pieces"), py::arg("held"),
+        "CUDA threads of a block that takes `held` of a row's `pieces` a thread at a time (permute, unpermute).");
   m.def(
       "sva_projected_launch",
       [](std::int64_t heads, std::int64_t width, std::int64_t element_bytes, bool aligned, std::int64_t keys) {

@@ -29,10 +29,10 @@ def permute_fp8(
 ) -> PermuteFp8Output:
     """:func:`mmoe.ops.permute.permute` in e4m3, in blocks of 1 × 128 along d (DeepSeek-V3, arXiv 2412.19437, § 3.3).
 
-    Autograd casts the gradient of an FP8 tensor to FP8, so the gradient to ``x`` goes through ``straight_through``: zeros
-    of the shape of ``rows`` and the dtype of ``x`` in the memory of one number. The autograd function that consumes
-    ``rows`` and ``scales`` takes it as a third input and returns for it the gradient of what it read, rows · scales; the
-    quantisation counts as the identity.
+    Autograd casts the gradient of an FP8 tensor to FP8, so the gradient to ``x`` goes through ``straight_through``:
+    zeros of the shape of ``rows`` and the dtype of ``x`` in the memory of one number. The autograd function that
+    consumes ``rows`` and ``scales`` takes it as a third input and returns for it the gradient of what it read,
+    rows · scales; the quantisation counts as the identity.
 
     Args:
         x: [T, d], float32, bfloat16 or float16, d a multiple of 128. T may be 0. Takes gradient.

@@ -34,6 +34,33 @@ def router(ops: Any) -> None:
         ops.router_backward(weights, identity, probs, logits, valid, ids, stats, zeros, 2.0, score, True, 2, "scaled")
 
 
+def permute(ops: Any) -> None:
+    _, index = _routed(ops)
+    for dtype, width in [(torch.float32, 24), (torch.bfloat16, 7)]:
+        rows = ops.permute(torch.randn(5, width).to(dtype), *index)
+        ops.permute_backward(rows, index[0])
+
+
+def permute_fp8(ops: Any) -> None:
+    _, index = _routed(ops)
+    for dtype, start in [(torch.float32, 0), (torch.bfloat16, 2)]:
+        ops.permute_fp8(torch.randn(5 * 256 + start).to(dtype)[start:].view(5, 256), *index)
+
+
+def unpermute(ops: Any) -> None:
+    weights, (row_of_slot, slot_of_row) = _routed(ops)
+    for dtype, width in [(torch.float32, 264), (torch.bfloat16, 7)]:
+        x, rows = (torch.randn(count, width).to(dtype) for count in (5, len(slot_of_row)))
+        arguments = [rows, row_of_slot, weights, x, torch.rand(5), slot_of_row]
+        ops.unpermute_backward(ops.unpermute(*arguments), *arguments)
+
+
+def _routed(ops: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Weights of five tokens' slots, and where their rows lie, padding among them."""
+    row_of_slot, slot_of_row, _ = ops.permute_index(torch.arange(15).view(5, 3) % 7, 5, align=4, max_rows=40)
+    return torch.rand(5, 3), [row_of_slot, slot_of_row]
+
+
 def sva(ops: Any) -> None:
     """Vectors, then single elements; a projected encoder beside an absorbed one."""
     for dtype, m, width, channels in [(torch.float32, 1, 32, 8), (torch.bfloat16, 2, 31, 33)]:

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops import moving
 
 from mmoe.ops.permute import permute
 from mmoe.ops.unpermute import unpermute
@@ -57,6 +60,110 @@ def test_gradient_is_the_sum_over_a_tokens_slots():
     assert torch.autograd.gradcheck(lambda y: permute(y, ids_of("mixed"), N).rows, (x,))
     permute(x, ids_of("mixed"), N).rows.sum().backward()
     assert x.grad[:, 0].tolist() == [1, 2, 0, 2, 2]
+
+
+def compare(ids: torch.Tensor, experts: int, width: int, dtype: torch.dtype, **rows: int | None) -> None:
+    """Rows equal the reference's; the gradient is the float64 sum up to the rounding of k additions."""
+    x = torch.randn(len(ids), width, dtype=torch.float64).to(dtype).requires_grad_()
+    out, wanted = permute(x, ids, experts, **rows), reference.permute(x, ids, experts, **rows)
+    for name, one, other in zip(wanted._fields, out, wanted, strict=True):
+        assert torch.equal(one, other), name
+    upstream = torch.randn(out.rows.shape, dtype=torch.float64).to(dtype)
+    (grad,) = torch.autograd.grad(out.rows, x, upstream)
+    exact = x.detach().double().requires_grad_()
+    exact_rows = reference.permute(exact, ids, experts, **rows).rows
+    signed = upstream.double()
+    sums = [torch.autograd.grad(exact_rows, exact, each, retain_graph=True)[0] for each in (signed, signed.abs())]
+    moving.within(grad, *sums, ids.shape[1])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    tokens=st.integers(0, 9),
+    top_k=st.integers(0, 5),
+    width=st.integers(1, 300),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    align=st.sampled_from([1, 8, 128]),
+    spare=st.sampled_from([None, -3, 0, 5]),
+)
+def test_against_the_reference(tokens, top_k, width, dtype, align, spare):
+    ids = moving.draw_ids(tokens, top_k, 6, 3, seed=width)
+    needed = len(moving.permute_index(ids, 6, align).slot_of_row)
+    compare(ids, 6, width, dtype, align=align, max_rows=None if spare is None else max(0, needed + spare))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strided_and_shifted(dtype):
+    ids = moving.draw_ids(11, 4, 6, 3)
+    x = torch.randn(11, 48).to(dtype)
+    wanted = permute(x, ids, 6).rows
+    assert torch.equal(permute(x.t().contiguous().t(), ids, 6).rows, wanted)
+    assert torch.equal(permute(moving.shift(x), ids.t().contiguous().t(), 6).rows, wanted)
+
+
+def test_past_the_caches():
+    """More than the 32 MiB from which rows are written past the caches."""
+    x, ids = torch.randn(700, 6144), moving.draw_ids(700, 4, 6, 3)
+    out = permute(x, ids, 6, align=8)
+    assert out.rows.nbytes > 1 << 25
+    assert torch.equal(out.rows, reference.gather(x, out.row_of_slot, out.slot_of_row))
+
+
+def test_padding_of_rows_is_zero_whatever_x_holds():
+    ids = moving.draw_ids(5, 3, 6, 3)
+    out = permute(torch.full((5, 40), float("nan")), ids, 6, align=8, max_rows=70)
+    assert torch.equal(out.rows.isnan().all(1), out.slot_of_row >= 0)
+    assert not out.rows[out.slot_of_row < 0].any()
+
+
+def test_gradient_does_not_read_padding():
+    x = torch.randn(5, 40, requires_grad=True)
+    out = permute(x, moving.draw_ids(5, 3, 6, 3), 6, align=8)
+    upstream = torch.where(out.slot_of_row[:, None] < 0, torch.nan, torch.ones(40))
+    (grad,) = torch.autograd.grad(out.rows, x, upstream)
+    assert torch.equal(grad[:, 0], (out.row_of_slot >= 0).sum(1).float())
+
+
+@pytest.mark.parametrize("rows", [{}, {"align": 8, "max_rows": 100}])
+def test_opcheck(rows):
+    index = moving.permute_index(moving.draw_ids(5, 3, 6, 3), 6, **rows)
+    x = torch.randn(5, 40, requires_grad=True)
+    results = torch.library.opcheck(torch.ops.mmoe.permute.default, (x, index.row_of_slot, index.slot_of_row))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_compile():
+    """The number of rows depends on the data; with max_rows it does not, and there is one graph."""
+    x, ids = torch.randn(5, 40, requires_grad=True), moving.draw_ids(5, 3, 6, 3)
+
+    def rows_of(x: torch.Tensor) -> torch.Tensor:
+        return permute(x, ids, 6, align=8, max_rows=60).rows
+
+    out, wanted = torch.compile(rows_of, backend="aot_eager", fullgraph=True)(x), rows_of(x)
+    assert torch.equal(out, wanted)
+    assert torch.equal(*(torch.autograd.grad(rows.sum(), x)[0] for rows in (out, wanted)))
+
+
+def test_a_row_outside_is_refused():
+    row_of_slot, slot_of_row = torch.tensor([[3]], dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="row_of_slot must be in -1"):
+        torch.ops.mmoe.permute(torch.zeros(1, 2), row_of_slot, slot_of_row)
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    x, ids = torch.randn(300, 1000), moving.draw_ids(300, 6, 6, 3)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            leaf = x.clone().requires_grad_()
+            rows = permute(leaf, ids, 6, align=8).rows
+            rows.square().sum().backward()
+            results.append((rows.detach(), leaf.grad))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
