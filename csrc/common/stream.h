@@ -64,8 +64,8 @@ constexpr int64_t kVectorsPerLine = kPerLine<T> / kLanes<T>;
 
 MMOE_INLINE Register join(Halves low, Halves high) {
 #if defined(__AVX512F__)
-  return std::bit_cast<Register>(
-      _mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512(std::bit_cast<__m256i>(low)), std::bit_cast<__m256i>(high), 1));
+  return std::bit_cast<Register>(_mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512(std::bit_cast<__m256i>(low)),
+                                                          std::bit_cast<__m256i>(high), 1));
 #elif defined(__AVX2__)
   return std::bit_cast<Register>(_mm256_set_m128i(std::bit_cast<__m128i>(high), std::bit_cast<__m128i>(low)));
 #else

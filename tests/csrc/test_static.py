@@ -20,17 +20,21 @@ GOLDEN = Path(__file__).with_name("kernels.toml")
 NO_WIDE_LOADS = {
     "hidden_z_loss::backward_kernel<float, true> on sm_100": "nvcc 13.0 makes two 64-bit loads of each there",
     "hidden_z_loss::mean_kernel": "reads a number a token",
+    "permute::copy_kernel<unsigned": "the scalar paths",
     "permute_index::": "reads an id a slot; ranks need the lanes in order",
 }
 NO_WIDE_STORES = {
     "hidden_z_loss::lse_kernel": "writes a number a token",
     "hidden_z_loss::mean_kernel": "writes two numbers",
+    "permute::copy_kernel<unsigned": "the scalar paths",
     "permute_index::": "rows and slots are scattered",
 }
 # Dynamic shared memory at the largest shape of docs/targets.md, bytes.
 DYNAMIC_SHARED = {
+    "permute::fp8_kernel": 6144 // 128 * 4,
     "permute_index::count_kernel": (512 + 2) * 4,
     "permute_index::place_kernel": (512 + 2) * 4,
+    "unpermute::backward_kernel": 384 // 32 * (12 + 1) * 4,
 }
 # Kernels that hold less than half of a multiprocessor's warps, by the reason.
 LOW_OCCUPANCY = {
