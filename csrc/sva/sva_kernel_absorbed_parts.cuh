@@ -14,6 +14,7 @@ constexpr int kAbsorbedThreads = 256;
 constexpr int kAbsorbedBlocks = 2;  // of a multiprocessor, at least: shared memory holds no more of the usual shapes
 constexpr int kAbsorbedWarps = kAbsorbedThreads / kWarp;
 constexpr int kTileRows = kWarp / kKeysOfTile;  // so that each lane ends up with one dot product of a tile
+constexpr int kHeld = 4;                        // items of a row in registers: rows of 512 floats, of 1024 halves
 constexpr int kSums = 4;                        // that a warp makes at a time, of a vector a lane each
 
 template <typename T>
@@ -151,10 +152,82 @@ __device__ void stage_positions(const Absorbed<T>& args, unsigned char* memory) 
   __syncthreads();
 }
 
+// The moments of a row of at most kHeld items a lane, and its x^ to `kept`. The row is held in registers meanwhile, so
+// that it and the positions are read once.
+template <typename T>
+__device__ __forceinline__ float2 normalise_held(const Seen<T, true>& seen, const T* row, int cell, float eps,
+                                                 T* kept) {
+  using Item = Item<T, true>;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const float channels = static_cast<float>(seen.at.channels);
+  float x[kHeld][Item::kCount], sum = 0.0f, squares = 0.0f;
+#pragma unroll
+  for (int held = 0; held < kHeld; ++held) {
+    const int item = lane + held * kWarp;
+    if (item >= seen.items) continue;
+    Item::read(row + item * Item::kCount, x[held]);
+    seen.add_position(cell, item, x[held]);
+#pragma unroll
+    for (int i = 0; i < Item::kCount; ++i) sum += x[held][i];
+  }
+  const float mean = warp_sum(sum) / channels;
+#pragma unroll
+  for (int held = 0; held < kHeld; ++held) {
+    if (lane + held * kWarp >= seen.items) continue;
+#pragma unroll
+    for (int i = 0; i < Item::kCount; ++i) squares = fmaf(x[held][i] - mean, x[held][i] - mean, squares);
+  }
+  const float2 moment = make_float2(mean, rsqrtf(warp_sum(squares) / channels + eps));
+#pragma unroll
+  for (int held = 0; held < kHeld; ++held) {
+    const int item = lane + held * kWarp;
+    if (item >= seen.items) continue;
+    seen.normalise(moment, x[held]);
+    Item::write(kept + item * Item::kCount, x[held]);
+  }
+  return moment;
+}
+
+// The same of a row of any length, which is read again, from shared memory where it is kept, for every step.
+template <typename T, bool kStaged>
+__device__ __forceinline__ float2 normalise_row(const Seen<T, kStaged>& seen, const T* row, int cell, float eps,
+                                                T* kept) {
+  using Item = Item<T, kStaged>;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const float channels = static_cast<float>(seen.at.channels);
+  float x[Item::kCount], sum = 0.0f, squares = 0.0f;
+#pragma unroll 4
+  for (int item = lane; item < seen.items; item += kWarp) {
+    Item::read(row + item * Item::kCount, x);
+    if constexpr (kStaged) Item::write(kept + item * Item::kCount, x);
+    seen.add_position(cell, item, x);
+#pragma unroll
+    for (int i = 0; i < Item::kCount; ++i) sum += x[i];
+  }
+  const float mean = warp_sum(sum) / channels;
+  // A lane reads back only what it wrote.
+  const T* source = kStaged ? kept : row;
+  for (int item = lane; item < seen.items; item += kWarp) {
+    Item::read(source + item * Item::kCount, x);
+    seen.add_position(cell, item, x);
+#pragma unroll
+    for (int i = 0; i < Item::kCount; ++i) squares = fmaf(x[i] - mean, x[i] - mean, squares);
+  }
+  const float2 moment = make_float2(mean, rsqrtf(warp_sum(squares) / channels + eps));
+  if constexpr (kStaged) {
+    for (int item = lane; item < seen.items; item += kWarp) {
+      Item::read(kept + item * Item::kCount, x);
+      seen.add_position(cell, item, x);
+      seen.normalise(moment, x);
+      Item::write(kept + item * Item::kCount, x);
+    }
+  }
+  return moment;
+}
+
 // The moments of the window's keys, and where it has a place their x^, a warp a key.
 template <typename T, bool kStaged>
 __device__ void normalise_window(const Absorbed<T>& args, const Query& query, int encoder, unsigned char* memory) {
-  using Item = Item<T, kStaged>;
   const Seen<T, kStaged> seen(args, query, encoder, memory);
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const unsigned long long valid =
@@ -166,40 +239,17 @@ __device__ void normalise_window(const Absorbed<T>& args, const Query& query, in
     if ((key + encoder) % kAbsorbedWarps != warp) continue;
     const int cell = __ffsll(static_cast<long long>(left)) - 1;
     const T* row = seen.row(args.queries, query, cell);
-    T* kept = nullptr;
-    if constexpr (kStaged) kept = seen.normed + key * seen.at.channels;
-    float x[Item::kCount], sum = 0.0f;
-#pragma unroll 4
-    for (int item = lane; item < seen.items; item += kWarp) {
-      Item::read(row + item * Item::kCount, x);
-      if constexpr (kStaged) Item::write(kept + item * Item::kCount, x);
-      seen.add_position(cell, item, x);
-#pragma unroll
-      for (int i = 0; i < Item::kCount; ++i) sum += x[i];
+    float2 moment;
+    if constexpr (kStaged) {
+      T* kept = seen.normed + key * seen.at.channels;
+      moment = seen.items <= kHeld * kWarp ? normalise_held(seen, row, cell, args.eps, kept)
+                                           : normalise_row(seen, row, cell, args.eps, kept);
+    } else {
+      moment = normalise_row<T, kStaged>(seen, row, cell, args.eps, nullptr);
     }
-    const float mean = warp_sum(sum) / static_cast<float>(seen.at.channels);
-    // A lane reads back only what it wrote.
-    const T* source = kStaged ? kept : row;
-    float squares = 0.0f;
-    for (int item = lane; item < seen.items; item += kWarp) {
-      Item::read(source + item * Item::kCount, x);
-      seen.add_position(cell, item, x);
-#pragma unroll
-      for (int i = 0; i < Item::kCount; ++i) squares = fmaf(x[i] - mean, x[i] - mean, squares);
-    }
-    const float variance = warp_sum(squares) / static_cast<float>(seen.at.channels);
-    const float2 moment = make_float2(mean, rsqrtf(variance + args.eps));
     if (lane == 0) {
       seen.moments[key] = moment;
       seen.cells[key] = cell;
-    }
-    if constexpr (kStaged) {
-      for (int item = lane; item < seen.items; item += kWarp) {
-        Item::read(kept + item * Item::kCount, x);
-        seen.add_position(cell, item, x);
-        seen.normalise(moment, x);
-        Item::write(kept + item * Item::kCount, x);
-      }
     }
   }
 }

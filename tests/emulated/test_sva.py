@@ -219,6 +219,7 @@ CASES = [
     Case(1, 1, 2, 4, 64, (1, 1, 1), ((4, 256),)),
     Case(1, 2, 1, 2, 64, (2, 1), ((2, 72), (4, 24)), masked=True),
     Case(1, 1, 1, 1, 32, (1,), ((8, 32),), masked=True),
+    Case(1, 1, 2, 1, 32, (), ((2, 1064),)),  # more channels than a warp holds in registers
     Case(1, 1, 1, 5, 24, (3,), ((5, 33), (6, 7), (7, 5)), masked=True),
 ]
 
