@@ -14,8 +14,9 @@
 //
 // Bytes moved a query, K keys of C channels, b bytes an element: forward b C (K + 2 H), backward b C (2 K + 4 H), the
 // floor; and K b C for positions, once a block, or once a query where sva_heuristics.h found no room for them (three
-// times for rows longer than kHeld items a lane): those reads are of rows that every query shares, so of the caches. Where x^ itself has no place or rows lie off the
-// vector grid, a lane takes one element at a time and makes x^ again, from the caches, wherever it is needed.
+// times for rows longer than kHeld items a lane): those reads are of rows that every query shares, so of the caches.
+// Where x^ itself has no place or rows lie off the vector grid, a lane takes one element at a time and makes x^ again,
+// from the caches, wherever it is needed.
 //
 // Occupancy is 25%, two blocks a multiprocessor: x^, and absorbed and grad_pooled in the backward, of two queries fill
 // its shared memory. A block has 16 KiB or more of loads under way while it reads, and its neighbour computes then.
