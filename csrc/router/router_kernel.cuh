@@ -38,7 +38,7 @@ struct Forward {
 
 // Shared memory: bias [room], counts [room], sums [warps, room], lists [warps]; room = 128 kVectors.
 template <int kVectors, bool kAligned>
-__global__ void __launch_bounds__(most_threads(kVectors))
+__global__ void __launch_bounds__(most_threads(kVectors), 1)
     forward_kernel(Forward tensors, RouterOptions options, int64_t tokens) {
   using Own = Row<kVectors, kAligned>;
   MMOE_DYNAMIC_SHARED(float, shared);
@@ -66,6 +66,10 @@ __global__ void __launch_bounds__(most_threads(kVectors))
     row.load(tensors.logits + token * columns, columns);
     const bool counted = tensors.valid == nullptr || tensors.valid[token];
     const float2 stats = score_row(row, options.score);
+    if (lane == 0) {
+      tensors.stats[2 * token] = stats.x;
+      tensors.stats[2 * token + 1] = stats.y;
+    }
     if (counted) row.add_to_shared(own_sums, options.score == Score::softmax ? 1.0f : stats.y);
 
     const Eligible eligible = eligible_of(row, bias, options);
@@ -85,8 +89,6 @@ __global__ void __launch_bounds__(most_threads(kVectors))
     }
     if (lane == 0) {
       tensors.identity_weight[token] = counted && options.identity != Identity::drop ? identity : 0.0f;
-      tensors.stats[2 * token] = stats.x;
-      tensors.stats[2 * token + 1] = stats.y;
     }
   }
   __syncthreads();

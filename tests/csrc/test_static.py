@@ -22,22 +22,34 @@ NO_WIDE_LOADS = {
     "hidden_z_loss::mean_kernel": "reads a number a token",
     "permute::copy_kernel<unsigned": "the scalar paths",
     "permute_index::": "reads an id a slot; ranks need the lanes in order",
+    "router::backward_kernel<1,": "the scalar path",
+    "router::sum_kernel": "reads a number a block",
 }
 NO_WIDE_STORES = {
     "hidden_z_loss::lse_kernel": "writes a number a token",
     "hidden_z_loss::mean_kernel": "writes two numbers",
     "permute::copy_kernel<unsigned": "the scalar paths",
     "permute_index::": "rows and slots are scattered",
+    "router::backward_kernel<1,": "the scalar path",
+    "router::forward_kernel": "writes k ids and weights a token, a lane each",
+    "router::sum_kernel": "writes a number a column",
 }
 # Dynamic shared memory at the largest shape of docs/targets.md, bytes.
 DYNAMIC_SHARED = {
     "permute::fp8_kernel": 6144 // 128 * 4,
     "permute_index::count_kernel": (512 + 2) * 4,
     "permute_index::place_kernel": (512 + 2) * 4,
+    "router::backward_kernel": 9 * 768 * 4,
+    "router::forward_kernel<1,": 2 * 512 + 32 * (512 + 768),
+    "router::forward_kernel<2,": 2 * 1024 + 32 * (1024 + 768),
+    "router::forward_kernel<4,": 2 * 2048 + 32 * (2048 + 768),
+    "router::forward_kernel<6,": 2 * 3072 + 32 * (3072 + 768),
+    "router::forward_kernel<18,": 2 * 9216 + 8 * (9216 + 768),
     "unpermute::backward_kernel": 384 // 32 * (12 + 1) * 4,
 }
 # Kernels that hold less than half of a multiprocessor's warps, by the reason.
 LOW_OCCUPANCY = {
+    "router::forward_kernel<18,": "72 columns a lane; each of the 8 warps has a row of up to 9 KB in flight",
     "sva::absorbed_kernel": "a query's absorbed rows and sums stay in registers, up to 128 a thread; 16 warps",
     "sva::absorbed_backward_kernel": "the same with their gradients",
     "sva::projected_backward_kernel": "a key's row, its value's and their gradients in registers, up to 96; 20 warps",
