@@ -73,9 +73,9 @@ MMOE_INLINE Register join(Halves low, Halves high) {
 #endif
 }
 
-// One line of T, rounded from kVectorsPerLine<T> vectors.
-template <typename T>
-MMOE_INLINE Line line_of(const Vec<Compute<T>> (&values)[kVectorsPerLine<T>]) {
+// Stores one line of T, rounded from kVectorsPerLine<T> vectors.
+template <bool kStream, typename T>
+MMOE_INLINE void store_line_of(T* to, const Vec<Compute<T>> (&values)[kVectorsPerLine<T>]) {
   Line line;
   for (int i = 0; i < kRegistersPerLine; ++i) {
     if constexpr (std::is_same_v<T, BFloat16>) {
@@ -84,7 +84,7 @@ MMOE_INLINE Line line_of(const Vec<Compute<T>> (&values)[kVectorsPerLine<T>]) {
       line.part[i] = std::bit_cast<Register>(values[i]);
     }
   }
-  return line;
+  store_line<kStream>(to, line);
 }
 
 }  // namespace mmoe::MMOE_SIMD

@@ -65,7 +65,7 @@ MMOE_INLINE C scale_and_dot(const T* grad, const T* values, C factor, T* scaled,
       totals[i] += g * load(values + column + i * lanes);
       products[i] = factor * g;
     }
-    store_line<kStream>(scaled + column, line_of<T>(products));
+    store_line_of<kStream>(scaled + column, products);
   }
   for (; column < width; column += lanes) {
     const int64_t count = std::min(lanes, width - column);
