@@ -79,8 +79,9 @@ checks: build ## lint, formats and types
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED) || status=1; \
 	exit $$status
 
-bench: build ## all benchmarks (about half an hour on two quiet cores); rows also go to build/bench-ops.json
+bench: build ## all benchmarks (about 40 minutes on two quiet cores); rows also go to build/bench-*.json
 	$(BIN)/mmoe bench ops --json build/bench-ops.json
+	$(BIN)/mmoe bench ops --emulated --json build/bench-emulated.json
 
 format: build ## write what `make checks` asks of formats
 	$(BIN)/ruff check --fix .

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import allocator, ceilings, measure, memory, report
+from benchmarks import allocator, ceilings, emulated, measure, memory, report
 from benchmarks.case import Case, Workload
 from benchmarks.measure import Effort, Timing
 from benchmarks.operators import OPERATORS, TOGETHER, module
@@ -102,16 +102,19 @@ def run(options: Namespace) -> None:
     Raises:
         UserError: an unknown operator or peer, or no such device.
     """
-    known = [*OPERATORS, *TOGETHER]
+    known = [*OPERATORS, *([] if options.emulated else TOGETHER)]
     _check("--only", options.only, known)
     _check("--skip", options.skip, list(PEERS))
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device", "--device cuda", "leave it out to measure the CPU")
+    console = Console(width=200, soft_wrap=True)
+    if options.emulated:
+        emulated.run(options, console)
+        return
     pool = options.allocator == "pool" and options.device == "cpu" and not options.quick
     if pool:
         allocator.preload()
     torch.set_num_threads(options.threads)
-    console = Console(width=160, soft_wrap=True)
     bench = Bench(
         quick=options.quick,
         skip=options.skip,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -94,8 +95,8 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def write(path: Path, rows: Sequence[Row]) -> None:
-    """A JSON list of the rows; the file is whole or the earlier one."""
+def write(path: Path, rows: Sequence[Any]) -> None:
+    """A JSON list of the rows (dataclasses); the file is whole or the earlier one."""
     text = json.dumps([dataclasses.asdict(row) for row in rows], indent=1, ensure_ascii=False)
     part = path.with_name(f"{path.name}.part")
     part.write_text(text + "\n")
