@@ -15,12 +15,14 @@ from torch import Tensor
 
 from mmoe.ops.hidden_z_loss import hidden_z_loss
 from mmoe.ops.permute import permute
+from mmoe.ops.permute_fp8 import permute_fp8
 from mmoe.ops.permute_index import permute_index
 from mmoe.ops.router import router
 from mmoe.ops.sva import Absorbed, Projected, sva
 from mmoe.ops.unpermute import unpermute
 from mmoe.reference import hidden_z_loss as reference_hidden_z_loss
 from mmoe.reference import permute as reference_permute
+from mmoe.reference import permute_fp8 as reference_permute_fp8
 from mmoe.reference import permute_index as reference_permute_index
 from mmoe.reference import sva as reference_sva
 from mmoe.reference import unpermute as reference_unpermute
@@ -322,6 +324,19 @@ def test_permute_index(device: str, ids: Tensor, options: dict[str, int]) -> Non
     got = permute_index(ids.to(device), experts, **options)
     wanted = reference_permute_index.permute_index(ids, experts, **{"align": 1, "max_rows": None, **options})
     assert all(torch.equal(a.cpu(), b) for a, b in zip(got, wanted, strict=True))
+
+
+# No machine without a GPU needs FP8 rows, so the CPU has no kernel for them.
+@pytest.mark.filterwarnings("ignore:mmoe. permute_fp8 runs as PyTorch reference on cpu")
+@pytest.mark.parametrize(("device", "dtype"), DTYPES)
+def test_permute_fp8(device: str, dtype: torch.dtype) -> None:
+    """The same bits as the reference on the CPU: scaling and rounding are one multiplication each."""
+    x = (normal(13, 384) * 10 ** torch.arange(13.0).sub(6)[:, None]).to(dtype)
+    got = permute_fp8(x.to(device), MIXED.to(device), 6, align=8)
+    index = reference_permute_index.permute_index(MIXED, 6, align=8, max_rows=None)
+    rows, scales = reference_permute_fp8.permute_fp8(x, index.row_of_slot, index.slot_of_row)
+    assert torch.equal(got.rows.cpu().view(torch.uint8), rows.view(torch.uint8))
+    assert torch.equal(got.scales.cpu(), scales)
 
 
 def arguments_of(operator: str, device: str) -> tuple[Any, ...]:
