@@ -1,5 +1,6 @@
 """``mmoe bench ops``: every operator against its peers and against what this machine's memory can do."""
 
+import os
 import platform
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -146,9 +147,10 @@ def _check(option: str, names: Sequence[str], known: Sequence[str]) -> None:
 
 
 def machine(device: torch.device) -> str:
-    """One line on what the numbers are of."""
+    """One line on what the numbers are of. A load above a few tenths means that they are of its neighbours too."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    load = os.getloadavg()[0]
+    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}, load {load:.1f} before the start"
