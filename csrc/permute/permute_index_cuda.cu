@@ -19,13 +19,15 @@ PermuteIndex sort_slots(const Tensor& ids, int experts, int align, std::optional
   const Id* id_of_slot = ids.const_data_ptr<Id>();
   const int slots = static_cast<int>(ids.numel());
   const int chunks = static_cast<int>((ids.numel() + device::kSlotsPerChunk - 1) / device::kSlotsPerChunk);
-  const size_t shared_bytes = (experts + 2) * sizeof(int);
+  const int columns = device::columns_of(experts);
+  const size_t shared_bytes = columns * sizeof(int);
 
-  Tensor scratch = torch::stable::new_empty(ids, {(chunks + int64_t{1}) * (experts + 2)}, ScalarType::Int);
+  // The counts, a number a chunk and column, then scan_kernel's ends and status.
+  Tensor scratch = torch::stable::new_empty(ids, {(chunks + int64_t{1}) * columns}, ScalarType::Int);
   Tensor offsets = torch::stable::new_empty(ids, {experts + 1}, ScalarType::Int);
-  int* status = scratch.mutable_data_ptr<int32_t>();
-  int* ends = status + 2;
-  int* count = ends + experts;
+  int* count = scratch.mutable_data_ptr<int32_t>();
+  int* ends = count + static_cast<int64_t>(chunks) * columns;
+  int* status = ends + experts;
   int* offset = offsets.mutable_data_ptr<int32_t>();
   if (chunks > 0) {
     MMOE_LAUNCH(device::count_kernel<Id>, chunks, kWarp, shared_bytes, stream)(id_of_slot, slots, experts, count);

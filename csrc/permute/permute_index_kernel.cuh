@@ -26,6 +26,9 @@ constexpr int kScanWarps = 32;
 constexpr int kScanThreads = kScanWarps * kWarp;
 constexpr int kPadBlocks = 32;
 
+// The counts of a chunk: of each expert, then of the zero experts and of the negative ids, up to a whole sector.
+__host__ __device__ constexpr int columns_of(int experts) { return (experts + 2 + 7) / 8 * 8; }
+
 // Calls place(slot, expert, rank, same) for every slot of the block's chunk, where `rank` counts the slots of the same
 // expert before it among the 32 in hand and `same` is the number of them. Zero experts get expert = experts and
 // negative ids expert = experts + 1. All lanes stay in the loop, because every step of it is a step of the whole warp;
@@ -58,13 +61,12 @@ __device__ void for_each_slot(const Id* __restrict__ id_of_slot, int slots, int 
   }
 }
 
-// counts[chunk][experts + 2] int32: the slots of each expert, then those of the zero experts, then the negative ids.
-// <<<chunks, kWarp, (experts + 2) * sizeof(int)>>>
+// counts[chunk][columns_of(experts)]. <<<chunks, kWarp, columns_of(experts) * sizeof(int)>>>
 template <typename Id>
 __global__ void __launch_bounds__(kWarp)
     count_kernel(const Id* __restrict__ id_of_slot, int slots, int experts, int* __restrict__ counts) {
   MMOE_DYNAMIC_SHARED(int, count);
-  const int columns = experts + 2;
+  const int columns = columns_of(experts);
   for (int column = static_cast<int>(threadIdx.x); column < columns; column += kWarp) count[column] = 0;
   __syncwarp();
   for_each_slot(id_of_slot, slots, experts, [&](int slot, int expert, int rank, int same) {
@@ -94,7 +96,7 @@ __global__ void __launch_bounds__(kScanThreads)
   MMOE_SHARED(int, segment_totals, kScanThreads);  // [warp][lane]
   MMOE_SHARED(int, tile_totals, kScanWarps);
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int64_t columns = experts + 2;
+  const int64_t columns = columns_of(experts);
   // Warp w works on tile w / segments of 32 experts and on the chunks of segment w % segments.
   const int tiles = min(kScanWarps, (experts + kWarp - 1) / kWarp);
   const int segments = kScanWarps / tiles;
@@ -169,8 +171,8 @@ __device__ void fill_padding(int block, int experts, int rows, const int* __rest
   }
 }
 
-// first_rows[chunk][experts + 2] from scan_kernel -> row_of_slot[slots], slot_of_row[rows]. A row >= rows is dropped.
-// Blocks from `chunks` on fill the padding. <<<chunks + kPadBlocks or chunks, kWarp, experts * sizeof(int)>>>
+// first_rows[chunk][columns_of(experts)] from scan_kernel -> row_of_slot[slots], slot_of_row[rows]. A row >= rows is
+// dropped. Blocks from `chunks` on fill the padding. <<<chunks + kPadBlocks or chunks, kWarp, experts * sizeof(int)>>>
 template <typename Id>
 __global__ void __launch_bounds__(kWarp)
     place_kernel(const Id* __restrict__ id_of_slot, int slots, int chunks, int experts, int rows,
@@ -182,7 +184,7 @@ __global__ void __launch_bounds__(kWarp)
     fill_padding(block - chunks, experts, rows, offsets, ends, slot_of_row);
     return;
   }
-  const int* first = first_rows + static_cast<int64_t>(block) * (experts + 2);
+  const int* first = first_rows + static_cast<int64_t>(block) * columns_of(experts);
   for (int expert = static_cast<int>(threadIdx.x); expert < experts; expert += kWarp) next[expert] = first[expert];
   __syncwarp();
   for_each_slot(id_of_slot, slots, experts, [&](int slot, int expert, int rank, int same) {
