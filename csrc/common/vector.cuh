@@ -75,9 +75,9 @@ __device__ __forceinline__ void load_vector(const T* from, float (&values)[kVect
   unpack_vector<T>(load16(from), values);
 }
 
-// Stores kVector<T> fp32 values, rounded to nearest even, at `to`, aligned to 16 bytes.
+// kVector<T> fp32 values, rounded to nearest even, in 16 bytes.
 template <typename T>
-__device__ __forceinline__ void store_vector(T* to, const float (&values)[kVector<T>]) {
+__device__ __forceinline__ uint4 pack_vector(const float (&values)[kVector<T>]) {
   unsigned words[4];
 #pragma unroll
   for (int word = 0; word < 4; ++word) {
@@ -92,7 +92,13 @@ __device__ __forceinline__ void store_vector(T* to, const float (&values)[kVecto
       words[word] = bits[0] | static_cast<unsigned>(bits[1]) << 16;
     }
   }
-  store16(to, make_uint4(words[0], words[1], words[2], words[3]));
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// Stores kVector<T> fp32 values, rounded to nearest even, at `to`, aligned to 16 bytes.
+template <typename T>
+__device__ __forceinline__ void store_vector(T* to, const float (&values)[kVector<T>]) {
+  store16(to, pack_vector<T>(values));
 }
 
 }  // namespace mmoe

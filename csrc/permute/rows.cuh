@@ -11,6 +11,11 @@ namespace mmoe::permute {
 constexpr int kPadRows = 32;
 
 // A row is read and written in pieces: 16 bytes, or single elements where rows are off the 16-byte grid.
+template <typename T, bool kVectors>
+using PieceOf = std::conditional_t<kVectors, uint4, T>;
+template <typename T, bool kVectors>
+constexpr int kPiece = kVectors ? kVector<T> : 1;
+
 template <typename Piece>
 __device__ __forceinline__ Piece load_piece(const Piece* from) {
   if constexpr (sizeof(Piece) == 16) {
@@ -19,33 +24,36 @@ __device__ __forceinline__ Piece load_piece(const Piece* from) {
     return *from;
   }
 }
+
+// To global memory. In a plain assignment nvcc 13.0 splits the 16 bytes of a sum into four stores.
 template <typename Piece>
 __device__ __forceinline__ void store_piece(Piece* to, Piece value) {
   if constexpr (sizeof(Piece) == 16) {
+#ifdef MMOE_EMULATED
     store16(to, value);
+#else
+    __stwb(to, value);
+#endif
   } else {
     *to = value;
   }
 }
 
-// The elements of T in a piece, as fp32.
+// The elements of T in a piece, as fp32, and back.
 template <typename T, bool kVectors>
-constexpr int kPiece = kVectors ? kVector<T> : 1;
-
-template <typename T, bool kVectors>
-__device__ __forceinline__ void load_values(const T* from, float (&values)[kPiece<T, kVectors>]) {
+__device__ __forceinline__ void unpack_piece(PieceOf<T, kVectors> piece, float (&values)[kPiece<T, kVectors>]) {
   if constexpr (kVectors) {
-    load_vector(from, values);
+    unpack_vector<T>(piece, values);
   } else {
-    values[0] = to_float(*from);
+    values[0] = to_float(piece);
   }
 }
 template <typename T, bool kVectors>
-__device__ __forceinline__ void store_values(T* to, const float (&values)[kPiece<T, kVectors>]) {
+__device__ __forceinline__ PieceOf<T, kVectors> pack_piece(const float (&values)[kPiece<T, kVectors>]) {
   if constexpr (kVectors) {
-    store_vector(to, values);
+    return pack_vector<T>(values);
   } else {
-    *to = from_float<T>(values[0]);
+    return from_float<T>(values[0]);
   }
 }
 

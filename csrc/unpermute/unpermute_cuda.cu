@@ -10,20 +10,26 @@ Tensor sum_rows(const char* what, const Tensor& rows, const Tensor& row_of_slot,
   const DeviceScope scope(rows);
   const int64_t tokens = row_of_slot.size(0), width = rows.size(1);
   Tensor out = torch::stable::new_empty(rows, {tokens, width});
+  const void* x = mix != nullptr ? mix->x.const_data_ptr() : nullptr;
   for_device_type(rows.scalar_type(), what, [&](auto type) {
     using T = decltype(type);
-    const auto* from = static_cast<const T*>(rows.const_data_ptr());
-    const auto* x = mix != nullptr ? static_cast<const T*>(mix->x.const_data_ptr()) : nullptr;
-    auto* to = static_cast<T*>(out.mutable_data_ptr());
-    const bool vectors = rows_on_grid<T>(width, from, x, to);
-    const int64_t pieces = vectors ? width / kVector<T> : width;
-    if (tokens == 0 || pieces == 0) return;
-    auto* kernel = vectors ? unpermute::forward_kernel<T, true> : unpermute::forward_kernel<T, false>;
-    MMOE_LAUNCH(kernel, static_cast<unsigned>(tokens), row_threads(pieces, unpermute::kHeld), 0, scope.stream())
-    (from, row_of_slot.const_data_ptr<int32_t>(), mix != nullptr ? mix->weights.const_data_ptr<float>() : nullptr, x,
-     mix != nullptr ? mix->identity.const_data_ptr<float>() : nullptr, static_cast<int>(rows.size(0)),
-     static_cast<int>(row_of_slot.size(1)), static_cast<int>(pieces), to);
-    check_launch(what);
+    const auto launch = [&](auto vectors) {
+      using Piece = unpermute::PieceOf<T, vectors>;
+      const int64_t pieces = width / unpermute::kPiece<T, vectors>;
+      if (tokens == 0 || pieces == 0) return;
+      MMOE_LAUNCH((unpermute::forward_kernel<T, vectors>), static_cast<unsigned>(tokens),
+                  row_threads(pieces, unpermute::kHeld), 0, scope.stream())
+      (static_cast<const Piece*>(rows.const_data_ptr()), row_of_slot.const_data_ptr<int32_t>(),
+       mix != nullptr ? mix->weights.const_data_ptr<float>() : nullptr, static_cast<const Piece*>(x),
+       mix != nullptr ? mix->identity.const_data_ptr<float>() : nullptr, static_cast<int>(rows.size(0)),
+       static_cast<int>(row_of_slot.size(1)), static_cast<int>(pieces), static_cast<Piece*>(out.mutable_data_ptr()));
+      check_launch(what);
+    };
+    if (rows_on_grid<T>(width, rows.const_data_ptr(), x, out.const_data_ptr())) {
+      launch(std::true_type{});
+    } else {
+      launch(std::false_type{});
+    }
   });
   return out;
 }
@@ -55,27 +61,31 @@ UnpermuteGrads unpermute_backward_cuda(Tensor grad_out_any, Tensor rows_any, Ten
   Tensor grad_weights = torch::stable::new_empty(weights, {tokens, top_k});
   Tensor grad_x = torch::stable::new_empty(x, {tokens, width});
   Tensor grad_identity = torch::stable::new_empty(identity, {tokens});
+  const void *g = grad_out.const_data_ptr(), *r = rows.const_data_ptr(), *token = x.const_data_ptr();
+  void *to_rows = grad_rows.mutable_data_ptr(), *to_x = grad_x.mutable_data_ptr();
   for_device_type(x.scalar_type(), "unpermute: x", [&](auto type) {
     using T = decltype(type);
-    const auto* g = static_cast<const T*>(grad_out.const_data_ptr());
-    const auto* r = static_cast<const T*>(rows.const_data_ptr());
-    const auto* token = static_cast<const T*>(x.const_data_ptr());
-    auto* to_rows = static_cast<T*>(grad_rows.mutable_data_ptr());
-    auto* to_x = static_cast<T*>(grad_x.mutable_data_ptr());
-    const bool vectors = rows_on_grid<T>(width, g, r, token, to_rows, to_x);
-    const int64_t pieces = vectors ? width / kVector<T> : width;
-    const int threads = row_threads(pieces, unpermute::kHeld);
-    const int64_t shared_bytes = threads / kWarp * (top_k + 1) * static_cast<int64_t>(sizeof(float));
-    check(shared_bytes <= kMaxSharedBytes, "unpermute: k = ", top_k, " is more than CUDA takes at d = ", width);
-    const unsigned blocks = static_cast<unsigned>(tokens) + (slot_of_row ? pad_blocks(count) : 0);
-    if (blocks == 0) return;
-    auto* kernel = vectors ? unpermute::backward_kernel<T, true> : unpermute::backward_kernel<T, false>;
-    MMOE_LAUNCH(kernel, blocks, threads, shared_bytes, scope.stream())
-    (g, r, row_of_slot.const_data_ptr<int32_t>(), weights.const_data_ptr<float>(), token,
-     identity.const_data_ptr<float>(), slot_of_row ? slot_of_row->const_data_ptr<int32_t>() : nullptr,
-     static_cast<int>(tokens), static_cast<int>(count), static_cast<int>(top_k), static_cast<int>(pieces), to_rows,
-     grad_weights.mutable_data_ptr<float>(), to_x, grad_identity.mutable_data_ptr<float>());
-    check_launch("unpermute: backward_kernel");
+    const auto launch = [&](auto vectors) {
+      using Piece = unpermute::PieceOf<T, vectors>;
+      const int64_t pieces = width / unpermute::kPiece<T, vectors>;
+      const int threads = row_threads(pieces, unpermute::kHeld);
+      const int64_t shared_bytes = threads / kWarp * (top_k + 1) * static_cast<int64_t>(sizeof(float));
+      check(shared_bytes <= kMaxSharedBytes, "unpermute: k = ", top_k, " is more than CUDA takes at d = ", width);
+      const unsigned blocks = static_cast<unsigned>(tokens) + (slot_of_row ? pad_blocks(count) : 0);
+      if (blocks == 0) return;
+      MMOE_LAUNCH((unpermute::backward_kernel<T, vectors>), blocks, threads, shared_bytes, scope.stream())
+      (static_cast<const Piece*>(g), static_cast<const Piece*>(r), row_of_slot.const_data_ptr<int32_t>(),
+       weights.const_data_ptr<float>(), static_cast<const Piece*>(token), identity.const_data_ptr<float>(),
+       slot_of_row ? slot_of_row->const_data_ptr<int32_t>() : nullptr, static_cast<int>(tokens),
+       static_cast<int>(count), static_cast<int>(top_k), static_cast<int>(pieces), static_cast<Piece*>(to_rows),
+       grad_weights.mutable_data_ptr<float>(), static_cast<Piece*>(to_x), grad_identity.mutable_data_ptr<float>());
+      check_launch("unpermute: backward_kernel");
+    };
+    if (rows_on_grid<T>(width, g, r, token, to_rows, to_x)) {
+      launch(std::true_type{});
+    } else {
+      launch(std::false_type{});
+    }
   });
   return {grad_rows, grad_weights, grad_x, grad_identity};
 }

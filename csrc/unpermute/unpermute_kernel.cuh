@@ -19,48 +19,60 @@ namespace mmoe::unpermute {
 using permute::for_each_padding_row;
 using permute::for_each_row;
 using permute::kPiece;
-using permute::load_values;
-using permute::store_values;
+using permute::load_piece;
+using permute::pack_piece;
+using permute::PieceOf;
+using permute::store_piece;
+using permute::unpack_piece;
 using permute::zero_row;
 
 constexpr int kHeld = 2;
 
-// Where kVectors, the rows of every matrix are aligned to 16 bytes. Null weights are 1 each, null x is no identity term
-// (the gradient of permute). <<<tokens, row_threads>>>
+// Piece number first + i * threads of a row for each i; 0 behind the row's end.
+template <typename Piece>
+__device__ __forceinline__ void load_pieces(const Piece* __restrict__ row, int first, int pieces,
+                                            Piece (&held)[kHeld]) {
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int piece = first + i * static_cast<int>(blockDim.x);
+    held[i] = piece < pieces ? load_piece(row + piece) : Piece{};
+  }
+}
+
+// Where kVectors, the rows of every matrix are aligned to 16 bytes; a row is `pieces` of them, or else elements. Null
+// weights are 1 each, null x is no identity term (the gradient of permute). <<<tokens, row_threads>>>
 template <typename T, bool kVectors>
 __global__ void __launch_bounds__(512, 2)
-    forward_kernel(const T* __restrict__ rows, const int* __restrict__ row_of_slot, const float* __restrict__ weights,
-                   const T* __restrict__ x, const float* __restrict__ identity, int row_count, int top_k, int pieces,
-                   T* __restrict__ out) {
+    forward_kernel(const PieceOf<T, kVectors>* __restrict__ rows, const int* __restrict__ row_of_slot,
+                   const float* __restrict__ weights, const PieceOf<T, kVectors>* __restrict__ x,
+                   const float* __restrict__ identity, int row_count, int top_k, int pieces,
+                   PieceOf<T, kVectors>* __restrict__ out) {
   constexpr int kCount = kPiece<T, kVectors>;
+  using Piece = PieceOf<T, kVectors>;
   const int64_t token = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  const int64_t width = static_cast<int64_t>(pieces) * kCount;
   for (int first = thread; first - thread < pieces; first += kHeld * threads) {
     float sums[kHeld][kCount] = {};
-    const auto add = [&](const T* __restrict__ row, float factor) {
-      float values[kHeld][kCount] = {};
+    const auto add = [&](const Piece* __restrict__ row, float factor) {
+      Piece held[kHeld];
+      load_pieces(row, first, pieces, held);
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
-        const int piece = first + i * threads;
-        if (piece < pieces) load_values<T, kVectors>(row + static_cast<int64_t>(piece) * kCount, values[i]);
-      }
+        float values[kCount];
+        unpack_piece<T, kVectors>(held[i], values);
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) sums[i][j] += factor * values[i][j];
+        for (int j = 0; j < kCount; ++j) sums[i][j] += factor * values[j];
       }
     };
     for_each_row(
         row_of_slot + token * top_k, top_k, row_count,
         [&](int j) { return weights == nullptr ? 1.0f : weights[token * top_k + j]; },
-        [&](int, int64_t row, float weight) { add(rows + row * width, weight); });
-    if (x != nullptr) add(x + token * width, identity[token]);
+        [&](int, int64_t row, float weight) { add(rows + row * pieces, weight); });
+    if (x != nullptr) add(x + token * pieces, identity[token]);
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const int piece = first + i * threads;
-      if (piece < pieces)
-        store_values<T, kVectors>(out + token * width + static_cast<int64_t>(piece) * kCount, sums[i]);
+      if (piece < pieces) store_piece(out + token * pieces + piece, pack_piece<T, kVectors>(sums[i]));
     }
   }
 }
@@ -69,21 +81,21 @@ __global__ void __launch_bounds__(512, 2)
 // <<<tokens or, with slot_of_row, tokens + ceil(row_count / kPadRows), row_threads>>>
 template <typename T, bool kVectors>
 __global__ void __launch_bounds__(512, 2)
-    backward_kernel(const T* __restrict__ grad_out, const T* __restrict__ rows, const int* __restrict__ row_of_slot,
-                    const float* __restrict__ weights, const T* __restrict__ x, const float* __restrict__ identity,
+    backward_kernel(const PieceOf<T, kVectors>* __restrict__ grad_out, const PieceOf<T, kVectors>* __restrict__ rows,
+                    const int* __restrict__ row_of_slot, const float* __restrict__ weights,
+                    const PieceOf<T, kVectors>* __restrict__ x, const float* __restrict__ identity,
                     const int* __restrict__ slot_of_row, int tokens, int row_count, int top_k, int pieces,
-                    T* __restrict__ grad_rows, float* __restrict__ grad_weights, T* __restrict__ grad_x,
-                    float* __restrict__ grad_identity) {
+                    PieceOf<T, kVectors>* __restrict__ grad_rows, float* __restrict__ grad_weights,
+                    PieceOf<T, kVectors>* __restrict__ grad_x, float* __restrict__ grad_identity) {
   constexpr int kCount = kPiece<T, kVectors>;
-  using Piece = std::conditional_t<kVectors, uint4, T>;
+  using Piece = PieceOf<T, kVectors>;
   MMOE_DYNAMIC_SHARED(float, dots);  // [warp][top_k + 1], the identity's last
   const int block = static_cast<int>(blockIdx.x);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int lane = thread % kWarp;
-  const int64_t width = static_cast<int64_t>(pieces) * kCount;
   if (block >= tokens) {
     for_each_padding_row(slot_of_row, block - tokens, row_count,
-                         [&](int64_t row) { zero_row(reinterpret_cast<Piece*>(grad_rows + row * width), pieces); });
+                         [&](int64_t row) { zero_row(grad_rows + row * pieces, pieces); });
     return;
   }
   const int64_t token = block;
@@ -91,36 +103,33 @@ __global__ void __launch_bounds__(512, 2)
   for (int j = lane; j <= top_k; j += kWarp) warp_dots[j] = 0.0f;
   __syncwarp();
   for (int first = thread; first - thread < pieces; first += kHeld * threads) {
-    float grads[kHeld][kCount] = {};
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      const int piece = first + i * threads;
-      if (piece < pieces)
-        load_values<T, kVectors>(grad_out + token * width + static_cast<int64_t>(piece) * kCount, grads[i]);
-    }
+    Piece grads[kHeld];
+    load_pieces(grad_out + token * pieces, first, pieces, grads);
     // scaled = factor * grad_out; adds values . grad_out to this warp's dot j.
-    const auto pass = [&](int j, const T* __restrict__ values, float factor, T* __restrict__ scaled) {
+    const auto pass = [&](int j, const Piece* __restrict__ values, float factor, Piece* __restrict__ scaled) {
+      Piece held[kHeld];
+      load_pieces(values, first, pieces, held);
       float dot = 0.0f;
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
-        const int piece = first + i * threads;
-        if (piece >= pieces) continue;
-        float here[kCount], product[kCount];
-        load_values<T, kVectors>(values + static_cast<int64_t>(piece) * kCount, here);
+        float value[kCount], grad[kCount];
+        unpack_piece<T, kVectors>(held[i], value);
+        unpack_piece<T, kVectors>(grads[i], grad);
 #pragma unroll
         for (int e = 0; e < kCount; ++e) {
-          dot += here[e] * grads[i][e];
-          product[e] = factor * grads[i][e];
+          dot += value[e] * grad[e];
+          grad[e] *= factor;
         }
-        store_values<T, kVectors>(scaled + static_cast<int64_t>(piece) * kCount, product);
+        const int piece = first + i * threads;
+        if (piece < pieces) store_piece(scaled + piece, pack_piece<T, kVectors>(grad));
       }
       dot = warp_sum(dot);
       if (lane == 0) warp_dots[j] += dot;
     };
     for_each_row(
         row_of_slot + token * top_k, top_k, row_count, [&](int j) { return weights[token * top_k + j]; },
-        [&](int j, int64_t row, float weight) { pass(j, rows + row * width, weight, grad_rows + row * width); });
-    pass(top_k, x + token * width, identity[token], grad_x + token * width);
+        [&](int j, int64_t row, float weight) { pass(j, rows + row * pieces, weight, grad_rows + row * pieces); });
+    pass(top_k, x + token * pieces, identity[token], grad_x + token * pieces);
   }
   __syncthreads();
   for (int j = thread; j <= top_k; j += threads) {

@@ -26,7 +26,6 @@ NO_WIDE_LOADS = {
     "router::sum_kernel": "reads a number a block",
 }
 NO_WIDE_STORES = {
-    "unpermute::forward_kernel<": "nvcc 13.0 splits its 16-byte stores into words on sm_80 and sm_90a; to be mended",
     "hidden_z_loss::lse_kernel": "writes a number a token",
     "hidden_z_loss::mean_kernel": "writes two numbers",
     "permute::copy_kernel<unsigned": "the scalar paths",
