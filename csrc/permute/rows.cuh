@@ -58,8 +58,7 @@ __device__ __forceinline__ PieceOf<T, kVectors> pack_piece(const float (&values)
 }
 
 // Calls visit(j, row, of_slot(j)) for every slot j of a token that has a row, in slot order, all lanes of a warp
-// together. A lane loads
-// the row, and what of_slot gives, of one slot in 32. Rows outside 0 ... rows - 1 are left out.
+// together. A lane loads the row, and what of_slot gives, of one slot in 32. Rows outside 0 ... rows - 1 are left out.
 template <typename OfSlot, typename Visit>
 __device__ __forceinline__ void for_each_row(const int* __restrict__ row_of_slot, int top_k, int rows, OfSlot of_slot,
                                              Visit visit) {
