@@ -8,8 +8,7 @@
 //   identity_weight [T]: over the slots with ids >= N: scaled: sum of weights, unscaled: of c, copy: their number,
 //                   drop: 0; 0 where not valid
 //   group_probs     [D+1], D = balance_groups: sums of p over the valid tokens and the D equal runs of experts, the
-//   zero
-//                   experts last
+//                   zero experts last
 //   stats           [T, 2] for the backward: softmax: (largest logit, 1 / sum of exp(logit - largest)); sigmoid:
 //                   (0, 1 / sum of s)
 //   ids             [T, k] int64: the k highest s + bias, falling; ties to the lowest index, NaN above everything. With
