@@ -101,7 +101,7 @@ def unpermute() -> Iterator[Call]:
         for dtype in DTYPES:
             rows = torch.randn(len(slot_of_row), shape.width).to(dtype)
             x, grad = (torch.randn(shape.tokens, shape.width).to(dtype) for _ in range(2))
-            arguments = [rows, row_of_slot, weights, x, identity, None]
+            arguments = [rows, row_of_slot, weights, x, identity, slot_of_row]
             yield Call("unpermute", shape.name, dtype, arguments)
             yield Call("unpermute_backward", shape.name, dtype, [grad, *arguments])
 

@@ -37,4 +37,4 @@ def layer(moe: Any, shape: MoeShape, x: Tensor) -> Tensor:
     gate_up = moe.experts.gate_up_proj[: shape.experts].transpose(1, 2)
     gate, up = grouped_mm(sent.rows, gate_up, offs=sent.offsets[1:]).chunk(2, dim=-1)
     rows = grouped_mm(silu(gate) * up, moe.experts.down_proj.transpose(1, 2), offs=sent.offsets[1:])
-    return unpermute(rows, sent.row_of_slot, routed.weights, x, routed.identity)
+    return unpermute(rows, sent.row_of_slot, routed.weights, x, routed.identity, slot_of_row=sent.slot_of_row)

@@ -30,7 +30,7 @@ def build(shape: MoeShape, dtype: torch.dtype) -> Workload:
 
     def ours() -> torch.Tensor:
         sent = permute(x, ids, experts)
-        return unpermute(sent.rows, sent.row_of_slot, weights, x, identity)
+        return unpermute(sent.rows, sent.row_of_slot, weights, x, identity, slot_of_row=sent.slot_of_row)
 
     count = int((ids < experts).sum())
 
@@ -40,7 +40,7 @@ def build(shape: MoeShape, dtype: torch.dtype) -> Workload:
 
     sent = permute(x, ids, experts)
     out = there.floor(shape, count, x, ids)
-    home = back.floor(sent.row_of_slot, sent.rows, weights, x, identity)
+    home = back.floor(sent.row_of_slot, sent.slot_of_row, sent.rows, weights, x, identity)
     return Workload(
         Side(ours, (x, weights, identity)),
         {"Megatron-Core": Side(theirs, (x, dense))},

@@ -30,8 +30,12 @@ def build(shape: MoeShape, dtype: torch.dtype) -> Workload:
     dense, chosen = peers.dense_routing(ids, weights.detach(), shape.experts)
     scatter, order = peers.megatron().unpermute, index.slot_of_row.long() // shape.top_k
     compiled = peers.compiled(reference.unpermute)
+
+    def ours() -> torch.Tensor:
+        return unpermute(rows, index.row_of_slot, weights, x, identity, slot_of_row=index.slot_of_row)
+
     return Workload(
-        Side(lambda: unpermute(rows, index.row_of_slot, weights, x, identity), inputs),
+        Side(ours, inputs),
         {
             "eager": Side(lambda: reference.unpermute(rows, index.row_of_slot, weights, x, identity), inputs),
             "compile": Side(lambda: compiled(rows, index.row_of_slot, weights, x, identity), inputs),
@@ -39,12 +43,13 @@ def build(shape: MoeShape, dtype: torch.dtype) -> Workload:
                 lambda: scatter(rows, order, x.shape, probs=dense, routing_map=chosen), (rows, dense)
             ),
         },
-        floor(index.row_of_slot, *inputs),
+        floor(index.row_of_slot, index.slot_of_row, *inputs),
     )
 
 
-def floor(row_of_slot: torch.Tensor, rows: torch.Tensor, *others: torch.Tensor) -> Floor:
+def floor(row_of_slot: torch.Tensor, slot_of_row: torch.Tensor, rows: torch.Tensor, *others: torch.Tensor) -> Floor:
     """Backward: all of the inputs and the gradient of the result come in, the gradients of all but the index go out."""
     weights, x, identity = others
     read = size_of(row_of_slot, rows, weights, x, identity)
-    return Floor(forward=read + x.nbytes, backward=read + x.nbytes + size_of(rows, weights, x, identity))
+    written = size_of(rows, weights, x, identity)
+    return Floor(forward=read + x.nbytes, backward=read + x.nbytes + slot_of_row.nbytes + written)

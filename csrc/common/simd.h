@@ -91,7 +91,8 @@ MMOE_INLINE auto index_below(int64_t count) {
   return index < static_cast<Index>(count);
 }
 
-// Round to nearest even, as torch does; NaN stays NaN.
+// Round to nearest even, as torch does; NaN stays NaN. The instruction takes subnormal numbers for 0, as matrix units
+// do on bf16 (below 2^-126, far under what a bf16 sum can hold beside anything else).
 MMOE_INLINE Halves round_to_bf16(Vec<float> values) {
 #ifdef __AVX512BF16__
   return std::bit_cast<Halves>(_mm512_cvtneps_pbh(std::bit_cast<__m512>(values)));

@@ -19,24 +19,24 @@
 #include <optional>
 #include <tuple>
 
-#include "common/checks.h"
+#include "common/arguments.h"
 
 namespace mmoe {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 using HiddenZLoss = std::tuple<Tensor, Tensor, Tensor>;
 
 inline void check_hidden_z_loss(const Tensor& z, const std::optional<Tensor>& valid) {
   check(z.dim() == 2 && z.size(1) >= 1, "hidden_z_loss: z must be [T, d] with d >= 1");
-  if (!valid) return;
-  check(valid->scalar_type() == ScalarType::Bool, "hidden_z_loss: valid must be bool");
-  check(valid->dim() == 1 && valid->size(0) == z.size(0), "hidden_z_loss: valid must be [T] with T = ", z.size(0));
+  check_tensor("hidden_z_loss", valid, ScalarType::Bool, {z.size(0)}, "valid");
 }
 
-inline ScalarType accumulated(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+inline void check_hidden_z_loss_backward(const Tensor& grad_loss, const Tensor& z, const Tensor& lse,
+                                         const Tensor& count) {
+  check_hidden_z_loss(z, std::nullopt);
+  const ScalarType sums = sum_type(z.scalar_type());
+  check_tensor("hidden_z_loss", grad_loss, sums, {}, "grad_loss");
+  check_tensor("hidden_z_loss", lse, sums, {z.size(0)}, "lse");
+  check_tensor("hidden_z_loss", count, sums, {}, "count");
 }
 
 }  // namespace mmoe

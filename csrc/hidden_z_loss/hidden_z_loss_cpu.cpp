@@ -32,7 +32,7 @@ HiddenZLoss hidden_z_loss_cpu(Tensor z_any, std::optional<Tensor> valid_any, dou
   std::optional<Tensor> valid;
   if (valid_any) valid = torch::stable::contiguous(*valid_any);
   const int64_t tokens = z.size(0), width = z.size(1);
-  const ScalarType type = accumulated(z.scalar_type());
+  const ScalarType type = sum_type(z.scalar_type());
   Tensor loss = torch::stable::new_empty(z, {}, type), count = torch::stable::new_empty(z, {}, type);
   Tensor lse = torch::stable::new_empty(z, {tokens}, type);
   const bool* counts = valid ? valid->const_data_ptr<bool>() : nullptr;
@@ -55,9 +55,9 @@ HiddenZLoss hidden_z_loss_cpu(Tensor z_any, std::optional<Tensor> valid_any, dou
   return {loss, lse, count};
 }
 
-Tensor hidden_z_loss_backward_cpu(Tensor grad_loss, Tensor z_any, Tensor lse, Tensor count, double coefficient) {
-  check_hidden_z_loss(z_any, std::nullopt);
-  const Tensor z = torch::stable::contiguous(z_any);
+Tensor hidden_z_loss_backward_cpu(Tensor grad_loss, Tensor z_any, Tensor lse_any, Tensor count, double coefficient) {
+  check_hidden_z_loss_backward(grad_loss, z_any, lse_any, count);
+  const Tensor z = torch::stable::contiguous(z_any), lse = torch::stable::contiguous(lse_any);
   const int64_t tokens = z.size(0), width = z.size(1);
   Tensor grad_z = torch::stable::new_empty(z, {tokens, width});
   for_type(z.scalar_type(), [&](const auto& kernels, auto t, auto c) {

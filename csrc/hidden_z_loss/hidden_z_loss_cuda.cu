@@ -46,10 +46,10 @@ HiddenZLoss hidden_z_loss_cuda(Tensor z_any, std::optional<Tensor> valid_any, do
   return {loss, lse, count};
 }
 
-Tensor hidden_z_loss_backward_cuda(Tensor grad_loss, Tensor z_any, Tensor lse, Tensor count, double coefficient) {
-  check_hidden_z_loss(z_any, std::nullopt);
+Tensor hidden_z_loss_backward_cuda(Tensor grad_loss, Tensor z_any, Tensor lse_any, Tensor count, double coefficient) {
+  check_hidden_z_loss_backward(grad_loss, z_any, lse_any, count);
   const DeviceScope scope(z_any);
-  const Tensor z = torch::stable::contiguous(z_any);
+  const Tensor z = torch::stable::contiguous(z_any), lse = torch::stable::contiguous(lse_any);
   const int64_t tokens = z.size(0), width = z.size(1);
   Tensor grad_z = torch::stable::new_empty(z, {tokens, width});
   if (tokens == 0) return grad_z;

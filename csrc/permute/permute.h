@@ -24,12 +24,9 @@
 #include <cstdint>
 #include <limits>
 
-#include "common/checks.h"
+#include "common/arguments.h"
 
 namespace mmoe {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kFp8Block = 128;
 

@@ -28,13 +28,10 @@
 #include <string>
 #include <tuple>
 
-#include "common/checks.h"
+#include "common/arguments.h"
 #include "router/router_options.h"
 
 namespace mmoe {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 using Router = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -51,18 +48,6 @@ inline Identity identity_of(const std::string& name) {
   return Identity::drop;
 }
 
-inline void check_router_tensor(const char* name, const Tensor& tensor, const Tensor& logits, int64_t rows,
-                                int64_t columns) {
-  check(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, "router: ", name, " must be [", rows,
-        ", ", columns, "]");
-  check(tensor.scalar_type() == logits.scalar_type(), "router: ", name, " must have the dtype of logits");
-}
-
-inline void check_router_vector(const char* name, const Tensor& tensor, const Tensor& logits, int64_t length) {
-  check(tensor.dim() == 1 && tensor.size(0) == length, "router: ", name, " must be [", length, "]");
-  check(tensor.scalar_type() == logits.scalar_type(), "router: ", name, " must have the dtype of logits");
-}
-
 // What forward and backward have in common.
 inline void check_router(const Tensor& logits, const std::optional<Tensor>& valid, const RouterOptions& options) {
   check(logits.dim() == 2, "router: logits must be [T, N+Z]");
@@ -71,21 +56,33 @@ inline void check_router(const Tensor& logits, const std::optional<Tensor>& vali
   check(options.top_k >= 1 && options.top_k <= options.columns, "router: top_k must be in 1 ... ", options.columns);
   check(options.balance_groups >= 1 && options.experts % options.balance_groups == 0,
         "router: balance_groups must divide ", options.experts);
-  if (!valid) return;
-  check(valid->scalar_type() == ScalarType::Bool, "router: valid must be bool");
-  check(valid->dim() == 1 && valid->size(0) == logits.size(0), "router: valid must be [T] with T = ", logits.size(0));
+  check_tensor("router", valid, ScalarType::Bool, {logits.size(0)}, "valid");
 }
 
 inline void check_router_forward(const Tensor& logits, const Tensor& bias, const std::optional<Tensor>& valid,
                                  const RouterOptions& options) {
   check_router(logits, valid, options);
-  check_router_vector("bias", bias, logits, options.columns);
+  check_tensor("router", bias, logits.scalar_type(), {options.columns}, "bias");
   const int64_t groups = options.selection_groups, selected = options.selected_groups;
   check(groups == 1 || (groups > 1 && options.experts % groups == 0 && options.experts / groups >= 2),
         "router: selection_groups must divide ", options.experts, " into runs of at least 2");
   check(selected >= 1 && selected <= groups, "router: selected_groups must be in 1 ... ", groups);
   check(selected * (options.experts / groups) + options.columns - options.experts >= options.top_k,
         "router: selected_groups leaves fewer than top_k = ", options.top_k, " experts");
+}
+
+inline void check_router_backward(const std::optional<Tensor>& grad_weights, const std::optional<Tensor>& grad_identity,
+                                  const std::optional<Tensor>& grad_group_probs, const Tensor& logits,
+                                  const std::optional<Tensor>& valid, const Tensor& ids, const Tensor& stats,
+                                  const RouterOptions& options) {
+  check_router(logits, valid, options);
+  const int64_t tokens = logits.size(0), k = options.top_k;
+  const ScalarType dtype = logits.scalar_type();
+  check_tensor("router", ids, ScalarType::Long, {tokens, k}, "ids");
+  check_tensor("router", stats, dtype, {tokens, 2}, "stats");
+  check_tensor("router", grad_weights, dtype, {tokens, k}, "grad_weights");
+  check_tensor("router", grad_identity, dtype, {tokens}, "grad_identity");
+  check_tensor("router", grad_group_probs, dtype, {options.balance_groups + 1}, "grad_group_probs");
 }
 
 }  // namespace mmoe

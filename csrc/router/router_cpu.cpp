@@ -116,11 +116,13 @@ Tensor router_backward_cpu(std::optional<Tensor> grad_weights, std::optional<Ten
                            std::optional<Tensor> grad_group_probs, Tensor logits_any, std::optional<Tensor> valid_any,
                            Tensor ids_any, Tensor stats_any, int64_t zero_experts, double scaling, std::string score,
                            bool renormalize, int64_t balance_groups, std::string identity) {
-  check_router_tensor("stats", stats_any, logits_any, logits_any.size(0), 2);
+  check(logits_any.dim() == 2, "router: logits must be [T, N+Z]");
+  check(ids_any.dim() == 2, "router: ids must be [T, k]");
   const int64_t tokens = logits_any.size(0), columns = logits_any.size(1);
   const RouterOptions options{columns,     columns - zero_experts, ids_any.size(1), scaling, score_of(score),
                               renormalize, identity_of(identity),  balance_groups,  1,       1};
-  check_router(logits_any, valid_any, options);
+  check_router_backward(grad_weights, grad_identity, grad_group_probs, logits_any, valid_any, ids_any, stats_any,
+                        options);
   const Tensor logits = torch::stable::contiguous(logits_any), ids = torch::stable::contiguous(ids_any);
   const Tensor stats = torch::stable::contiguous(stats_any);
   Tensor grad_logits = torch::stable::new_empty(logits, {tokens, columns});

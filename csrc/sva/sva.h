@@ -40,13 +40,11 @@
 #include <tuple>
 #include <vector>
 
-#include "common/checks.h"
+#include "common/arguments.h"
 #include "sva/sva_limits.h"
 
 namespace mmoe {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
 // out, lse, pooled, mass.
@@ -61,10 +59,6 @@ struct SvaSizes {
 
   int64_t queries() const { return batch * rows * columns; }
 };
-
-inline ScalarType sva_accumulated(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
 
 // True where the tensor can be read with its own batch stride: dense in memory from the second dimension on.
 inline bool sva_dense_images(const Tensor& grid) {
@@ -83,24 +77,6 @@ inline Tensor sva_readable(const Tensor& grid) {
 
 namespace detail {
 
-inline bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> shape) {
-  if (tensor.dim() != static_cast<int64_t>(shape.size())) return false;
-  int64_t i = 0;
-  for (int64_t size : shape) {
-    if (tensor.size(i++) != size) return false;
-  }
-  return true;
-}
-
-template <typename... At>
-void sva_check_shape(const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape, const At&... name) {
-  check(tensor.scalar_type() == dtype, "sva: ", name..., " has another dtype than it must");
-  if (has_shape(tensor, shape)) return;
-  std::ostringstream wanted;
-  for (int64_t size : shape) wanted << (wanted.tellp() == 0 ? "" : ", ") << size;
-  check(false, "sva: ", name..., " must be [", wanted.str(), "]");
-}
-
 // m of a grid whose shape starts with [B, m*R, m*W].
 inline int64_t sva_window(const Tensor& grid, const SvaSizes& sizes, const char* name, size_t i) {
   const int64_t m = grid.dim() == 4 && sizes.rows > 0 ? grid.size(1) / sizes.rows : 0;
@@ -113,11 +89,10 @@ inline int64_t sva_window(const Tensor& grid, const SvaSizes& sizes, const char*
 inline SvaSizes check_sva(const Tensor& q, const Tensors& keys, const Tensors& values, const Tensors& features,
                           const Tensors& positions, const Tensors& absorbed, const Tensors& constants,
                           const Tensors& masks) {
-  using detail::sva_check_shape;
   check(q.dim() == 5 && q.size(1) >= 1 && q.size(2) >= 1 && q.size(3) >= 1 && q.size(4) >= 1,
         "sva: q must be [B, R, W, H, D] with R, W, H, D >= 1");
   SvaSizes sizes{q.size(0), q.size(1), q.size(2), q.size(3), q.size(4), {}, {}};
-  const ScalarType dtype = q.scalar_type(), sums = sva_accumulated(dtype);
+  const ScalarType dtype = q.scalar_type(), sums = sum_type(dtype);
   const int64_t batch = sizes.batch, rows = sizes.rows, columns = sizes.columns, heads = sizes.heads;
   const size_t encoders = keys.size() + features.size();
   check(encoders >= 1 && encoders <= kSvaEncoders, "sva: keys and features must be 1 to ", kSvaEncoders, " encoders");
@@ -128,24 +103,24 @@ inline SvaSizes check_sva(const Tensor& q, const Tensors& keys, const Tensors& v
   check(masks.size() == encoders, "sva: masks must be one per encoder, ", encoders);
   for (size_t i = 0; i < keys.size(); ++i) {
     const int64_t m = detail::sva_window(keys[i], sizes, "keys", i), channels = heads * sizes.width;
-    sva_check_shape(keys[i], dtype, {batch, m * rows, m * columns, channels}, "keys[", i, "]");
-    sva_check_shape(values[i], dtype, {batch, m * rows, m * columns, channels}, "values[", i, "]");
+    check_tensor("sva", keys[i], dtype, {batch, m * rows, m * columns, channels}, "keys[", i, "]");
+    check_tensor("sva", values[i], dtype, {batch, m * rows, m * columns, channels}, "values[", i, "]");
     sizes.window.push_back(m);
   }
   for (size_t j = 0; j < features.size(); ++j) {
     const int64_t m = detail::sva_window(features[j], sizes, "features", j), channels = features[j].size(3);
     check(channels >= 1, "sva: features[", j, "] must have a channel");
-    sva_check_shape(features[j], dtype, {batch, m * rows, m * columns, channels}, "features[", j, "]");
-    if (positions[j].numel() > 0) sva_check_shape(positions[j], dtype, {m * m, channels}, "positions[", j, "]");
-    sva_check_shape(absorbed[j], dtype, {heads, batch, rows, columns, channels}, "absorbed[", j, "]");
-    sva_check_shape(constants[j], sums, {heads, batch, rows, columns}, "constants[", j, "]");
+    check_tensor("sva", features[j], dtype, {batch, m * rows, m * columns, channels}, "features[", j, "]");
+    if (positions[j].numel() > 0) check_tensor("sva", positions[j], dtype, {m * m, channels}, "positions[", j, "]");
+    check_tensor("sva", absorbed[j], dtype, {heads, batch, rows, columns, channels}, "absorbed[", j, "]");
+    check_tensor("sva", constants[j], sums, {heads, batch, rows, columns}, "constants[", j, "]");
     sizes.window.push_back(m);
     sizes.channels.push_back(channels);
   }
   for (size_t i = 0; i < encoders; ++i) {
     const int64_t m = sizes.window[i];
     if (masks[i].numel() == 0) continue;
-    sva_check_shape(masks[i], ScalarType::Bool, {batch, m * rows, m * columns}, "masks[", i, "]");
+    check_tensor("sva", masks[i], ScalarType::Bool, {batch, m * rows, m * columns}, "masks[", i, "]");
   }
   return sizes;
 }
@@ -153,23 +128,23 @@ inline SvaSizes check_sva(const Tensor& q, const Tensors& keys, const Tensors& v
 // What the backward takes beyond the forward's arguments.
 inline void check_sva_backward(const SvaSizes& sizes, const Tensor& grad_out, const Tensors& grad_pooled,
                                const Tensors& grad_mass, const Tensor& q, const Tensor& lse) {
-  using detail::sva_check_shape;
-  const ScalarType dtype = q.scalar_type(), sums = sva_accumulated(dtype);
+  const ScalarType dtype = q.scalar_type(), sums = sum_type(dtype);
   const int64_t batch = sizes.batch, rows = sizes.rows, columns = sizes.columns, heads = sizes.heads;
   const size_t absorbed = sizes.channels.size();
   check(grad_pooled.size() == absorbed, "sva: grad_pooled must be as many as features, ", absorbed);
   check(grad_mass.size() == absorbed, "sva: grad_mass must be as many as features, ", absorbed);
-  if (grad_out.numel() > 0) sva_check_shape(grad_out, dtype, {batch, rows, columns, heads * sizes.width}, "grad_out");
+  if (grad_out.numel() > 0)
+    check_tensor("sva", grad_out, dtype, {batch, rows, columns, heads * sizes.width}, "grad_out");
   for (size_t j = 0; j < absorbed; ++j) {
     const int64_t channels = sizes.channels[j];
     if (grad_pooled[j].numel() > 0) {
-      sva_check_shape(grad_pooled[j], dtype, {heads, batch, rows, columns, channels}, "grad_pooled[", j, "]");
+      check_tensor("sva", grad_pooled[j], dtype, {heads, batch, rows, columns, channels}, "grad_pooled[", j, "]");
     }
     if (grad_mass[j].numel() > 0) {
-      sva_check_shape(grad_mass[j], sums, {heads, batch, rows, columns}, "grad_mass[", j, "]");
+      check_tensor("sva", grad_mass[j], sums, {heads, batch, rows, columns}, "grad_mass[", j, "]");
     }
   }
-  sva_check_shape(lse, sums, {batch, rows, columns, heads}, "lse");
+  check_tensor("sva", lse, sums, {batch, rows, columns, heads}, "lse");
 }
 
 }  // namespace mmoe

@@ -136,7 +136,7 @@ SvaResult sva_cpu(Tensor q, Tensors keys, Tensors values, Tensors features, Tens
                   Tensors constants, Tensors masks, double eps) {
   const Inputs in = inputs(q, keys, values, features, positions, absorbed, constants, masks);
   const SvaSizes& sizes = in.sizes;
-  const ScalarType sums = sva_accumulated(q.scalar_type());
+  const ScalarType sums = sum_type(q.scalar_type());
   Tensor out = torch::stable::new_empty(q, {sizes.batch, sizes.rows, sizes.columns, sizes.heads * sizes.width});
   Tensor lse = torch::stable::new_empty(q, {sizes.batch, sizes.rows, sizes.columns, sizes.heads}, sums);
   Tensors pooled = empty_like(absorbed), mass = empty_like(constants);

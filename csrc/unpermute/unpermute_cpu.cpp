@@ -41,7 +41,8 @@ UnpermuteGrads unpermute_backward_cpu(Tensor grad_out_any, Tensor rows_any, Tens
   const Tensor identity = torch::stable::contiguous(identity_any);
   check_rows_inside("unpermute", row_of_slot, rows.size(0));
   const int64_t tokens = x.size(0), top_k = row_of_slot.size(1), width = x.size(1), count = rows.size(0);
-  Tensor grad_rows = torch::stable::new_empty(rows, {count, width});
+  Tensor grad_rows =
+      slot_of_row ? torch::stable::new_empty(rows, {count, width}) : torch::stable::new_zeros(rows, {count, width});
   Tensor grad_weights = torch::stable::new_empty(weights, {tokens, top_k});
   Tensor grad_x = torch::stable::new_empty(x, {tokens, width});
   Tensor grad_identity = torch::stable::new_empty(identity, {tokens});

@@ -57,7 +57,8 @@ UnpermuteGrads unpermute_backward_cuda(Tensor grad_out_any, Tensor rows_any, Ten
   std::optional<Tensor> slot_of_row;
   if (slot_of_row_any) slot_of_row = torch::stable::contiguous(*slot_of_row_any);
   const int64_t tokens = x.size(0), top_k = row_of_slot.size(1), width = x.size(1), count = rows.size(0);
-  Tensor grad_rows = torch::stable::new_empty(rows, {count, width});
+  Tensor grad_rows =
+      slot_of_row ? torch::stable::new_empty(rows, {count, width}) : torch::stable::new_zeros(rows, {count, width});
   Tensor grad_weights = torch::stable::new_empty(weights, {tokens, top_k});
   Tensor grad_x = torch::stable::new_empty(x, {tokens, width});
   Tensor grad_identity = torch::stable::new_empty(identity, {tokens});

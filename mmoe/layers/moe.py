@@ -79,6 +79,7 @@ class Dispatched:
     chunks: list[int]
     routed: RouterOutput
     row_of_slot: Tensor
+    slot_of_row: Tensor
     x_TD: Tensor
 
 
@@ -101,11 +102,11 @@ class ZeroExpertMoE(MegatronModule):
             # Under recompute the first forward runs without gradients: only the second one counts.
             self.router.count(routed, valid_T, weighted_loss.detach())
             x_TD = engine.attach_loss(x_TD, weighted_loss)
-        rows, row_of_slot, _, offsets = permute(x_TD, routed.ids, self.config.moe.experts)
+        rows, row_of_slot, slot_of_row, offsets = permute(x_TD, routed.ids, self.config.moe.experts)
         self.sent_rows = rows.size(0)
         sizes = engine.ranks().expert_size
         if sizes == 1:
-            return Dispatched(rows, offsets[1:], [], [], [], routed, row_of_slot, x_TD)
+            return Dispatched(rows, offsets[1:], [], [], [], routed, row_of_slot, slot_of_row, x_TD)
 
         counts = offsets.diff().view(sizes, -1)
         incoming = torch.empty_like(counts)
@@ -115,9 +116,8 @@ class ZeroExpertMoE(MegatronModule):
         # Rows arrive by source rank, then expert; the grouped GEMM wants them by expert.
         chunks = incoming.reshape(-1).tolist()
         rows = _regroup(rows, chunks, sizes)
-        return Dispatched(
-            rows, incoming.sum(0).cumsum(0).to(torch.int32), sent, received, chunks, routed, row_of_slot, x_TD
-        )
+        ends = incoming.sum(0).cumsum(0).to(torch.int32)
+        return Dispatched(rows, ends, sent, received, chunks, routed, row_of_slot, slot_of_row, x_TD)
 
     def combine(self, rows_RD: Tensor, state: Dispatched) -> Tensor:
         """[R, D] from the experts → [T, D]: weighted sum over each token's slots plus identity weight · x."""
@@ -126,7 +126,10 @@ class ZeroExpertMoE(MegatronModule):
             by_expert = torch.tensor(state.chunks).view(sizes, -1).t().reshape(-1).tolist()
             rows_RD = _regroup(rows_RD, by_expert, self.experts.local)
             rows_RD = all_to_all(engine.expert_group(), rows_RD, state.sent, state.received)
-        return unpermute(rows_RD, state.row_of_slot, state.routed.weights, state.x_TD, state.routed.identity)
+        routed = state.routed
+        return unpermute(
+            rows_RD, state.row_of_slot, routed.weights, state.x_TD, routed.identity, slot_of_row=state.slot_of_row
+        )
 
     def forward(self, x_TD: Tensor, packed: Packed) -> Tensor:
         state = self.dispatch(x_TD, packed)

@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 
 
+def one_device(**arguments: Tensor | None) -> None:
+    """All on the device of the first."""
+    first, *others = (item for item in arguments.items() if item[1] is not None)
+    for name, tensor in others:
+        if tensor.device != first[1].device:
+            raise ValueError(f"{name} is on {tensor.device}, must be on {first[1].device} as {first[0]} is")
+
+
 def ndim(name: str, tensor: Tensor, wanted: int) -> None:
     if tensor.ndim != wanted:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must have {wanted} dimensions")

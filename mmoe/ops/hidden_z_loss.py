@@ -29,10 +29,11 @@ def hidden_z_loss(z: Tensor, coefficient: float, *, valid: Tensor | None = None)
     check.floating("z", z)
     if z.shape[1] == 0:
         raise ValueError(f"z has shape {tuple(z.shape)}, must have at least one column")
+    check.one_device(z=z, valid=valid)
     if valid is not None:
         check.shape("valid", valid, z.shape[:1])
         check.boolean("valid", valid)
-    compiled = kernel("hidden_z_loss", z.device.type)
+    compiled = kernel("hidden_z_loss", z)
     return compiled(z, valid, coefficient)[0] if compiled else reference.hidden_z_loss(z, coefficient, valid)
 
 

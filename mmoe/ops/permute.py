@@ -37,8 +37,9 @@ def permute(x: Tensor, ids: Tensor, experts: int, *, align: int = 1, max_rows: i
     check.ndim("ids", ids, 2)
     check.integer("ids", ids)
     check.shape("ids", ids, (x.shape[0], ids.shape[1]))
+    check.one_device(x=x, ids=ids)
     index = permute_index(ids, experts, align=align, max_rows=max_rows)
-    compiled = kernel("permute", x.device.type) or reference.gather
+    compiled = kernel("permute", x) or reference.gather
     return PermuteOutput(compiled(x, index.row_of_slot, index.slot_of_row), *index)
 
 

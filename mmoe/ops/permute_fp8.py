@@ -56,8 +56,9 @@ def permute_fp8(
     check.ndim("ids", ids, 2)
     check.integer("ids", ids)
     check.shape("ids", ids, (x.shape[0], ids.shape[1]))
+    check.one_device(x=x, ids=ids)
     index = permute_index(ids, experts, align=align, max_rows=max_rows)
-    compiled = kernel("permute_fp8", x.device.type) or reference.permute_fp8
+    compiled = kernel("permute_fp8", x) or reference.permute_fp8
     rows, scales = compiled(x.detach(), index.row_of_slot, index.slot_of_row)
     return PermuteFp8Output(rows, scales, _StraightThrough.apply(x, index.row_of_slot, rows.shape[0]), *index)
 
@@ -73,7 +74,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None]:
         (row_of_slot,) = ctx.saved_tensors
-        compiled = kernel("permute_backward", grad_rows.device.type)
+        compiled = kernel("permute_backward", grad_rows)
         if compiled:
             return compiled(grad_rows, row_of_slot), None, None
         ones = torch.ones_like(row_of_slot, dtype=torch.float32)

@@ -40,7 +40,7 @@ def permute_index(ids: Tensor, experts: int, *, align: int = 1, max_rows: int | 
         raise ValueError(f"permute_index: align is {align}, must be at least 1")
     if max_rows is not None and max_rows < 0:
         raise ValueError(f"permute_index: max_rows is {max_rows}, must not be negative")
-    compiled = kernel("permute_index", ids.device.type) or reference.permute_index
+    compiled = kernel("permute_index", ids) or reference.permute_index
     return PermuteIndex(*compiled(ids, experts, align, max_rows))
 
 

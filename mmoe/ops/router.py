@@ -38,7 +38,7 @@ def router(
 
     Args:
         logits: [T, N+Z] float32 (float64 for checks; bfloat16 and float16 are cast to float32 under autocast, and
-            refused without it). T may be 0. Takes gradient. On CUDA float32, N+Z ≤ 2304.
+            refused without it). T may be 0. Takes gradient. On CUDA N+Z ≤ 2304.
         bias: [N+Z], dtype of ``logits``: added for the choice only, takes no gradient.
         zero_experts: Z, the last columns.
         top_k: k, 1 … N+Z; on CUDA at most 32.
@@ -70,6 +70,7 @@ def router(
         logits, bias = (tensor.float() if tensor.dtype in HALVES else tensor for tensor in (logits, bias))
     if logits.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"logits is {logits.dtype}, must be torch.float32 or torch.float64")
+    check.one_device(logits=logits, bias=bias, valid=valid)
     tokens, slots = logits.shape
     check.shape("bias", bias, (slots,))
     check.dtype("bias", bias, logits.dtype)
@@ -92,7 +93,7 @@ def router(
         for name, value in (("N+Z", slots), ("top_k", top_k), ("selection_groups", selection_groups)):
             if value > CUDA_LIMITS[name]:
                 raise ValueError(f"router: {name} is {value}, must be at most {CUDA_LIMITS[name]} on CUDA")
-    compiled = kernel("router", logits.device.type)
+    compiled = kernel("router", logits)
     if compiled is None:
         return reference.router(
             logits,
@@ -152,6 +153,7 @@ def _fake(
     selected_groups: int,
     identity: str,
 ) -> tuple[Tensor, ...]:
+    check.one_device(logits=logits, bias=bias, valid=valid)
     tokens, slots = logits.shape
     return (
         logits.new_empty((tokens, top_k)),

@@ -14,6 +14,7 @@ from mmoe.reference.sva import Absorbed, Masks, Projected
 __all__ = ["Absorbed", "Projected", "sva"]
 
 MOST_ENCODERS, LARGEST_WINDOW = 16, 8  # csrc/sva/sva_limits.h
+WIDEST_HEAD_ON_CUDA = 128  # csrc/sva/sva_heuristics.h
 
 
 def sva(q: Tensor, sources: Sequence[Projected | Absorbed], masks: Masks | None = None) -> Tensor:
@@ -28,7 +29,8 @@ def sva(q: Tensor, sources: Sequence[Projected | Absorbed], masks: Masks | None 
     too, which keeps nothing but q, the sources and the log of the softmax's sum.
 
     Args:
-        q: [B, L, L, H, D], floating. B may be 0.
+        q: [B, L, L, H, D], floating. B may be 0. On CUDA D ≤ 128. Under autocast q, keys and values are taken in its
+            dtype, as torch's attention takes them.
         sources: one to sixteen encoders, m_i at most 8. Keys and values have the dtype of ``q``; what describes an
             absorbed encoder may have any floating dtype and is taken in that of ``q``; its eps is the same for all.
         masks: None, or for every encoder None or [B, m_i·L, m_i·L] bool, False on padding. Where an encoder has no
@@ -40,8 +42,12 @@ def sva(q: Tensor, sources: Sequence[Projected | Absorbed], masks: Masks | None 
     Raises:
         ValueError, TypeError: naming the argument.
     """
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q = q.to(dtype)
+        sources = [Projected(*(part.to(dtype) for part in s)) if isinstance(s, Projected) else s for s in sources]
     _check(q, sources, masks)
-    if kernel("sva", q.device.type) is None:
+    if kernel("sva", q) is None:
         return reference.sva(q, sources, masks)
     none = q.new_empty(0, dtype=torch.bool)
     given = [none if mask is None else mask for mask in masks or [None] * len(sources)]
@@ -63,12 +69,16 @@ def _check(q: Tensor, sources: Sequence[Projected | Absorbed], masks: Masks | No
     check.ndim("q", q, 5)
     check.floating("q", q)
     batch, side, columns, heads, width = q.shape
+    if q.device.type == "cuda" and width > WIDEST_HEAD_ON_CUDA:
+        raise ValueError(f"q has heads of {width}, must be at most {WIDEST_HEAD_ON_CUDA} on CUDA")
     if side != columns or side < 1:
         raise ValueError(f"q has {side} × {columns} queries, must be a square grid")
     if not 1 <= len(sources) <= MOST_ENCODERS:
         raise ValueError(f"sources holds {len(sources)} encoders, must hold 1 to {MOST_ENCODERS}")
     for i, source in enumerate(sources):
         name = f"sources[{i}]"
+        parts = source._asdict().items()
+        check.one_device(q=q, **{f"{name}.{field}": part for field, part in parts if isinstance(part, Tensor)})
         if isinstance(source, Projected):
             _check_grid(f"{name}.keys", source.keys, batch, side, heads * width)
             check.dtype(f"{name}.keys", source.keys, q.dtype)
@@ -107,6 +117,7 @@ def _check_masks(masks: Masks | None, grids: Sequence[Tensor]) -> None:
         raise ValueError(f"masks holds {len(masks)} entries, must hold one per encoder, {len(grids)}")
     for i, (mask, grid) in enumerate(zip(masks, grids, strict=True)):
         if mask is not None:
+            check.one_device(q=grid, **{f"masks[{i}]": mask})
             check.shape(f"masks[{i}]", mask, grid.shape[:3])
             check.boolean(f"masks[{i}]", mask)
 

@@ -2,10 +2,10 @@
 
 With x̂ the normalised features, q·k = (γ_k ⊙ W_kᵀq)·x̂ + q·W_kβ_k and Σ a·v = W_v(γ_v ⊙ Σ a·x̂ + β_v Σ a). The absorbed
 queries and the sums Σ a·x̂ take H·C numbers a query, as much as its whole window for m = 4: they exist for one chunk of
-queries only, in the cache, and are computed once more in the backward.
+queries only, on a CPU in the cache, and are computed once more in the backward.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +13,12 @@ from torch import Tensor
 
 FIELDS = 8
 """Tensors of an absorbed encoder: the fields of :class:`mmoe.reference.sva.Absorbed` but eps; no position is empty."""
-CHUNK_NUMBERS = 2 << 20
-"""How many numbers the absorbed queries and the sums of a chunk may be: 8 MiB in fp32, twice that in the backward."""
+CHUNK_NUMBERS = {"cpu": 2 << 20, "cuda": 128 << 20}
+"""How many numbers the absorbed queries and the sums of a chunk may be by device, twice that in the backward.
+
+On a CPU they stay in the cache: 8 MiB in fp32, 48 queries of Cambrian-1 8B. On CUDA a chunk has to occupy the device:
+256 MiB in bf16, 4096 queries (7 images), fifteen for each of the 264 blocks that an H100 has room for.
+"""
 
 
 class _Encoder(NamedTuple):
@@ -51,18 +55,43 @@ def _encoders(q: Tensor, absorbed: list[Tensor]) -> list[_Encoder]:
 
 
 def _chunks(q: Tensor, encoders: list[_Encoder]) -> Iterator[_Chunk]:
-    """Several images, or several rows of one."""
+    """Several images, or several rows of one; of about the same number."""
     batch, rows, columns, heads, _ = q.shape
     row = 2 * columns * heads * sum(encoder.features.shape[-1] for encoder in encoders)
-    fitting = max(1, CHUNK_NUMBERS // row)
+    fitting = max(1, CHUNK_NUMBERS[q.device.type] // row)
     if fitting >= rows:
-        step = fitting // rows
-        for image in range(0, batch, step):
-            yield _Chunk(slice(image, min(image + step, batch)), slice(0, rows))
+        for images in _slices(batch, fitting // rows):
+            yield _Chunk(images, slice(0, rows))
         return
     for image in range(batch):
-        for row in range(0, rows, fitting):
-            yield _Chunk(slice(image, image + 1), slice(row, min(row + fitting, rows)))
+        for some in _slices(rows, fitting):
+            yield _Chunk(slice(image, image + 1), some)
+
+
+def _slices(size: int, most: int) -> Iterator[slice]:
+    count = -(-size // most)
+    for i in range(count):
+        yield slice(size * i // count, size * (i + 1) // count)
+
+
+class _Gathered:
+    """A tensor [B, side, …] put together from its chunks. The only chunk is taken as it is, without a copy."""
+
+    def __init__(self, q: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.q, self.shape, self.dtype = q, tuple(shape), dtype
+        self.whole: Tensor | None = None
+
+    def put(self, chunk: _Chunk, part: Tensor) -> None:
+        if part.shape == self.shape and part.dtype == self.dtype and part.is_contiguous():
+            self.whole = part
+            return
+        if self.whole is None:
+            self.whole = self.q.new_empty(self.shape, dtype=self.dtype)
+        chunk.of(self.whole, self.q.shape[1]).copy_(part)
+
+    def tensor(self) -> Tensor:
+        """All of it; empty where there was no chunk."""
+        return self.q.new_empty(self.shape, dtype=self.dtype) if self.whole is None else self.whole
 
 
 class _Inputs(NamedTuple):
@@ -105,7 +134,7 @@ def sva_absorbed(
     with torch.autocast(q.device.type, enabled=False):
         encoders = _encoders(q, absorbed)
         sums = torch.promote_types(torch.float32, q.dtype)
-        out, lse = q.new_empty(*q.shape[:3], q.shape[3] * q.shape[4]), q.new_empty(q.shape[:4], dtype=sums)
+        out, lse = _Gathered(q, q.shape, q.dtype), _Gathered(q, q.shape[:4], sums)
         for chunk in _chunks(q, encoders):
             arguments, by_head = _inputs(chunk, q, keys, values, encoders, masks)
             mixed, chunk_lse, pooled, mass = torch.ops.mmoe.sva(*arguments, eps)
@@ -113,9 +142,9 @@ def sva_absorbed(
             for encoder, summed, share in zip(encoders, pooled, mass, strict=True):
                 total += torch.bmm(summed.flatten(1, 3), encoder.value.transpose(1, 2))
                 total += share.view(*by_head.shape[:2], 1) * encoder.value_bias.unsqueeze(1)
-            chunk.of(out, q.shape[1]).view(-1, *q.shape[3:]).copy_(total.transpose(0, 1))
-            chunk.of(lse, q.shape[1]).copy_(chunk_lse)
-        return out, lse
+            out.put(chunk, total.transpose(0, 1).unflatten(0, chunk_lse.shape[:3]))
+            lse.put(chunk, chunk_lse)
+        return out.tensor().flatten(3), lse.tensor()
 
 
 class _WeightGradients:
@@ -177,9 +206,9 @@ def sva_absorbed_backward(
     with torch.autocast(q.device.type, enabled=False):
         encoders = _encoders(q, absorbed)
         sums, side = torch.promote_types(torch.float32, q.dtype), q.shape[1]
-        grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+        grad_q = _Gathered(q, q.shape, q.dtype)
         grad_keys, grad_values, grad_features = (
-            [torch.empty_like(grid, memory_format=torch.contiguous_format) for grid in grids]
+            [_Gathered(q, grid.shape, q.dtype) for grid in grids]
             for grids in (keys, values, [encoder.features for encoder in encoders])
         )
         totals = [_WeightGradients(encoder) for encoder in encoders]
@@ -202,15 +231,16 @@ def sva_absorbed_backward(
                 total += torch.bmm(of_absorbed.flatten(1, 3), encoder.key.transpose(1, 2))
                 total += of_constants.flatten(1).unsqueeze(2) * encoder.key_bias.unsqueeze(1)
                 weights.add(encoder, gradients, by_head, out_by_head)
-            chunk.of(grad_q, side).flatten(0, 2).copy_(total.transpose(0, 1))
+            grad_q.put(chunk, total.transpose(0, 1).unflatten(0, of_q.shape[:3]))
             for whole, part in zip(
                 (*grad_keys, *grad_values, *grad_features), (*of_keys, *of_values, *of_features), strict=True
             ):
-                chunk.of(whole, side).copy_(part)
+                whole.put(chunk, part)
         of_absorbed = []
         for i, (grid, weights) in enumerate(zip(grad_features, totals, strict=True)):
-            of_absorbed += [grid, *weights.unfold(absorbed[i * FIELDS : (i + 1) * FIELDS])]
-        return grad_q, grad_keys, grad_values, of_absorbed
+            of_absorbed += [grid.tensor(), *weights.unfold(absorbed[i * FIELDS : (i + 1) * FIELDS])]
+        of_keys, of_values = ([grid.tensor() for grid in grids] for grids in (grad_keys, grad_values))
+        return grad_q.tensor(), of_keys, of_values, of_absorbed
 
 
 @sva_absorbed.register_fake

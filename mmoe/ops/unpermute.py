@@ -27,10 +27,11 @@ def unpermute(
         row_of_slot: [T, k] int32 or int64; −1 (a zero expert's slot) reads and adds nothing, its weight takes no
             gradient.
         weights: [T, k] float32 (float64 for float64 ``rows``).
-        x: [T, d], dtype of ``rows``: the tokens before the experts.
+        x: [T, d], dtype of ``rows``: the tokens before the experts. Under autocast the two may differ, and are taken in
+            the wider dtype.
         identity: [T], dtype of ``weights``: the zero experts' weight of x.
-        slot_of_row: [R] int32 or int64, from ``permute``. Needed where rows are padding (−1 in it), which then get a
-            gradient of 0; without it every row must belong to a slot.
+        slot_of_row: [R] int32 or int64, from ``permute``: which rows are padding (−1 in it). Rows without a slot get a
+            gradient of 0 with or without it; without it, all of the gradient is cleared first.
 
     Returns:
         [T, d], dtype of ``x``. Gradient to rows, weights, x and identity.
@@ -43,6 +44,12 @@ def unpermute(
     check.floating("rows", rows)
     check.ndim("row_of_slot", row_of_slot, 2)
     check.integer("row_of_slot", row_of_slot)
+    check.one_device(
+        rows=rows, row_of_slot=row_of_slot, weights=weights, x=x, identity=identity, slot_of_row=slot_of_row
+    )
+    if torch.is_autocast_enabled(rows.device.type):
+        wider = torch.promote_types(rows.dtype, x.dtype)
+        rows, x = rows.to(wider), x.to(wider)
     tokens, top_k = row_of_slot.shape
     check.shape("weights", weights, (tokens, top_k))
     check.dtype("weights", weights, torch.promote_types(torch.float32, rows.dtype))
@@ -54,7 +61,7 @@ def unpermute(
         check.shape("slot_of_row", slot_of_row, rows.shape[:1])
         check.integer("slot_of_row", slot_of_row)
         slot_of_row = slot_of_row.to(torch.int32)
-    compiled = kernel("unpermute", rows.device.type)
+    compiled = kernel("unpermute", rows)
     if compiled is None:
         return reference.unpermute(rows, row_of_slot, weights, x, identity)
     return compiled(rows, row_of_slot.to(torch.int32), weights, x, identity, slot_of_row)
