@@ -1,7 +1,9 @@
 """What a training step holds beyond what every implementation must: inputs, weights, the result and all gradients.
 
 Each side runs in a process of its own, where the kernel's record of the largest resident size (VmHWM) counts all that
-was touched, by whichever allocator; the pool of :mod:`benchmarks.allocator` is not in it.
+was touched, by whichever allocator; the pool of :mod:`benchmarks.allocator` is not in it. glibc maps every tensor of
+128 KiB or more by itself, so that a freed one is gone: by default it keeps freed ones up to 32 MiB, in holes that the
+next tensors may or may not fit into, and tells more of the order of the frees than of what is held.
 """
 
 import ctypes
@@ -23,7 +25,8 @@ def extra_bytes(case: Case, side: str, *, quick: bool, threads: int) -> int:
     """Extra memory of one step of ``ours`` or of the peer ``side``, measured by this file as a program."""
     arguments = [case.operator, case.shape, case.dtype_name, side, str(threads), *(["quick"] if quick else [])]
     command = [sys.executable, "-m", "benchmarks.memory", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=allocator.system_environment(), capture_output=True, text=True)
+    environment = allocator.system_environment() | {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)} failed: {done.stderr.strip()}")
     return int(done.stdout.split()[-1])

@@ -168,7 +168,9 @@ class _WeightGradients:
             batch, rows, columns = mass.shape[1:]
             m = features.shape[1] // rows
             cells = features.view(batch, rows, m, columns, m, -1)
-            self.position += cells.sum((0, 1, 3), dtype=sums).flatten(0, 1)
+            # By columns, because a sum in another dtype copies what it reads on a CPU.
+            for some in cells.split(8, dim=3):
+                self.position += some.sum((0, 1, 3), dtype=sums).flatten(0, 1)
 
     def unfold(self, absorbed: list[Tensor]) -> list[Tensor]:
         """Those of the seven tensors after ``features``, in their dtype."""
@@ -178,8 +180,8 @@ class _WeightGradients:
             (self.key, self.key_bias, key_gain, key_shift, key),
             (self.value, self.value_bias, value_gain, value_shift, value),
         ):
-            grad, grad_bias, weight = grad.flatten(0, 1), grad_bias.flatten(), weight.to(grad.dtype)
-            made += [(grad * weight).sum(0), weight.t() @ grad_bias]
+            grad, grad_bias = grad.flatten(0, 1), grad_bias.flatten()
+            made += [(grad * weight).sum(0), (grad_bias[:, None] * weight).sum(0)]
             made.append(grad.mul_(gain).addr_(grad_bias, shift.to(grad.dtype)))
         return [grad.to(position.dtype) for grad in made]
 
@@ -187,8 +189,57 @@ class _WeightGradients:
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == total.dtype:
         total.baddbmm_(left, right)
-    else:
-        total += torch.bmm(left, right)
+        return
+    # A few heads at a time: the product, and what adding it to another dtype takes on a CPU, are three times its size.
+    for some, *factors in zip(*(tensor.split(4) for tensor in (total, left, right)), strict=True):
+        some += torch.bmm(*factors)
+
+
+class _Gradients:
+    """What the backward returns, filled chunk by chunk; ``grids``: of keys, values and features."""
+
+    def __init__(self, q: Tensor, keys: list[Tensor], values: list[Tensor], encoders: list[_Encoder]) -> None:
+        self.q = _Gathered(q, q.shape, q.dtype)
+        features = [encoder.features for encoder in encoders]
+        self.grids = [_Gathered(q, grid.shape, q.dtype) for grid in (*keys, *values, *features)]
+        self.weights = [_WeightGradients(encoder) for encoder in encoders]
+
+
+def _add_chunk(
+    gradients: _Gradients,
+    chunk: _Chunk,
+    grad_out: Tensor,
+    q: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    encoders: list[_Encoder],
+    masks: list[Tensor],
+    lse: Tensor,
+    eps: float,
+) -> None:
+    sums, side = torch.promote_types(torch.float32, q.dtype), q.shape[1]
+    arguments, by_head = _inputs(chunk, q, keys, values, encoders, masks)
+    grad = chunk.of(grad_out, side)
+    out_by_head = grad.reshape(-1, *q.shape[3:]).transpose(0, 1)
+    shape = (q.shape[3], *grad.shape[:3])
+    grad_pooled = [torch.bmm(out_by_head, encoder.value).view(*shape, -1) for encoder in encoders]
+    grad_mass = [
+        torch.bmm(out_by_head.to(sums), encoder.value_bias.to(sums).unsqueeze(2)).view(shape) for encoder in encoders
+    ]
+    of_q, of_keys, of_values, of_features, *rest = torch.ops.mmoe.sva_backward(
+        grad, grad_pooled, grad_mass, *arguments, chunk.of(lse, side), eps
+    )
+    del arguments, grad_pooled
+    total = of_q.flatten(0, 2).transpose(0, 1).to(sums)
+    of_encoders = zip(of_features, *rest, strict=True)
+    for encoder, weights, parts in zip(encoders, gradients.weights, of_encoders, strict=True):
+        _, of_absorbed, of_constants, _, _ = parts
+        total += torch.bmm(of_absorbed.flatten(1, 3), encoder.key.transpose(1, 2))
+        total += of_constants.flatten(1).unsqueeze(2) * encoder.key_bias.unsqueeze(1)
+        weights.add(encoder, parts, by_head, out_by_head)
+    gradients.q.put(chunk, total.transpose(0, 1).unflatten(0, of_q.shape[:3]))
+    for whole, part in zip(gradients.grids, (*of_keys, *of_values, *of_features), strict=True):
+        whole.put(chunk, part)
 
 
 @torch.library.custom_op("mmoe::sva_absorbed_backward", mutates_args=())
@@ -205,42 +256,15 @@ def sva_absorbed_backward(
     """The gradients of q, keys, values and of the tensors of ``absorbed``."""
     with torch.autocast(q.device.type, enabled=False):
         encoders = _encoders(q, absorbed)
-        sums, side = torch.promote_types(torch.float32, q.dtype), q.shape[1]
-        grad_q = _Gathered(q, q.shape, q.dtype)
-        grad_keys, grad_values, grad_features = (
-            [_Gathered(q, grid.shape, q.dtype) for grid in grids]
-            for grids in (keys, values, [encoder.features for encoder in encoders])
-        )
-        totals = [_WeightGradients(encoder) for encoder in encoders]
+        gradients = _Gradients(q, keys, values, encoders)
         for chunk in _chunks(q, encoders):
-            arguments, by_head = _inputs(chunk, q, keys, values, encoders, masks)
-            grad = chunk.of(grad_out, side)
-            out_by_head = grad.reshape(-1, *q.shape[3:]).transpose(0, 1)
-            shape = (q.shape[3], *grad.shape[:3])
-            grad_pooled = [torch.bmm(out_by_head, encoder.value).view(*shape, -1) for encoder in encoders]
-            grad_mass = [
-                torch.bmm(out_by_head.to(sums), encoder.value_bias.to(sums).unsqueeze(2)).view(shape)
-                for encoder in encoders
-            ]
-            of_q, of_keys, of_values, of_features, *rest = torch.ops.mmoe.sva_backward(
-                grad, grad_pooled, grad_mass, *arguments, chunk.of(lse, side), eps
-            )
-            total = of_q.flatten(0, 2).transpose(0, 1).to(sums)
-            for encoder, weights, gradients in zip(encoders, totals, zip(of_features, *rest, strict=True), strict=True):
-                _, of_absorbed, of_constants, _, _ = gradients
-                total += torch.bmm(of_absorbed.flatten(1, 3), encoder.key.transpose(1, 2))
-                total += of_constants.flatten(1).unsqueeze(2) * encoder.key_bias.unsqueeze(1)
-                weights.add(encoder, gradients, by_head, out_by_head)
-            grad_q.put(chunk, total.transpose(0, 1).unflatten(0, of_q.shape[:3]))
-            for whole, part in zip(
-                (*grad_keys, *grad_values, *grad_features), (*of_keys, *of_values, *of_features), strict=True
-            ):
-                whole.put(chunk, part)
+            _add_chunk(gradients, chunk, grad_out, q, keys, values, encoders, masks, lse, eps)
+        del encoders  # as large as what unfolding their gradients takes
+        grids = [grid.tensor() for grid in gradients.grids]
         of_absorbed = []
-        for i, (grid, weights) in enumerate(zip(grad_features, totals, strict=True)):
-            of_absorbed += [grid.tensor(), *weights.unfold(absorbed[i * FIELDS : (i + 1) * FIELDS])]
-        of_keys, of_values = ([grid.tensor() for grid in grids] for grids in (grad_keys, grad_values))
-        return grad_q.tensor(), of_keys, of_values, of_absorbed
+        for i, weights in enumerate(gradients.weights):
+            of_absorbed += [grids[2 * len(keys) + i], *weights.unfold(absorbed[i * FIELDS : (i + 1) * FIELDS])]
+        return gradients.q.tensor(), grids[: len(keys)], grids[len(keys) : 2 * len(keys)], of_absorbed
 
 
 @sva_absorbed.register_fake
