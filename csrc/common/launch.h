@@ -5,7 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "common/checks.h"
-#include "common/device.cuh"
+#include "common/shared_memory.h"
+#include "common/vector.cuh"
 
 namespace mmoe {
 
@@ -20,7 +21,9 @@ class DeviceScope {
   int shared_bytes_per_multiprocessor() const { return 228 * 1024; }
 };
 
-inline void check_launch(const char*) {}  // the emulator ends the process with a line of its own
+// The emulator ends the process with a line of its own.
+inline void check_cuda(cudaError_t, const char*) {}
+inline void check_launch(const char*) {}
 
 inline void wait_for(const DeviceScope&, void* host, const void* device, size_t bytes, const char*) {
   std::memcpy(host, device, bytes);
@@ -29,7 +32,9 @@ inline void wait_for(const DeviceScope&, void* host, const void* device, size_t 
 #else
 
 inline void check_cuda(cudaError_t status, const char* what) {
-  check(status == cudaSuccess, what, ": ", cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch's check would find it once more
+  check(false, what, ": ", cudaGetErrorString(status));
 }
 
 inline void check_launch(const char* kernel) { check_cuda(cudaGetLastError(), kernel); }
@@ -71,12 +76,18 @@ inline void wait_for(const DeviceScope& scope, void* host, const void* device, s
 
 #endif
 
-// Lets a launch of the kernel have so much dynamic shared memory; without, 48 KiB is the most.
+// Lets every launch of the kernel, which must have no static shared memory, have all the dynamic that a block can get;
+// without, kSharedByDefault is the most. Never the bytes of one launch: another thread's may come before it.
 template <typename Kernel>
-void allow_shared(Kernel* kernel, int64_t bytes) {
-  check(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)) == cudaSuccess,
-      "a block cannot have ", bytes, " bytes of shared memory");
+void allow_shared(const DeviceScope& scope, Kernel* kernel) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, scope.shared_bytes_per_block()),
+             "cudaFuncSetAttribute");
+}
+
+// Whether rows of `width` elements of T from each of the pointers on lie on the 16-byte grid.
+template <typename T, typename... Pointers>
+bool rows_on_grid(int64_t width, const Pointers*... bases) {
+  return width % kVector<T> == 0 && ((reinterpret_cast<uintptr_t>(bases) % 16 == 0) && ...);
 }
 
 // Calls body(T{}) with the device type of a tensor's dtype.

@@ -1,6 +1,8 @@
 // Vector accesses of 16 bytes and conversions between storage types (float, bf16, fp16) and fp32.
 #pragma once
 
+#include <type_traits>
+
 #include "common/device.cuh"
 
 namespace mmoe {
@@ -99,6 +101,54 @@ __device__ __forceinline__ uint4 pack_vector(const float (&values)[kVector<T>]) 
 template <typename T>
 __device__ __forceinline__ void store_vector(T* to, const float (&values)[kVector<T>]) {
   store16(to, pack_vector<T>(values));
+}
+
+// A row is read and written in pieces: 16 bytes, or single elements where rows are off the 16-byte grid.
+template <typename T, bool kVectors>
+using PieceOf = std::conditional_t<kVectors, uint4, T>;
+template <typename T, bool kVectors>
+constexpr int kPiece = kVectors ? kVector<T> : 1;
+
+// From global memory that the kernel does not write. In a plain dereference nvcc 13.0 splits some of the 16 bytes.
+template <typename Piece>
+__device__ __forceinline__ Piece load_piece(const Piece* from) {
+  if constexpr (sizeof(Piece) == 16) {
+    return __ldg(from);
+  } else {
+    return *from;
+  }
+}
+
+// To global memory. In a plain assignment nvcc 13.0 splits the 16 bytes of a sum into four stores.
+template <typename Piece>
+__device__ __forceinline__ void store_piece(Piece* to, Piece value) {
+  if constexpr (sizeof(Piece) == 16) {
+#ifdef MMOE_EMULATED
+    store16(to, value);
+#else
+    __stwb(to, value);
+#endif
+  } else {
+    *to = value;
+  }
+}
+
+// The elements of T in a piece, as fp32, and back.
+template <typename T, bool kVectors>
+__device__ __forceinline__ void unpack_piece(PieceOf<T, kVectors> piece, float (&values)[kPiece<T, kVectors>]) {
+  if constexpr (kVectors) {
+    unpack_vector<T>(piece, values);
+  } else {
+    values[0] = to_float(piece);
+  }
+}
+template <typename T, bool kVectors>
+__device__ __forceinline__ PieceOf<T, kVectors> pack_piece(const float (&values)[kPiece<T, kVectors>]) {
+  if constexpr (kVectors) {
+    return pack_vector<T>(values);
+  } else {
+    return from_float<T>(values[0]);
+  }
 }
 
 }  // namespace mmoe

@@ -13,11 +13,6 @@ unsigned blocks(int64_t tokens) {
   return static_cast<unsigned>((tokens + device::kTokensPerBlock - 1) / device::kTokensPerBlock);
 }
 
-template <typename T>
-bool rows_are_aligned(const void* base, int64_t width) {
-  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && width % kVector<T> == 0;
-}
-
 HiddenZLoss hidden_z_loss_cuda(Tensor z_any, std::optional<Tensor> valid_any, double coefficient) {
   check_hidden_z_loss(z_any, valid_any);
   const DeviceScope scope(z_any);
@@ -33,10 +28,16 @@ HiddenZLoss hidden_z_loss_cuda(Tensor z_any, std::optional<Tensor> valid_any, do
   if (tokens > 0) {
     for_device_type(z.scalar_type(), "hidden_z_loss: z", [&](auto type) {
       using T = decltype(type);
-      const T* from = static_cast<const T*>(z.const_data_ptr());
-      auto* kernel = rows_are_aligned<T>(from, width) ? device::lse_kernel<T, true> : device::lse_kernel<T, false>;
-      MMOE_LAUNCH(kernel, blocks(tokens), device::kThreads, 0, scope.stream())(from, counts, tokens, width, to);
-      check_launch("hidden_z_loss: lse_kernel");
+      const auto launch = [&](auto vectors) {
+        MMOE_LAUNCH((device::lse_kernel<T, vectors>), blocks(tokens), device::kThreads, 0, scope.stream())
+        (static_cast<const PieceOf<T, vectors>*>(z.const_data_ptr()), counts, tokens, width / kPiece<T, vectors>, to);
+        check_launch("hidden_z_loss: lse_kernel");
+      };
+      if (rows_on_grid<T>(width, z.const_data_ptr())) {
+        launch(std::true_type{});
+      } else {
+        launch(std::false_type{});
+      }
     });
   }
   MMOE_LAUNCH(device::mean_kernel, 1, device::kSumThreads, 0, scope.stream())
@@ -55,14 +56,19 @@ Tensor hidden_z_loss_backward_cuda(Tensor grad_loss, Tensor z_any, Tensor lse_an
   if (tokens == 0) return grad_z;
   for_device_type(z.scalar_type(), "hidden_z_loss: z", [&](auto type) {
     using T = decltype(type);
-    const T* from = static_cast<const T*>(z.const_data_ptr());
-    T* to = static_cast<T*>(grad_z.mutable_data_ptr());
-    auto* kernel =
-        rows_are_aligned<T>(from, width) ? device::backward_kernel<T, true> : device::backward_kernel<T, false>;
-    MMOE_LAUNCH(kernel, blocks(tokens), device::kThreads, 0, scope.stream())
-    (grad_loss.const_data_ptr<float>(), from, lse.const_data_ptr<float>(), count.const_data_ptr<float>(),
-     static_cast<float>(coefficient), tokens, width, to);
-    check_launch("hidden_z_loss: backward_kernel");
+    const auto launch = [&](auto vectors) {
+      using Piece = PieceOf<T, vectors>;
+      MMOE_LAUNCH((device::backward_kernel<T, vectors>), blocks(tokens), device::kThreads, 0, scope.stream())
+      (grad_loss.const_data_ptr<float>(), static_cast<const Piece*>(z.const_data_ptr()), lse.const_data_ptr<float>(),
+       count.const_data_ptr<float>(), static_cast<float>(coefficient), tokens, width / kPiece<T, vectors>,
+       static_cast<Piece*>(grad_z.mutable_data_ptr()));
+      check_launch("hidden_z_loss: backward_kernel");
+    };
+    if (rows_on_grid<T>(width, z.const_data_ptr(), grad_z.const_data_ptr())) {
+      launch(std::true_type{});
+    } else {
+      launch(std::false_type{});
+    }
   });
   return grad_z;
 }

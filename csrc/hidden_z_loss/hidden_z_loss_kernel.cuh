@@ -15,7 +15,8 @@ namespace mmoe::hidden_z_loss {
 
 constexpr int kThreads = 128;
 constexpr int kTokensPerBlock = kThreads / kWarp;
-constexpr int kSumThreads = 256;
+constexpr int kHeld = 4;  // pieces of a row that a lane has in flight
+constexpr int kSumThreads = 1024;
 
 // Running log-sum-exp: sum of exp(value - top). Starts at top = 0, which is below every |z|.
 struct Running {
@@ -42,10 +43,32 @@ __device__ __forceinline__ void add(Running& state, const float (&values)[kCount
   merge(state, top, sum);
 }
 
-// Where kVectors, every row of z is aligned to 16 bytes. <<<ceil(T / kTokensPerBlock), kThreads>>>
+// Calls visit(index, values) for the pieces of a row that are the lane's, kHeld of them in flight at a time.
+template <typename T, bool kVectors, typename Visit>
+__device__ __forceinline__ void for_each_piece(const PieceOf<T, kVectors>* __restrict__ row, int64_t pieces,
+                                               Visit visit) {
+  for (int64_t first = threadIdx.x % kWarp; first < pieces; first += kHeld * kWarp) {
+    PieceOf<T, kVectors> held[kHeld];
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (first + i * kWarp < pieces) held[i] = load_piece(row + first + i * kWarp);
+    }
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (first + i * kWarp >= pieces) break;
+      float values[kPiece<T, kVectors>];
+      unpack_piece<T, kVectors>(held[i], values);
+      visit(first + i * kWarp, values);
+    }
+  }
+}
+
+// A row is `pieces` of 16 bytes and aligned to them where kVectors, or else elements.
+// <<<ceil(T / kTokensPerBlock), kThreads>>>
 template <typename T, bool kVectors>
-__global__ void __launch_bounds__(kThreads) lse_kernel(const T* __restrict__ z, const bool* __restrict__ valid,
-                                                       int64_t tokens, int64_t width, float* __restrict__ lse) {
+__global__ void __launch_bounds__(kThreads)
+    lse_kernel(const PieceOf<T, kVectors>* __restrict__ z, const bool* __restrict__ valid, int64_t tokens,
+               int64_t pieces, float* __restrict__ lse) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kTokensPerBlock + threadIdx.x / kWarp;
   if (token >= tokens) return;
@@ -53,20 +76,8 @@ __global__ void __launch_bounds__(kThreads) lse_kernel(const T* __restrict__ z, 
     if (lane == 0) lse[token] = 0.0f;
     return;
   }
-  const T* row = z + token * width;
   Running state;
-  const int64_t body = kVectors ? width - width % kVector<T> : 0;
-  if constexpr (kVectors) {
-    for (int64_t i = static_cast<int64_t>(lane) * kVector<T>; i < body; i += kWarp * kVector<T>) {
-      float values[kVector<T>];
-      load_vector(row + i, values);
-      add(state, values);
-    }
-  }
-  for (int64_t i = body + lane; i < width; i += kWarp) {
-    const float value[1] = {to_float(row[i])};
-    add(state, value);
-  }
+  for_each_piece<T, kVectors>(z + token * pieces, pieces, [&](int64_t, auto& values) { add(state, values); });
 #pragma unroll
   for (int reach = kWarp / 2; reach > 0; reach /= 2) {
     const float top = __shfl_xor_sync(kAllLanes, state.top, reach);
@@ -76,16 +87,28 @@ __global__ void __launch_bounds__(kThreads) lse_kernel(const T* __restrict__ z, 
   if (lane == 0) lse[token] = state.top + logf(state.sum);
 }
 
-// loss = coefficient * sum of lse^2 / count. <<<1, kSumThreads>>>
+// loss = coefficient * sum of lse^2 / count, in an order that T alone fixes; lse is aligned to 16 bytes.
+// <<<1, kSumThreads>>>
 __global__ void __launch_bounds__(kSumThreads)
     mean_kernel(const float* __restrict__ lse, const bool* __restrict__ valid, int64_t tokens, float coefficient,
                 float* __restrict__ loss, float* __restrict__ count) {
-  MMOE_SHARED(float, totals, kSumThreads / kWarp);
-  MMOE_SHARED(float, counts, kSumThreads / kWarp);
+  constexpr int kCount = kVector<float>;
+  MMOE_SHARED(float, totals, kWarp);
+  MMOE_SHARED(float, counts, kWarp);
   float total = 0.0f, counted = 0.0f;
-  for (int64_t token = threadIdx.x; token < tokens; token += kSumThreads) {
-    total += lse[token] * lse[token];
-    counted += valid == nullptr || valid[token] ? 1.0f : 0.0f;
+  for (int64_t first = threadIdx.x * kCount; first < tokens; first += kSumThreads * kCount) {
+    float values[kCount] = {};
+    if (first + kCount <= tokens) {
+      load_vector(lse + first, values);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) values[i] = first + i < tokens ? lse[first + i] : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      total += values[i] * values[i];
+      counted += first + i < tokens && (valid == nullptr || valid[first + i]) ? 1.0f : 0.0f;
+    }
   }
   total = warp_sum(total);
   counted = warp_sum(counted);
@@ -94,11 +117,11 @@ __global__ void __launch_bounds__(kSumThreads)
     counts[threadIdx.x / kWarp] = counted;
   }
   __syncthreads();
+  if (threadIdx.x >= kWarp) return;
+  static_assert(kSumThreads == kWarp * kWarp);
+  total = warp_sum(totals[threadIdx.x]);
+  counted = warp_sum(counts[threadIdx.x]);
   if (threadIdx.x > 0) return;
-  for (int warp = 1; warp < kSumThreads / kWarp; ++warp) {
-    total += totals[warp];
-    counted += counts[warp];
-  }
   *loss = counted > 0.0f ? coefficient * total / counted : 0.0f;
   *count = counted;
 }
@@ -108,33 +131,23 @@ __device__ __forceinline__ float slope(float value, float lse, float scale) {
   return value == 0.0f ? 0.0f : copysignf(size, value);
 }
 
-// Where kVectors, every row of z and grad_z is aligned to 16 bytes. <<<ceil(T / kTokensPerBlock), kThreads>>>
+// Rows as above. <<<ceil(T / kTokensPerBlock), kThreads>>>
 template <typename T, bool kVectors>
 __global__ void __launch_bounds__(kThreads)
-    backward_kernel(const float* __restrict__ grad_loss, const T* __restrict__ z, const float* __restrict__ lse,
-                    const float* __restrict__ count, float coefficient, int64_t tokens, int64_t width,
-                    T* __restrict__ grad_z) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    backward_kernel(const float* __restrict__ grad_loss, const PieceOf<T, kVectors>* __restrict__ z,
+                    const float* __restrict__ lse, const float* __restrict__ count, float coefficient, int64_t tokens,
+                    int64_t pieces, PieceOf<T, kVectors>* __restrict__ grad_z) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kTokensPerBlock + threadIdx.x / kWarp;
   if (token >= tokens) return;
   const float row_lse = lse[token];
   // A token that is left out has lse = 0 and so a gradient of 0, whatever it holds.
   const float scale = row_lse == 0.0f ? 0.0f : *grad_loss * 2.0f * coefficient / *count * row_lse;
-  const T* row = z + token * width;
-  T* grad = grad_z + token * width;
-  const int64_t body = kVectors ? width - width % kVector<T> : 0;
-  if constexpr (kVectors) {
-    for (int64_t i = static_cast<int64_t>(lane) * kVector<T>; i < body; i += kWarp * kVector<T>) {
-      float values[kVector<T>];
-      load_vector(row + i, values);
+  PieceOf<T, kVectors>* grad = grad_z + token * pieces;
+  for_each_piece<T, kVectors>(z + token * pieces, pieces, [&](int64_t piece, auto& values) {
 #pragma unroll
-      for (int j = 0; j < kVector<T>; ++j) values[j] = row_lse == 0.0f ? 0.0f : slope(values[j], row_lse, scale);
-      store_vector(grad + i, values);
-    }
-  }
-  for (int64_t i = body + lane; i < width; i += kWarp) {
-    grad[i] = from_float<T>(row_lse == 0.0f ? 0.0f : slope(to_float(row[i]), row_lse, scale));
-  }
+    for (float& value : values) value = row_lse == 0.0f ? 0.0f : slope(value, row_lse, scale);
+    store_piece(grad + piece, pack_piece<T, kVectors>(values));
+  });
 }
 
 }  // namespace mmoe::hidden_z_loss

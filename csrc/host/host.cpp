@@ -71,14 +71,20 @@ PYBIND11_MODULE(_host, m) {
         std::vector<mmoe::sva::AbsorbedShape> shapes;
         for (const auto& [window, channels, positions] : encoders) shapes.push_back({window, channels, positions});
         const auto at = mmoe::sva::absorbed_layout(shapes, heads, element_bytes, aligned, backward, most, preferred);
-        std::vector<bool> positions;
-        for (size_t i = 0; i < shapes.size(); ++i) positions.push_back(at.positions[i] >= 0);
+        std::vector<bool> streams, positions;
+        for (size_t i = 0; i < shapes.size(); ++i) {
+          streams.push_back(at.streams[i] >= 0);
+          positions.push_back(at.positions[i] >= 0);
+        }
         return py::dict(py::arg("staged") = at.staged, py::arg("row") = at.row, py::arg("plane") = at.plane,
-                        py::arg("bytes") = at.bytes, py::arg("positions") = positions);
+                        py::arg("bytes") = at.bytes, py::arg("streams") = streams, py::arg("positions") = positions);
       },
       py::arg("encoders"), py::arg("heads"), py::arg("element_bytes"), py::arg("aligned"), py::arg("backward"),
       py::arg("most"), py::arg("preferred"),
       "Of AbsorbedLayout, csrc/sva/sva_heuristics.h, for encoders (window, channels, whether there are positions).");
+  m.def("sva_absorbed_blocks", &mmoe::sva::absorbed_blocks, py::arg("queries"), py::arg("multiprocessors"),
+        py::arg("bytes_of_multiprocessor"), py::arg("bytes"),
+        "Blocks of the kernels over absorbed encoders, csrc/sva/sva_heuristics.h.");
   m.def(
       "router_forward_launch",
       [](std::int64_t tokens, std::int64_t columns, bool aligned, std::int64_t multiprocessors,

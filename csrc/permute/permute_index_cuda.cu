@@ -10,8 +10,6 @@ namespace {
 
 namespace device = permute_index;
 
-constexpr int64_t kMaxSharedBytes = 48 * 1024;
-
 template <typename Id>
 PermuteIndex sort_slots(const Tensor& ids, int experts, int align, std::optional<int64_t> max_rows) {
   const DeviceScope scope(ids);
@@ -59,7 +57,7 @@ PermuteIndex sort_slots(const Tensor& ids, int experts, int align, std::optional
 
 PermuteIndex permute_index_cuda(Tensor ids, int64_t experts, int64_t align, std::optional<int64_t> max_rows) {
   check_permute_index(ids, experts, align, max_rows);
-  const int64_t max_experts = kMaxSharedBytes / static_cast<int64_t>(sizeof(int)) - 2;
+  const int64_t max_experts = kSharedByDefault / static_cast<int64_t>(sizeof(int)) - 2;
   check(experts <= max_experts, "permute_index: experts = ", experts, ", but CUDA takes at most ", max_experts);
   const Tensor contiguous = torch::stable::contiguous(ids);
   const auto sort = ids.scalar_type() == ScalarType::Int ? sort_slots<int32_t> : sort_slots<int64_t>;

@@ -137,12 +137,19 @@ __global__ void __launch_bounds__(kScanThreads)
         ends[expert] = start + slots;
       }
       int row = start + before;
-#pragma unroll 8
-      for (int chunk = first_chunk; chunk < last_chunk; ++chunk) {
-        int& place = counts[chunk * columns + expert];
-        const int count = place;
-        place = row;
-        row += count;
+      // All loads before the first store: the compiler must not move one past the other.
+      for (int chunk = first_chunk; chunk < last_chunk; chunk += kAhead) {
+        int ahead[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          if (chunk + i < last_chunk) ahead[i] = counts[(chunk + i) * columns + expert];
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          if (chunk + i >= last_chunk) break;
+          counts[(chunk + i) * columns + expert] = row;
+          row += ahead[i];
+        }
       }
     }
     // tile_totals are read before the next round writes them.

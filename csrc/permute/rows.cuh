@@ -1,61 +1,12 @@
 // What the kernels of permute and unpermute share: a token's rows in slot order, and rows of zeros. No torch here.
 #pragma once
 
-#include <type_traits>
-
 #include "common/vector.cuh"
 
 namespace mmoe::permute {
 
 // Rows that one block beyond those of the tokens looks at for padding.
 constexpr int kPadRows = 32;
-
-// A row is read and written in pieces: 16 bytes, or single elements where rows are off the 16-byte grid.
-template <typename T, bool kVectors>
-using PieceOf = std::conditional_t<kVectors, uint4, T>;
-template <typename T, bool kVectors>
-constexpr int kPiece = kVectors ? kVector<T> : 1;
-
-template <typename Piece>
-__device__ __forceinline__ Piece load_piece(const Piece* from) {
-  if constexpr (sizeof(Piece) == 16) {
-    return load16(from);
-  } else {
-    return *from;
-  }
-}
-
-// To global memory. In a plain assignment nvcc 13.0 splits the 16 bytes of a sum into four stores.
-template <typename Piece>
-__device__ __forceinline__ void store_piece(Piece* to, Piece value) {
-  if constexpr (sizeof(Piece) == 16) {
-#ifdef MMOE_EMULATED
-    store16(to, value);
-#else
-    __stwb(to, value);
-#endif
-  } else {
-    *to = value;
-  }
-}
-
-// The elements of T in a piece, as fp32, and back.
-template <typename T, bool kVectors>
-__device__ __forceinline__ void unpack_piece(PieceOf<T, kVectors> piece, float (&values)[kPiece<T, kVectors>]) {
-  if constexpr (kVectors) {
-    unpack_vector<T>(piece, values);
-  } else {
-    values[0] = to_float(piece);
-  }
-}
-template <typename T, bool kVectors>
-__device__ __forceinline__ PieceOf<T, kVectors> pack_piece(const float (&values)[kPiece<T, kVectors>]) {
-  if constexpr (kVectors) {
-    return pack_vector<T>(values);
-  } else {
-    return from_float<T>(values[0]);
-  }
-}
 
 // Calls visit(j, row, of_slot(j)) for every slot j of a token that has a row, in slot order, all lanes of a warp
 // together. A lane loads the row, and what of_slot gives, of one slot in 32. Rows outside 0 ... rows - 1 are left out.

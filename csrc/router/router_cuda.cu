@@ -18,10 +18,6 @@ void check_limits(const Tensor& logits, const RouterOptions& options) {
         ", CUDA takes at most ", router::kMostGroups);
 }
 
-bool rows_are_aligned(const void* base, int64_t columns) {
-  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && columns % 4 == 0;
-}
-
 auto forward_kernel(int vectors, bool aligned) {
   switch (vectors) {
     case 1:
@@ -72,7 +68,7 @@ Router router_cuda(Tensor logits_any, Tensor bias_any, std::optional<Tensor> val
   Tensor ids = torch::stable::new_empty(logits, {tokens, top_k}, ScalarType::Long);
   Tensor counts = torch::stable::new_empty(logits, {columns}, ScalarType::Long);
 
-  const bool aligned = rows_are_aligned(logits.const_data_ptr<float>(), columns);
+  const bool aligned = rows_on_grid<float>(columns, logits.const_data_ptr<float>());
   const router::ForwardLaunch launch =
       router::forward_launch(tokens, columns, aligned, scope.multiprocessors(), scope.shared_bytes_per_block());
   Tensor block_counts = torch::stable::new_empty(logits, {launch.blocks, columns}, ScalarType::Int);
@@ -88,7 +84,7 @@ Router router_cuda(Tensor logits_any, Tensor bias_any, std::optional<Tensor> val
                                 block_probs.mutable_data_ptr<float>()};
   if (launch.blocks > 0) {
     auto* kernel = forward_kernel(launch.vectors, aligned);
-    allow_shared(kernel, launch.shared_bytes);
+    allow_shared(scope, kernel);
     MMOE_LAUNCH(kernel, launch.blocks, launch.warps * kWarp, launch.shared_bytes, scope.stream())
     (tensors, options, tokens);
     check_launch("router: forward_kernel");
@@ -132,7 +128,8 @@ Tensor router_backward_cuda(std::optional<Tensor> grad_weights_any, std::optiona
                                  stats.const_data_ptr<float>(),
                                  grad_logits.mutable_data_ptr<float>()};
   const router::BackwardLaunch launch = router::backward_launch(tokens, columns, scope.multiprocessors());
-  auto* kernel = (rows_are_aligned(tensors.logits, columns) ? backward_kernel<4> : backward_kernel<1>)(options.score);
+  auto* kernel =
+      (rows_on_grid<float>(columns, tensors.logits) ? backward_kernel<4> : backward_kernel<1>)(options.score);
   MMOE_LAUNCH(kernel, launch.blocks, launch.warps * kWarp, launch.shared_bytes, scope.stream())
   (tensors, options, tokens);
   check_launch("router: backward_kernel");

@@ -5,16 +5,17 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/shared_memory.h"
+
 namespace mmoe::router {
 
 constexpr int kWidestRow = 2304;
-constexpr int kMostChosen = 32;            // a lane each
-constexpr int kMostGroups = 32;            // selection groups, a lane each
-constexpr int kListed = 64;                // candidates that a warp has room for
-constexpr int kCandidateBytes = 12;        // key, column, score
-constexpr int kBackwardWarps = 8;          // of a block, where they fit
-constexpr int kBackwardBlocks = 4;         // of a multiprocessor
-constexpr int64_t kDefaultShared = 49152;  // bytes a block gets without asking for more
+constexpr int kMostChosen = 32;      // a lane each
+constexpr int kMostGroups = 32;      // selection groups, a lane each
+constexpr int kListed = 64;          // candidates that a warp has room for
+constexpr int kCandidateBytes = 12;  // key, column, score
+constexpr int kBackwardWarps = 8;    // of a block, where they fit
+constexpr int kBackwardBlocks = 4;   // of a multiprocessor
 
 // Threads a block of the forward may have: registers are given to it for so many.
 constexpr int most_threads(int vectors) { return vectors <= 6 ? 1024 : 256; }
@@ -51,7 +52,7 @@ struct BackwardLaunch {
 
 inline BackwardLaunch backward_launch(int64_t tokens, int64_t columns, int64_t multiprocessors) {
   const int64_t row = (columns + 3) / 4 * 16;
-  const int64_t warps = std::min<int64_t>(kDefaultShared / row - 1, kBackwardWarps);
+  const int64_t warps = std::min<int64_t>(kSharedByDefault / row - 1, kBackwardWarps);
   const int64_t blocks = std::min((tokens + warps - 1) / warps, multiprocessors * kBackwardBlocks);
   return {static_cast<int>(warps), static_cast<int>(blocks), (warps + 1) * row};
 }

@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
         load_some(slopes + column, slope);
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
-          values[i][j] = kScore == Score::softmax ? expf(values[i][j] - largest) * inverse
-                                                  : __fdividef(1.0f, 1.0f + expf(-values[i][j]));
+          values[i][j] =
+              kScore == Score::softmax ? expf(values[i][j] - largest) * inverse : 1.0f / (1.0f + expf(-values[i][j]));
           mean += values[i][j] * slope[j];
         }
         store_some(row + column, values[i]);

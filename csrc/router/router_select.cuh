@@ -164,7 +164,7 @@ __device__ __forceinline__ float2 score_row(Row<kVectors, kAligned>& row, Score 
 #pragma unroll
   for (int i = 0; i < row.kCount; ++i) {
     const float power = expf(score == Score::softmax ? row.values[i] - largest : -row.values[i]);
-    row.values[i] = score == Score::softmax ? power : __fdividef(1.0f, 1.0f + power);
+    row.values[i] = score == Score::softmax ? power : 1.0f / (1.0f + power);
     total += row.values[i];
   }
   const float inverse = 1.0f / warp_sum(total);

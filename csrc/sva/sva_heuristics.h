@@ -6,12 +6,12 @@
 #include <cstdint>
 #include <vector>
 
-#include "sva_limits.h"
+#include "common/shared_memory.h"
+#include "sva/sva_limits.h"
 
 namespace mmoe::sva {
 
-constexpr int kWidestHead = 128;                 // elements; the kernels have instances for 32, 64 and 128
-constexpr int64_t kSharedByDefault = 48 * 1024;  // bytes a block gets without asking for more
+constexpr int kWidestHead = 128;  // elements; the kernels have instances for 32, 64 and 128
 
 // Launch of the kernels over projected encoders.
 struct ProjectedLaunch {
@@ -37,7 +37,8 @@ inline ProjectedLaunch projected_launch(int64_t heads, int64_t width, int64_t el
   return {aligned, room, static_cast<int>(groups), warps, warps * bytes_of_warp(room)};
 }
 
-constexpr int kKeysOfTile = 16;  // of a warp's dot products
+constexpr int kKeysOfTile = 16;     // of a warp's dot products
+constexpr int kAbsorbedBlocks = 2;  // that the registers of a multiprocessor hold
 
 struct AbsorbedShape {
   int64_t window, channels;
@@ -47,14 +48,14 @@ struct AbsorbedShape {
 // Where what a block of the kernels over absorbed encoders keeps lies in its shared memory, in bytes. `row` and `plane`
 // are in floats.
 struct AbsorbedLayout {
-  bool staged;                    // x^ and streams have a place, and the kernel takes vectors
+  bool staged;                    // x^ has a place, and the kernel takes vectors
   int row, plane;                 // [H][row] of weights; strides that keep shared stores free of conflicts
   int weights, slopes, products;  // planes; the latter two of the backward
   int moments, means, cells;      // [row] of float2, float2 (backward), int
   int sums, valid;                // [encoders][2][H] of float (backward), [encoders] of 64 bits
   int first_key[kSvaEncoders];    // of an encoder in a row of weights
   int normed[kSvaEncoders];       // [m * m, C] x^
-  int streams[kSvaEncoders];      // [2, H, C] absorbed and grad_pooled (backward)
+  int streams[kSvaEncoders];      // [2, H, C] absorbed and grad_pooled (backward), or -1: read again
   int positions[kSvaEncoders];    // [m * m, C], or -1: read where they are
   int64_t bytes;
 };
@@ -70,6 +71,13 @@ inline AbsorbedLayout absorbed_layout(const std::vector<AbsorbedShape>& encoders
     const int64_t offset = bytes;
     bytes += (wanted + 15) / 16 * 16;
     return static_cast<int>(offset);
+  };
+  // Multiples of 16: where they are staged, a row is one of vectors.
+  const auto bytes_of_window = [&](const AbsorbedShape& encoder) {
+    return encoder.window * encoder.window * encoder.channels * element_bytes;
+  };
+  const auto bytes_of_streams = [&](const AbsorbedShape& encoder) {
+    return 2 * heads * encoder.channels * element_bytes;
   };
   // 16 after a multiple of 32 floats: a warp stores a tile of 2 x 16 weights, half of them a row or a plane apart.
   const auto spread = [](int64_t floats) { return static_cast<int>((floats + 15) / 32 * 32 + 16); };
@@ -93,26 +101,33 @@ inline AbsorbedLayout absorbed_layout(const std::vector<AbsorbedShape>& encoders
     at.means = take(at.row * 8);
     at.sums = take(static_cast<int64_t>(encoders.size()) * 2 * heads * 4);
   }
-  const int64_t least = bytes;
+  int64_t windows = 0, streams = 0;  // bytes of every encoder's
   for (size_t i = 0; i < encoders.size(); ++i) {
-    const int64_t bytes_of_row = encoders[i].channels * element_bytes;
-    at.normed[i] = take(encoders[i].window * encoders[i].window * bytes_of_row);
-    at.streams[i] = take(backward ? 2 * heads * bytes_of_row : 0);
-    at.positions[i] = -1;
+    at.normed[i] = at.streams[i] = at.positions[i] = -1;
+    windows += bytes_of_window(encoders[i]);
+    streams += bytes_of_streams(encoders[i]);
   }
-  at.staged = aligned && bytes <= most;
+  at.staged = aligned && bytes + windows <= most;
+  const bool streamed = backward && bytes + windows + streams <= most;
+  for (size_t i = 0; at.staged && i < encoders.size(); ++i) {
+    at.normed[i] = take(bytes_of_window(encoders[i]));
+    if (streamed) at.streams[i] = take(bytes_of_streams(encoders[i]));
+  }
   const int64_t limit = bytes <= preferred ? preferred : most;
   for (size_t i = 0; at.staged && i < encoders.size(); ++i) {
-    const int64_t wanted = encoders[i].window * encoders[i].window * encoders[i].channels * element_bytes;
+    const int64_t wanted = bytes_of_window(encoders[i]);
     if (encoders[i].positions && bytes + wanted <= limit) at.positions[i] = take(wanted);
   }
-  at.bytes = at.staged ? bytes : least;
+  at.bytes = bytes;
   return at;
 }
 
-// Blocks that go from query to query: as many as fit onto the device at a time, each with 1 KiB beyond its own bytes.
-inline int64_t absorbed_blocks(int64_t multiprocessors, int64_t bytes_of_multiprocessor, int64_t bytes) {
-  return multiprocessors * std::clamp<int64_t>(bytes_of_multiprocessor / (bytes + 1024), 1, 4);
+// Blocks that go from query to query: no more than are resident at a time, since a second wave would read the positions
+// once more and leave places empty. Registers hold kAbsorbedBlocks, shared memory what `bytes` and 1 KiB a block leave.
+inline int64_t absorbed_blocks(int64_t queries, int64_t multiprocessors, int64_t bytes_of_multiprocessor,
+                               int64_t bytes) {
+  const int64_t resident = std::clamp<int64_t>(bytes_of_multiprocessor / (bytes + 1024), 1, kAbsorbedBlocks);
+  return std::min(queries, multiprocessors * resident);
 }
 
 }  // namespace mmoe::sva

@@ -50,7 +50,7 @@ __device__ void multiply_window(const Absorbed<T>& args, const Query& query, int
               sum_absorbed += one[i];
               sum_grad += two[i];
             }
-            if constexpr (kStaged) {
+            if (seen.streams != nullptr) {
               Item::write(seen.streams + head * seen.at.channels + item * Item::kCount, one);
               Item::write(seen.streams + (heads + head) * seen.at.channels + item * Item::kCount, two);
             }
@@ -164,7 +164,7 @@ __device__ void write_feature_gradient(const Absorbed<T>& args, const Query& que
     float sums[kSums][Item::kCount] = {};
     for (int head = 0; head < heads; ++head) {
       float absorbed[Item::kCount], grad[Item::kCount] = {};
-      if constexpr (kStaged) {
+      if (seen.streams != nullptr) {
         Item::read(seen.streams + head * seen.at.channels + item * Item::kCount, absorbed);
         Item::read(seen.streams + (heads + head) * seen.at.channels + item * Item::kCount, grad);
       } else {

@@ -11,7 +11,6 @@
 namespace mmoe::sva {
 
 constexpr int kAbsorbedThreads = 256;
-constexpr int kAbsorbedBlocks = 2;  // of a multiprocessor, at least: shared memory holds no more of the usual shapes
 constexpr int kAbsorbedWarps = kAbsorbedThreads / kWarp;
 constexpr int kTileRows = kWarp / kKeysOfTile;  // so that each lane ends up with one dot product of a tile
 constexpr int kHeld = 4;                        // items of a row in registers: rows of 512 floats, of 1024 halves
@@ -78,7 +77,7 @@ struct Seen {
   const T* image;        // of the features
   const T* positions;    // in shared or global memory, or null
   T* normed = nullptr;   // where staged: x^
-  T* streams = nullptr;  // where staged: absorbed and grad_pooled
+  T* streams = nullptr;  // where they have a place: absorbed and grad_pooled
   float2* moments;       // of the encoder's keys: mean, 1 / standard deviation
   int* cells;            // of the encoder's keys, those of the window that count
   unsigned long long* valid;
@@ -93,7 +92,7 @@ struct Seen {
         layout.positions[encoder] < 0 ? at.positions : reinterpret_cast<const T*>(memory + layout.positions[encoder]);
     if constexpr (kStaged) {
       normed = reinterpret_cast<T*>(memory + layout.normed[encoder]);
-      streams = reinterpret_cast<T*>(memory + layout.streams[encoder]);
+      if (layout.streams[encoder] >= 0) streams = reinterpret_cast<T*>(memory + layout.streams[encoder]);
     }
     first_key = layout.first_key[encoder];
     moments = reinterpret_cast<float2*>(memory + layout.moments) + first_key;

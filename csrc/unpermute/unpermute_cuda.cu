@@ -14,8 +14,8 @@ Tensor sum_rows(const char* what, const Tensor& rows, const Tensor& row_of_slot,
   for_device_type(rows.scalar_type(), what, [&](auto type) {
     using T = decltype(type);
     const auto launch = [&](auto vectors) {
-      using Piece = unpermute::PieceOf<T, vectors>;
-      const int64_t pieces = width / unpermute::kPiece<T, vectors>;
+      using Piece = PieceOf<T, vectors>;
+      const int64_t pieces = width / kPiece<T, vectors>;
       if (tokens == 0 || pieces == 0) return;
       MMOE_LAUNCH((unpermute::forward_kernel<T, vectors>), static_cast<unsigned>(tokens),
                   row_threads(pieces, unpermute::kHeld), 0, scope.stream())
@@ -35,8 +35,6 @@ Tensor sum_rows(const char* what, const Tensor& rows, const Tensor& row_of_slot,
 }
 
 namespace {
-
-constexpr int64_t kMaxSharedBytes = 48 * 1024;
 
 Tensor unpermute_cuda(Tensor rows, Tensor row_of_slot, Tensor weights, Tensor x, Tensor identity,
                       std::optional<Tensor> slot_of_row) {
@@ -67,11 +65,11 @@ UnpermuteGrads unpermute_backward_cuda(Tensor grad_out_any, Tensor rows_any, Ten
   for_device_type(x.scalar_type(), "unpermute: x", [&](auto type) {
     using T = decltype(type);
     const auto launch = [&](auto vectors) {
-      using Piece = unpermute::PieceOf<T, vectors>;
-      const int64_t pieces = width / unpermute::kPiece<T, vectors>;
+      using Piece = PieceOf<T, vectors>;
+      const int64_t pieces = width / kPiece<T, vectors>;
       const int threads = row_threads(pieces, unpermute::kHeld);
       const int64_t shared_bytes = threads / kWarp * (top_k + 1) * static_cast<int64_t>(sizeof(float));
-      check(shared_bytes <= kMaxSharedBytes, "unpermute: k = ", top_k, " is more than CUDA takes at d = ", width);
+      check(shared_bytes <= kSharedByDefault, "unpermute: k = ", top_k, " is more than CUDA takes at d = ", width);
       const unsigned blocks = static_cast<unsigned>(tokens) + (slot_of_row ? pad_blocks(count) : 0);
       if (blocks == 0) return;
       MMOE_LAUNCH((unpermute::backward_kernel<T, vectors>), blocks, threads, shared_bytes, scope.stream())

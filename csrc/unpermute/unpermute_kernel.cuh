@@ -18,12 +18,6 @@ namespace mmoe::unpermute {
 
 using permute::for_each_padding_row;
 using permute::for_each_row;
-using permute::kPiece;
-using permute::load_piece;
-using permute::pack_piece;
-using permute::PieceOf;
-using permute::store_piece;
-using permute::unpack_piece;
 using permute::zero_row;
 
 constexpr int kHeld = 2;

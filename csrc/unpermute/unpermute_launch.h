@@ -8,12 +8,6 @@
 
 namespace mmoe {
 
-// Whether rows of `width` elements of T from each of the pointers on lie on the 16-byte grid.
-template <typename T, typename... Pointers>
-bool rows_on_grid(int64_t width, const Pointers*... bases) {
-  return width % kVector<T> == 0 && ((reinterpret_cast<uintptr_t>(bases) % 16 == 0) && ...);
-}
-
 inline unsigned pad_blocks(int64_t rows) {
   return static_cast<unsigned>((rows + permute::kPadRows - 1) / permute::kPadRows);
 }
