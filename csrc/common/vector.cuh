@@ -109,7 +109,7 @@ using PieceOf = std::conditional_t<kVectors, uint4, T>;
 template <typename T, bool kVectors>
 constexpr int kPiece = kVectors ? kVector<T> : 1;
 
-// From global memory that the kernel does not write. In a plain dereference nvcc 13.0 splits some of the 16 bytes.
+// From global memory that the kernel does not write. A plain load of 16 bytes nvcc 13.0 may split in two for sm_100.
 template <typename Piece>
 __device__ __forceinline__ Piece load_piece(const Piece* from) {
   if constexpr (sizeof(Piece) == 16) {

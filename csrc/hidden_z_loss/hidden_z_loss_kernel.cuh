@@ -1,8 +1,8 @@
 // hidden_z_loss on the device. No torch in this file.
 //
 // Forward: a warp per token, one pass: every lane keeps a running maximum and a sum scaled to it (online log-sum-exp)
-// of the 16-byte vectors it reads, and the lanes' pairs are merged at the end. A second kernel of one block adds the T
-// squares in a fixed order. Backward: a warp per token again, each element read and written once.
+// of the 16-byte vectors it reads, kHeld in flight, and the lanes' pairs are merged at the end. A second kernel of one
+// block adds the T squares in a fixed order. Backward: a warp per token again, each element read and written once.
 // Bytes moved, b bytes an element: forward T d b + 8 T, backward 2 T d b + 4 T; both are the floor.
 //
 // Not yet run on a GPU.

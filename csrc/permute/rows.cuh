@@ -5,7 +5,9 @@
 
 namespace mmoe::permute {
 
-// Rows that one block beyond those of the tokens looks at for padding.
+// Rows that one block beyond those of the tokens looks at for padding. Whether any row is padding the device alone
+// knows (a zero expert's slot has no row), so there are such blocks for all of them; one without padding reads 128
+// bytes.
 constexpr int kPadRows = 32;
 
 // Calls visit(j, row, of_slot(j)) for every slot j of a token that has a row, in slot order, all lanes of a warp

@@ -139,11 +139,12 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
     __syncwarp();
     if (slot) row[column] += (kScore == Score::softmax ? score : score * (1.0f - score)) * chosen;
     __syncwarp();
-    float* grad = tensors.grad_logits + token * columns;
+    using Piece = PieceOf<float, kWidth == 4>;
+    auto* grad = reinterpret_cast<Piece*>(tensors.grad_logits + token * columns);
     for (int at = lane * kWidth; at < columns; at += kStep) {
       float values[kWidth];
       load_some(row + at, values);
-      store_some(grad + at, values);
+      store_piece(grad + at / kWidth, pack_piece<float, kWidth == 4>(values));
     }
     __syncwarp();
   }

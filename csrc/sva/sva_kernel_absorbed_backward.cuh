@@ -122,23 +122,31 @@ __device__ void slope_of_scores(const Absorbed<T>& args, const Query& query, con
   }
 }
 
-// The means over the channels of grad_x^ and of grad_x^ * x^, a thread a key.
+// The means over the channels of grad_x^ and of grad_x^ * x^, a warp kKeysOfTile keys, kTileRows heads at a time.
 template <typename T, bool kStaged>
 __device__ void average_gradient(const Absorbed<T>& args, const Query& query, int encoder, unsigned char* memory) {
   const Seen<T, kStaged> seen(args, query, encoder, memory);
   const Planes planes(args.layout, memory);
-  const int heads = args.queries.heads;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int heads = args.queries.heads, keys = seen.keys();
   const float* sums = sums_of(args.layout, heads, encoder, memory);
+  const float channels = static_cast<float>(seen.at.channels);
   float2* means = reinterpret_cast<float2*>(memory + args.layout.means) + seen.first_key;
-  for (int key = static_cast<int>(threadIdx.x); key < seen.keys(); key += kAbsorbedThreads) {
+  // Encoders of one tile each go to different warps.
+  for (int from = (warp + encoder) % kAbsorbedWarps * kKeysOfTile; from < keys; from += kAbsorbedWarps * kKeysOfTile) {
+    const int key = from + lane % kKeysOfTile;
     float plain = 0.0f, product = 0.0f;
-    for (int head = 0; head < heads; ++head) {
+    for (int head = lane / kKeysOfTile; head < heads && key < keys; head += kTileRows) {
       const int at = head * args.layout.row + seen.first_key + key;
       plain += planes.weights[at] * sums[heads + head] + planes.slopes[at] * sums[head];
       product += planes.products[at];
     }
-    const float channels = static_cast<float>(seen.at.channels);
-    means[key] = make_float2(plain / channels, product / channels);
+#pragma unroll
+    for (int reach = kKeysOfTile; reach < kWarp; reach *= 2) {
+      plain += __shfl_xor_sync(kAllLanes, plain, reach);
+      product += __shfl_xor_sync(kAllLanes, product, reach);
+    }
+    if (lane < kKeysOfTile && key < keys) means[key] = make_float2(plain / channels, product / channels);
   }
 }
 

@@ -30,13 +30,27 @@ class Kernel(NamedTuple):
     def count(self, pattern: str) -> int:
         return sum(number for name, number in self.instructions.items() if re.match(pattern, name))
 
-    def occupancy(self, arch: str, dynamic: int = 0) -> float:
-        """Share of the multiprocessor's warps that may be resident."""
+    def accesses(self, kind: str) -> dict[int, int]:
+        """How often loads ("LD") or stores ("ST") of global memory stand in the kernel, by bits, widest first."""
+        found: Counter[int] = Counter()
+        for name, number in self.instructions.items():
+            # LD and ST without G: of an address that may be in shared memory too.
+            if match := re.fullmatch(rf"{kind}G?((?:\.\w+)*)", name):
+                bits = re.search(r"\.[US]?(8|16|64|128)\b", match[1])
+                found[int(bits[1]) if bits else 32] += number
+        return dict(sorted(found.items(), reverse=True))
+
+    def blocks(self, arch: str, dynamic: int) -> int:
+        """Blocks that a multiprocessor holds at a time."""
         warps = -(-self.threads // 32)
         # Registers are dealt out by 256 to a warp, shared memory by 128 bytes and 1 KiB for the system to a block.
         by_registers = REGISTERS // (-(-self.registers * 32 // 256) * 256) // warps
         by_shared = SHARED[arch] // (-(-(self.shared + dynamic + 1024) // 128) * 128)
-        return min(by_registers, by_shared, WARPS // warps, BLOCKS) * warps / WARPS
+        return min(by_registers, by_shared, WARPS // warps, BLOCKS)
+
+    def occupancy(self, arch: str, dynamic: int) -> float:
+        """Share of the multiprocessor's warps that may be resident."""
+        return self.blocks(arch, dynamic) * -(-self.threads // 32) / WARPS
 
 
 def kernels(library: Path) -> dict[tuple[str, str], Kernel]:

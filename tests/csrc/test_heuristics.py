@@ -55,16 +55,42 @@ def test_router(tokens, columns, shared_limit, aligned):
     assert launch["blocks"] == min(4 * 108, -(-tokens // launch["warps"]))
 
 
+A100 = {"most": 163 * 1024, "preferred": 81 * 1024}
 H100 = {"most": 227 * 1024, "preferred": 113 * 1024}
 
 
-@pytest.mark.parametrize(("backward", "positions"), [(False, True), (True, False)])
-def test_sva_at_cambrian_8b_absorbed(backward, positions):
-    """x̂, 32 KiB, is staged; the backward's absorbed and grad_pooled, 64 KiB, leave no room for positions beside it."""
-    layout = _host.sva_absorbed_layout([(4, 1024, True)], 16, 2, True, backward, **H100)
+@pytest.mark.parametrize(
+    ("device", "element_bytes", "backward", "blocks", "streams", "positions"),
+    [
+        (H100, 2, False, 2, False, True),
+        (H100, 2, True, 2, True, False),
+        (H100, 4, False, 2, False, False),
+        (H100, 4, True, 1, True, False),
+        (A100, 2, False, 2, False, True),
+        (A100, 2, True, 1, True, True),
+        (A100, 4, False, 2, False, False),
+        (A100, 4, True, 2, False, False),
+    ],
+)
+def test_sva_at_cambrian_8b_absorbed(device, element_bytes, backward, blocks, streams, positions):
+    """In bf16 x̂ is 32 KiB, and so are positions, which never cost the second block of a multiprocessor; the backward's
+    absorbed and grad_pooled, 64 KiB, stay where a block can have them beside x̂."""
+    layout = _host.sva_absorbed_layout([(4, 1024, True)], 16, element_bytes, True, backward, **device)
     assert layout["staged"]
+    assert layout["streams"] == [streams]
     assert layout["positions"] == [positions]
-    assert layout["bytes"] <= H100["preferred"]
+    assert layout["bytes"] <= device["most"]
+    assert (layout["bytes"] <= device["preferred"]) == (blocks == 2)
+    of_multiprocessor = device["most"] + 1024
+    assert _host.sva_absorbed_blocks(576, 132, of_multiprocessor, layout["bytes"]) == 132 * blocks
+
+
+def test_sva_absorbed_blocks():
+    """As many as registers and shared memory hold, but no more than queries; one a multiprocessor at least."""
+    assert _host.sva_absorbed_blocks(10_000, 132, 228 * 1024, 66_832) == 264
+    assert _host.sva_absorbed_blocks(10_000, 132, 228 * 1024, 1000) == 264
+    assert _host.sva_absorbed_blocks(9, 132, 228 * 1024, 1000) == 9
+    assert _host.sva_absorbed_blocks(10_000, 132, 100 * 1024, 99 * 1024) == 132
 
 
 @pytest.mark.parametrize(("window", "heads"), [(1, 1), (4, 16), (5, 7), (8, 16)])
@@ -82,5 +108,5 @@ def test_sva_without_room(channels, aligned):
     """Off the vector grid, or 64 keys of 1024 floats: only weights and moments stay in shared memory."""
     layout = _host.sva_absorbed_layout([(8, channels, True)], 16, 4, aligned, True, **H100)
     assert not layout["staged"]
-    assert layout["positions"] == [False]
+    assert layout["streams"] == layout["positions"] == [False]
     assert layout["bytes"] <= SHARED_BY_DEFAULT

@@ -235,6 +235,11 @@ def test_what_does_not_fit_into_shared_memory(emulated):
     compare(emulated, draw(Case(1, 1, 1, 1, 32, (), ((8, 904),)), torch.float32))
 
 
+def test_what_fits_into_shared_memory_in_part(emulated):
+    """x̂ does, but absorbed and grad_pooled of 64 heads, 240 KB, are read a second time."""
+    compare(emulated, draw(Case(1, 1, 1, 64, 4, (), ((2, 480),)), torch.float32))
+
+
 def test_the_contract_is_the_reference():
     """The float64 function above, between the projections that are folded away, is the released arithmetic."""
     heads, width, channels = 2, 8, 12
