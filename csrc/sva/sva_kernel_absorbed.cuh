@@ -13,15 +13,16 @@
 // grad_pooled a second time and channel by channel, so they too are kept in shared memory.
 //
 // Bytes moved a query, K keys of C channels, b bytes an element: forward b C (K + 2 H), backward b C (2 K + 4 H), the
-// floor (and 2 H once more from the caches, where shared memory holds x^ alone); and K b C for positions, once a block, or once a query where sva_heuristics.h found no room for them (three
-// times for rows longer than kHeld items a lane): those reads are of rows that every query shares, so of the caches.
-// Where x^ itself has no place or rows lie off the vector grid, a lane takes one element at a time and makes x^ again,
-// from the caches, wherever it is needed.
+// floor (and 2 H once more from the caches, where shared memory holds x^ alone); and K b C for positions, once a block,
+// or once a query where sva_heuristics.h found no room for them (three times for rows longer than kHeld channels a
+// lane): those reads are of rows that every query shares, so of the caches. Where x^ itself has no place or rows lie
+// off the vector grid, a lane takes one element at a time and makes x^ again, from the caches, wherever it is needed.
 //
 // Occupancy is 25% at most, the two blocks that registers hold; a block has 16 KiB or more of loads under way while it
-// reads, and its neighbour computes then. x^, absorbed and grad_pooled of a query of 16 heads, 16 keys and 1024 channels
-// are 100 KiB in bf16, 196 in fp32, so the backward has one block, 12.5%, on sm_80 in bf16 and on sm_90 in fp32. In fp32
-// on sm_80 even one does not fit: x^ alone stays, in two blocks. Whether that would be faster elsewhere too is not known.
+// reads, and its neighbour computes then. x^, absorbed and grad_pooled of a query of 16 heads, 16 keys and 1024
+// channels are 100 KiB in bf16, 196 in fp32, so the backward has one block, 12.5%, on sm_80 in bf16 and on sm_90 in
+// fp32. In fp32 on sm_80 even one does not fit: x^ alone stays, in two blocks. Whether that would be faster elsewhere
+// too is not known.
 //
 // Not yet run on a GPU.
 #pragma once

@@ -13,7 +13,7 @@ namespace mmoe::sva {
 constexpr int kAbsorbedThreads = 256;
 constexpr int kAbsorbedWarps = kAbsorbedThreads / kWarp;
 constexpr int kTileRows = kWarp / kKeysOfTile;  // so that each lane ends up with one dot product of a tile
-constexpr int kHeld = 4;                        // items of a row in registers: rows of 512 floats, of 1024 halves
+constexpr int kHeld = 32;                       // channels of a row that a lane keeps in registers: rows of 1024
 constexpr int kSums = 4;                        // that a warp makes at a time, of a vector a lane each
 
 template <typename T>
@@ -151,17 +151,18 @@ __device__ void stage_positions(const Absorbed<T>& args, unsigned char* memory) 
   __syncthreads();
 }
 
-// The moments of a row of at most kHeld items a lane, and its x^ to `kept`. The row is held in registers meanwhile, so
-// that it and the positions are read once.
+// The moments of a row of at most kHeld channels a lane, and its x^ to `kept`. The row is held in registers meanwhile,
+// so that it and the positions are read once.
 template <typename T>
 __device__ __forceinline__ float2 normalise_held(const Seen<T, true>& seen, const T* row, int cell, float eps,
                                                  T* kept) {
   using Item = Item<T, true>;
+  constexpr int kItems = kHeld / Item::kCount;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const float channels = static_cast<float>(seen.at.channels);
-  float x[kHeld][Item::kCount], sum = 0.0f, squares = 0.0f;
+  float x[kItems][Item::kCount], sum = 0.0f, squares = 0.0f;
 #pragma unroll
-  for (int held = 0; held < kHeld; ++held) {
+  for (int held = 0; held < kItems; ++held) {
     const int item = lane + held * kWarp;
     if (item >= seen.items) continue;
     Item::read(row + item * Item::kCount, x[held]);
@@ -171,14 +172,14 @@ __device__ __forceinline__ float2 normalise_held(const Seen<T, true>& seen, cons
   }
   const float mean = warp_sum(sum) / channels;
 #pragma unroll
-  for (int held = 0; held < kHeld; ++held) {
+  for (int held = 0; held < kItems; ++held) {
     if (lane + held * kWarp >= seen.items) continue;
 #pragma unroll
     for (int i = 0; i < Item::kCount; ++i) squares = fmaf(x[held][i] - mean, x[held][i] - mean, squares);
   }
   const float2 moment = make_float2(mean, rsqrtf(warp_sum(squares) / channels + eps));
 #pragma unroll
-  for (int held = 0; held < kHeld; ++held) {
+  for (int held = 0; held < kItems; ++held) {
     const int item = lane + held * kWarp;
     if (item >= seen.items) continue;
     seen.normalise(moment, x[held]);
@@ -241,8 +242,8 @@ __device__ void normalise_window(const Absorbed<T>& args, const Query& query, in
     float2 moment;
     if constexpr (kStaged) {
       T* kept = seen.normed + key * seen.at.channels;
-      moment = seen.items <= kHeld * kWarp ? normalise_held(seen, row, cell, args.eps, kept)
-                                           : normalise_row(seen, row, cell, args.eps, kept);
+      moment = seen.at.channels <= kHeld * kWarp ? normalise_held(seen, row, cell, args.eps, kept)
+                                                 : normalise_row(seen, row, cell, args.eps, kept);
     } else {
       moment = normalise_row<T, kStaged>(seen, row, cell, args.eps, nullptr);
     }
