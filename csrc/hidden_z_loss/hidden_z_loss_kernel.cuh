@@ -137,15 +137,20 @@ __global__ void __launch_bounds__(kThreads)
     backward_kernel(const float* __restrict__ grad_loss, const PieceOf<T, kVectors>* __restrict__ z,
                     const float* __restrict__ lse, const float* __restrict__ count, float coefficient, int64_t tokens,
                     int64_t pieces, PieceOf<T, kVectors>* __restrict__ grad_z) {
+  using Piece = PieceOf<T, kVectors>;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kTokensPerBlock + threadIdx.x / kWarp;
   if (token >= tokens) return;
   const float row_lse = lse[token];
+  Piece* grad = grad_z + token * pieces;
   // A token that is left out has lse = 0 and so a gradient of 0, whatever it holds.
-  const float scale = row_lse == 0.0f ? 0.0f : *grad_loss * 2.0f * coefficient / *count * row_lse;
-  PieceOf<T, kVectors>* grad = grad_z + token * pieces;
+  if (row_lse == 0.0f) {
+    for (int64_t piece = threadIdx.x % kWarp; piece < pieces; piece += kWarp) store_piece(grad + piece, Piece{});
+    return;
+  }
+  const float scale = *grad_loss * 2.0f * coefficient / *count * row_lse;
   for_each_piece<T, kVectors>(z + token * pieces, pieces, [&](int64_t piece, auto& values) {
 #pragma unroll
-    for (float& value : values) value = row_lse == 0.0f ? 0.0f : slope(value, row_lse, scale);
+    for (float& value : values) value = slope(value, row_lse, scale);
     store_piece(grad + piece, pack_piece<T, kVectors>(values));
   });
 }
