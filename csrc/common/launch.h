@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstring>
+
 #include "common/checks.h"
 #include "common/shared_memory.h"
 #include "common/vector.cuh"

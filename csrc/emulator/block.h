@@ -41,25 +41,9 @@ void* shared_site(Site, size_t bytes) {
   return shared_array(&site, bytes);
 }
 
-// Waits for every thread of the block that has not exited; the number of those whose vote was true.
-int barrier(const char* what, bool vote, Where where);
-
-// Lets the other threads of the block run.
-void yield();
+// Waits for every thread of the block that has not exited.
+void barrier(const char* what, Where where);
 
 }  // namespace emulator
 
-inline void __syncthreads(emulator::Where where = emulator::Where::current()) {
-  emulator::barrier(__func__, false, where);
-}
-inline int __syncthreads_count(int predicate, emulator::Where where = emulator::Where::current()) {
-  return emulator::barrier(__func__, predicate != 0, where);
-}
-inline int __syncthreads_or(int predicate, emulator::Where where = emulator::Where::current()) {
-  return emulator::barrier(__func__, predicate != 0, where) != 0;
-}
-inline int __syncthreads_and(int predicate, emulator::Where where = emulator::Where::current()) {
-  return emulator::barrier(__func__, predicate == 0, where) == 0;
-}
-
-inline void __nanosleep(unsigned) { emulator::yield(); }
+inline void __syncthreads(emulator::Where where = emulator::Where::current()) { emulator::barrier(__func__, where); }

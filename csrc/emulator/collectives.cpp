@@ -5,7 +5,7 @@
 
 namespace emulator {
 
-int barrier(const char* what, bool vote, Where where) { return Block::current()->barrier(what, vote, where); }
+void barrier(const char* what, Where where) { Block::current()->barrier(what, where); }
 
 unsigned exchange(const char* what, unsigned mask, const void* mine, size_t size, void* all, Where where) {
   return Block::current()->exchange(what, mask, mine, size, all, where);
@@ -13,9 +13,8 @@ unsigned exchange(const char* what, unsigned mask, const void* mine, size_t size
 
 void sync_warp(unsigned mask, Where where) { Block::current()->sync_warp(mask, where); }
 
-int Block::barrier(const char* what, bool vote, Where where) {
-  const unsigned turn = barrier_.turn % 2;
-  Clock* clock = shared_.clock(turn);
+void Block::barrier(const char* what, Where where) {
+  Clock* clock = shared_.clock(barrier_.turn % 2);
   release(clock);
   wait(State::kAtBarrier, what, 0, where);
   if (barrier_.arrived++ == 0) barrier_.first = running_;
@@ -25,18 +24,16 @@ int Block::barrier(const char* what, bool vote, Where where) {
          where.line(), first.thread.x, first.thread.y, first.thread.z, first.what, first.where.file_name(),
          first.where.line());
   }
-  barrier_.votes += vote;
   complete_barrier();
   if (running_->state != State::kReady) suspend();
   acquire(clock);
-  return barrier_.result[turn];
 }
 
 void Block::complete_barrier() {
   if (barrier_.arrived == 0 || barrier_.arrived < live_) return;
   if constexpr (kCounted) count_barrier();
-  barrier_.result[barrier_.turn++ % 2] = barrier_.votes;
-  barrier_.arrived = barrier_.votes = 0;
+  ++barrier_.turn;
+  barrier_.arrived = 0;
   for (Fiber& fiber : fibers_) {
     if (fiber.state == State::kAtBarrier) fiber.state = State::kReady;
   }

@@ -230,7 +230,7 @@ MMOE_HOOKS(16)
 void __tsan_read_range(void* at, size_t bytes) { record(at, bytes, false, __builtin_return_address(0)); }
 void __tsan_write_range(void* at, size_t bytes) { record(at, bytes, true, __builtin_return_address(0)); }
 
-// Counted by emulator::update as one atomic, whatever number of tries it takes.
+// atomicAdd counts itself, whatever number of tries a float takes.
 #define MMOE_ATOMIC_HOOKS(bits, T)                                                                          \
   T __tsan_atomic##bits##_load(const volatile T* at, int) { return __atomic_load_n(at, __ATOMIC_RELAXED); } \
   int __tsan_atomic##bits##_compare_exchange_weak(volatile T* at, T* expected, T desired, int, int) {       \
@@ -239,7 +239,6 @@ void __tsan_write_range(void* at, size_t bytes) { record(at, bytes, true, __buil
 MMOE_ATOMIC_HOOKS(32, uint32_t)
 MMOE_ATOMIC_HOOKS(64, uint64_t)
 #undef MMOE_ATOMIC_HOOKS
-void __tsan_atomic_thread_fence(int) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 // What launchers call besides: counts of references to tensors, constructors.
 uint32_t __tsan_atomic32_fetch_add(volatile uint32_t* at, uint32_t value, int) {

@@ -2,8 +2,8 @@
 // those of csrc/common/device.cuh; a name of CUDA that no kernel here has needed yet does not compile or link.
 //   launch.h      MMOE_LAUNCH, the runtime's calls
 //   block.h       threadIdx and its kin, shared memory, barriers
-//   warp.h        shuffles, votes, matches, reductions
-//   memory.h      checked vector accesses, cache hints, atomics, fences
+//   warp.h        shuffles, votes, matches
+//   memory.h      checked vector accesses, cache hints, atomics
 //   intrinsics.h  arithmetic
 #pragma once
 

@@ -6,7 +6,6 @@
 #include <vector_types.h>
 
 #include <cstddef>
-#include <cstring>
 
 #define MMOE_LAUNCH(kernel, grid, block, shared_bytes, stream) \
   ::emulator::Launch(kernel, dim3(grid), dim3(block), static_cast<size_t>(shared_bytes))
@@ -48,11 +47,6 @@ class Launch {
 };
 
 }  // namespace emulator
-
-inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  std::memset(to, value, bytes);
-  return cudaSuccess;
-}
 
 template <typename... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute, int value) {

@@ -1,4 +1,4 @@
-// Accesses to memory beyond C++'s own: vectors checked for alignment, cache hints, atomics and fences.
+// Accesses to memory beyond C++'s own: vectors checked for alignment, cache hints and atomics.
 #pragma once
 
 #include <atomic>
@@ -36,73 +36,16 @@ template <typename V>
   }
 }
 
-// Atomics order nothing but themselves, as CUDA's.
-template <typename T, typename Update>
-T update(T* at, Update updated) {
-  check_aligned("atomic", at, sizeof(T));
-  if constexpr (kCounted) count_atomic();
-  std::atomic_ref<T> atomic(*at);
-  T old = atomic.load(std::memory_order_relaxed);
-  while (!atomic.compare_exchange_weak(old, updated(old), std::memory_order_relaxed)) {
-  }
-  return old;
-}
-
 }  // namespace emulator
 
 template <typename T>
 [[gnu::always_inline]] inline T __ldg(const T* from) {
   return emulator::load<T>(from);
 }
-template <typename T>
-[[gnu::always_inline]] inline T __ldcs(const T* from) {
-  return emulator::load<T>(from);
-}
-template <typename T>
-[[gnu::always_inline]] inline T __ldcg(const T* from) {
-  return emulator::load<T>(from);
-}
-template <typename T>
-[[gnu::always_inline]] inline void __stcs(T* to, std::type_identity_t<T> value) {
-  emulator::store(to, value);
-}
-template <typename T>
-[[gnu::always_inline]] inline void __stcg(T* to, std::type_identity_t<T> value) {
-  emulator::store(to, value);
-}
-
+// Orders nothing but itself, as CUDA's.
 template <typename T>
 T atomicAdd(T* at, std::type_identity_t<T> value) {
-  return emulator::update(at, [value](T old) { return static_cast<T>(old + value); });
+  emulator::check_aligned("atomic", at, sizeof(T));
+  if constexpr (emulator::kCounted) emulator::count_atomic();
+  return std::atomic_ref<T>(*at).fetch_add(value, std::memory_order_relaxed);
 }
-template <typename T>
-T atomicSub(T* at, std::type_identity_t<T> value) {
-  return emulator::update(at, [value](T old) { return static_cast<T>(old - value); });
-}
-template <typename T>
-T atomicMax(T* at, std::type_identity_t<T> value) {
-  return emulator::update(at, [value](T old) { return old < value ? value : old; });
-}
-template <typename T>
-T atomicMin(T* at, std::type_identity_t<T> value) {
-  return emulator::update(at, [value](T old) { return value < old ? value : old; });
-}
-template <typename T>
-T atomicAnd(T* at, std::type_identity_t<T> value) {
-  return emulator::update(at, [value](T old) { return old & value; });
-}
-template <typename T>
-T atomicOr(T* at, std::type_identity_t<T> value) {
-  return emulator::update(at, [value](T old) { return old | value; });
-}
-template <typename T>
-T atomicExch(T* at, std::type_identity_t<T> value) {
-  return emulator::update(at, [value](T) { return value; });
-}
-template <typename T>
-T atomicCAS(T* at, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
-  return emulator::update(at, [=](T old) { return old == expected ? value : old; });
-}
-
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
-inline void __threadfence_block() { __threadfence(); }

@@ -23,7 +23,6 @@ uint3 block_index() { return Block::current()->index(); }
 dim3 block_shape() { return Block::current()->shape().block; }
 dim3 grid_shape() { return Block::current()->shape().grid; }
 unsigned lane() { return Block::current()->running()->lane; }
-void yield() { Block::current()->yield(); }
 
 Block::Block(const Shape& shape, const Settings& settings, size_t shared_limit, void (*call)(const void*),
              const void* arguments)
@@ -148,8 +147,6 @@ void Block::suspend(bool for_good) {
   scheduler_ = context::jump_fcontext(scheduler_, nullptr).fctx;
   end_switch(fiber.side, scheduler_side_);
 }
-
-void Block::yield() { suspend(); }
 
 void Block::wait(State state, const char* what, unsigned mask, Where where) {
   Fiber& fiber = *running_;

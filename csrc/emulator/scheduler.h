@@ -64,9 +64,8 @@ struct Warp {
 };
 
 struct Barrier {
-  int arrived, votes;
+  int arrived;
   unsigned turn;
-  int result[2];
   const Fiber* first;
 };
 
@@ -122,8 +121,7 @@ class Block {
   SharedMemory& shared() { return shared_; }
   bool is_stack(const void* address) const { return stacks_.contains(address); }
 
-  void yield();
-  int barrier(const char* what, bool vote, Where where);
+  void barrier(const char* what, Where where);
   unsigned exchange(const char* what, unsigned mask, const void* mine, size_t size, void* all, Where where,
                     unsigned* turn = nullptr);
   void sync_warp(unsigned mask, Where where);

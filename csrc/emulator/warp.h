@@ -3,9 +3,7 @@
 #pragma once
 
 #include <bit>
-#include <concepts>
 #include <cstddef>
-#include <functional>
 
 #include "emulator/block.h"
 
@@ -47,27 +45,6 @@ T shuffle(const char* what, unsigned mask, T value, int source, bool inside, int
   return gathered.of_lane[source];
 }
 
-inline unsigned vote(const char* what, unsigned mask, bool predicate, Where where) {
-  const Gathered<bool> gathered = gather(what, mask, predicate, where);
-  unsigned votes = 0;
-  for (int i = 0; i < warpSize; ++i) votes |= static_cast<unsigned>(gathered.lanes >> i & gathered.of_lane[i]) << i;
-  return votes;
-}
-
-template <typename T, typename Combine>
-T reduce(const char* what, unsigned mask, T value, Combine combine, Where where) {
-  const Gathered<T> gathered = gather(what, mask, value, where);
-  const int first = std::countr_zero(gathered.lanes);
-  T reduced = gathered.of_lane[first];
-  for (int i = first + 1; i < warpSize; ++i) {
-    if (gathered.lanes >> i & 1) reduced = combine(reduced, gathered.of_lane[i]);
-  }
-  return reduced;
-}
-
-template <typename T>
-concept Word = std::same_as<T, int> || std::same_as<T, unsigned>;
-
 }  // namespace emulator
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, emulator::Where where = emulator::Where::current()) {
@@ -91,14 +68,6 @@ T __shfl_xor_sync(unsigned mask, T value, int flip, int width = warpSize,
 }
 
 template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned reach, int width = warpSize,
-                   emulator::Where where = emulator::Where::current()) {
-  const unsigned lane = emulator::lane();
-  const bool inside = (lane & (width - 1)) + reach < static_cast<unsigned>(width);
-  return emulator::shuffle(__func__, mask, value, static_cast<int>(lane + reach), inside, width, where);
-}
-
-template <typename T>
 T __shfl_up_sync(unsigned mask, T value, unsigned reach, int width = warpSize,
                  emulator::Where where = emulator::Where::current()) {
   const unsigned lane = emulator::lane();
@@ -107,13 +76,10 @@ T __shfl_up_sync(unsigned mask, T value, unsigned reach, int width = warpSize,
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, emulator::Where where = emulator::Where::current()) {
-  return emulator::vote(__func__, mask, predicate != 0, where);
-}
-inline int __any_sync(unsigned mask, int predicate, emulator::Where where = emulator::Where::current()) {
-  return emulator::vote(__func__, mask, predicate != 0, where) != 0;
-}
-inline int __all_sync(unsigned mask, int predicate, emulator::Where where = emulator::Where::current()) {
-  return emulator::vote(__func__, mask, predicate == 0, where) == 0;
+  const auto gathered = emulator::gather(__func__, mask, predicate != 0, where);
+  unsigned votes = 0;
+  for (int i = 0; i < warpSize; ++i) votes |= static_cast<unsigned>(gathered.lanes >> i & gathered.of_lane[i]) << i;
+  return votes;
 }
 
 template <typename T>
@@ -124,24 +90,4 @@ unsigned __match_any_sync(unsigned mask, T value, emulator::Where where = emulat
     if ((gathered.lanes >> i & 1) && gathered.of_lane[i] == value) same |= 1u << i;
   }
   return same;
-}
-
-template <emulator::Word T>
-T __reduce_add_sync(unsigned mask, T value, emulator::Where where = emulator::Where::current()) {
-  // Wraps around, which int must not in C++.
-  return static_cast<T>(emulator::reduce(__func__, mask, static_cast<unsigned>(value), std::plus{}, where));
-}
-template <emulator::Word T>
-T __reduce_min_sync(unsigned mask, T value, emulator::Where where = emulator::Where::current()) {
-  return emulator::reduce(__func__, mask, value, [](T a, T b) { return a < b ? a : b; }, where);
-}
-template <emulator::Word T>
-T __reduce_max_sync(unsigned mask, T value, emulator::Where where = emulator::Where::current()) {
-  return emulator::reduce(__func__, mask, value, [](T a, T b) { return a > b ? a : b; }, where);
-}
-inline unsigned __reduce_and_sync(unsigned mask, unsigned value, emulator::Where where = emulator::Where::current()) {
-  return emulator::reduce(__func__, mask, value, std::bit_and{}, where);
-}
-inline unsigned __reduce_or_sync(unsigned mask, unsigned value, emulator::Where where = emulator::Where::current()) {
-  return emulator::reduce(__func__, mask, value, std::bit_or{}, where);
 }

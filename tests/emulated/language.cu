@@ -12,29 +12,27 @@ __global__ void collectives_kernel(const int* in, int* out) {
   put(2, __shfl_xor_sync(kAllLanes, value, 3));
   put(3, __shfl_xor_sync(kAllLanes, value, 16, 16));
   put(4, __shfl_up_sync(kAllLanes, value, 2));
-  put(5, __shfl_down_sync(kAllLanes, value, 3, 8));
+  put(5, __shfl_up_sync(kAllLanes, value, 3, 8));
   put(6, static_cast<int>(__ballot_sync(kAllLanes, value % 2)));
   put(7, static_cast<int>(__match_any_sync(kAllLanes, value % 3)));
-  put(8, __reduce_add_sync(kAllLanes, value));
-  put(9, __reduce_max_sync(half, value));
-  put(10, __reduce_min_sync(half, value));
+  put(8, static_cast<int>(__ballot_sync(half, value % 2)));
   // Two halves of a warp in collectives of their own, while one waits for the other.
   int sum = value;
   if (lane < 16) sum += __shfl_xor_sync(half, value, 1);
   __syncwarp();
-  put(11, sum);
-  put(12, __any_sync(kAllLanes, value == 40) + 2 * __all_sync(kAllLanes, value >= 0));
-  put(13, __shfl_xor_sync(kAllLanes, static_cast<long long>(value) << 32, 1) >> 32);
-  put(14, static_cast<int>(__shfl_xor_sync(kAllLanes, static_cast<double>(value), 1)));
-  put(15, static_cast<int>(__bfloat162float(__shfl_xor_sync(kAllLanes, __float2bfloat16(value), 1))));
+  put(9, sum);
+  put(10, __shfl_xor_sync(kAllLanes, static_cast<long long>(value) << 32, 1) >> 32);
+  put(11, static_cast<int>(__shfl_xor_sync(kAllLanes, static_cast<double>(value), 1)));
+  put(12, static_cast<int>(__bfloat162float(__shfl_xor_sync(kAllLanes, __float2bfloat16(value), 1))));
 }
 
-// Every second thread exits first: votes and barriers are of those that are left.
-__global__ void votes_kernel(int* out) {
+// Every second thread exits first: barriers and votes are of those that are left.
+__global__ void left_kernel(unsigned* out) {
+  MMOE_SHARED(int, row, 2 * kWarp);
   if (threadIdx.x % 2) return;
-  const int count = __syncthreads_count(threadIdx.x < 10);
-  const int any = __syncthreads_or(threadIdx.x == 1), all = __syncthreads_and(threadIdx.x % 2 == 0);
-  out[threadIdx.x] = count + 100 * any + 1000 * all;
+  row[threadIdx.x] = static_cast<int>(threadIdx.x);
+  __syncthreads();
+  out[threadIdx.x] = __ballot_sync(kAllLanes, row[threadIdx.x ^ kWarp] < 10);
 }
 
 }  // namespace mmoe::language
@@ -44,8 +42,7 @@ extern "C" {
 void collectives(const int* in, int* out) {
   MMOE_LAUNCH(mmoe::language::collectives_kernel, 1, mmoe::kWarp, 0, nullptr)(in, out);
 }
-void votes(int* out) { MMOE_LAUNCH(mmoe::language::votes_kernel, 1, 2 * mmoe::kWarp, 0, nullptr)(out); }
+void left(unsigned* out) { MMOE_LAUNCH(mmoe::language::left_kernel, 1, 2 * mmoe::kWarp, 0, nullptr)(out); }
 float largest(float a, float b) { return max(a, b); }
-int to_int(float value) { return __float2int_rn(value); }
-unsigned reversed(unsigned bits) { return __brev(bits); }
+float divided(float a, float b) { return __fdividef(a, b); }
 }

@@ -19,9 +19,8 @@ def library(need_emulator) -> ctypes.CDLL:
 def test_collectives(library, monkeypatch, schedule):
     monkeypatch.setenv("MMOE_EMULATED_SCHEDULE", schedule)
     value = [7 * lane % 41 for lane in LANES]
-    out = (ctypes.c_int * (16 * 32))()
+    out = (ctypes.c_int * (13 * 32))()
     library.collectives((ctypes.c_int * 32)(*value), out)
-    halves = [value[:16], value[16:]]
     wanted = [
         [value[(lane + 1) % 32] for lane in LANES],
         [value[lane // 8 * 8 + 5] for lane in LANES],
@@ -29,14 +28,11 @@ def test_collectives(library, monkeypatch, schedule):
         # Of a group of lanes only an earlier one can be read.
         [value[lane ^ 16] if lane >= 16 else value[lane] for lane in LANES],
         [value[lane - 2] if lane >= 2 else value[lane] for lane in LANES],
-        [value[lane + 3] if lane % 8 < 5 else value[lane] for lane in LANES],
+        [value[lane - 3] if lane % 8 >= 3 else value[lane] for lane in LANES],
         [signed(sum(1 << i for i in LANES if value[i] % 2))] * 32,
         [signed(sum(1 << i for i in LANES if value[i] % 3 == value[lane] % 3)) for lane in LANES],
-        [sum(value)] * 32,
-        [max(halves[lane // 16]) for lane in LANES],
-        [min(halves[lane // 16]) for lane in LANES],
+        [signed(sum(1 << i for i in LANES if value[i] % 2 and i // 16 == lane // 16)) for lane in LANES],
         [value[lane] + (value[lane ^ 1] if lane < 16 else 0) for lane in LANES],
-        [(40 in value) + 2] * 32,
         *[[value[lane ^ 1] for lane in LANES]] * 3,
     ]
     for row, expected in enumerate(wanted):
@@ -47,18 +43,26 @@ def signed(bits: int) -> int:
     return bits - (1 << 32) if bits >> 31 else bits
 
 
-def test_votes_of_a_block(library):
-    out = (ctypes.c_int * 64)()
-    library.votes(out)
-    assert list(out) == [0 if i % 2 else 5 + 1000 for i in range(64)]
+def test_threads_that_are_left(library):
+    out = (ctypes.c_uint * 64)()
+    library.left(out)
+    low = sum(1 << i for i in range(0, 10, 2))
+    assert list(out) == [low if i >= 32 and i % 2 == 0 else 0 for i in range(64)]
 
 
 def test_intrinsics(library):
     library.largest.restype = ctypes.c_float
-    library.reversed.restype = ctypes.c_uint
+    library.divided.restype = ctypes.c_float
     for a, b, larger in [(1, 2, 2), (math.nan, 2, 2), (2, math.nan, 2)]:
         assert library.largest(ctypes.c_float(a), ctypes.c_float(b)) == larger
-    top = 2**31 - 1
-    for value, wanted in [(2.5, 2), (-3.5, -4), (1e20, top), (-1e20, -top - 1), (math.nan, 0)]:
-        assert library.to_int(ctypes.c_float(value)) == wanted
-    assert library.reversed(0b1011) == 0b1101 << 28
+    # Divisors of more than 2^126 that are not infinite give 0.
+    beyond = 2.0**126 * (1 + 2.0**-23)
+    for a, b, quotient in [
+        (3, 2, 1.5),
+        (1, 2.0**126, 2.0**-126),
+        (2.0**100, beyond, 0),
+        (2, -beyond, 0),
+        (1, math.inf, 0),
+    ]:
+        assert library.divided(ctypes.c_float(a), ctypes.c_float(b)) == quotient
+    assert math.isnan(library.divided(ctypes.c_float(math.inf), ctypes.c_float(beyond)))
