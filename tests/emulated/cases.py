@@ -1,77 +1,159 @@
-"""A tiny run, forward and backward, of every operator that has CUDA kernels: what the sanitizers watch.
+"""Small runs, forward and backward, of every operator that has CUDA kernels: what the sanitizers and schedules see.
 
-A function for each operator, of its name; it takes ``torch.ops.mmoe_emulated``. The shapes reach every branch of the
-kernels (a vector path and a scalar one, more than a block, a ragged end) and no more: ThreadSanitizer is slow.
+A function for each operator, of its name; it takes ``torch.ops.mmoe_emulated`` and gives every result. The shapes reach
+every branch of the kernels but those for values that are not finite, and every loop twice or more: vectors and single
+elements, several blocks, several rounds of a block, a warp, a lane, ragged ends. ThreadSanitizer is slow: nothing more.
 """
 
+import itertools
 from typing import Any
 
 import torch
+from sva_arguments import Case, draw
+from torch import Tensor
 
 
-def hidden_z_loss(ops: Any) -> None:
-    for dtype, width in [(torch.float32, 24), (torch.bfloat16, 7)]:
-        z = torch.randn(5, width).to(dtype)
-        valid = torch.arange(5) != 2
-        _, lse, count = ops.hidden_z_loss(z, valid, 0.5)
-        ops.hidden_z_loss_backward(torch.ones(()), z, lse, count, 0.5)
+def hidden_z_loss(ops: Any) -> list[Tensor]:
+    results = []
+    # More tokens than the threads that add them up; rows of two rounds of a warp.
+    for dtype, tokens, width, masked in [
+        (torch.float32, 5, 264, True),
+        (torch.bfloat16, 5, 35, False),
+        (torch.float16, 260, 8, True),
+    ]:
+        z = torch.randn(tokens, width).to(dtype)
+        z[0] = 0
+        valid = torch.arange(tokens) % 4 != 2 if masked else None
+        loss, lse, count = ops.hidden_z_loss(z, valid, 0.5)
+        results += [loss, lse, count, ops.hidden_z_loss_backward(torch.ones(()), z, lse, count, 0.5)]
+    return results
 
 
-def permute_index(ops: Any) -> None:
-    ops.permute_index(torch.arange(1500).view(500, 3) % 40, 35)
-    ops.permute_index(torch.arange(60, dtype=torch.int32).view(20, 3) % 7, 5, align=8, max_rows=100)
+def permute_index(ops: Any) -> list[Tensor]:
+    ids = torch.arange(60).view(20, 3)
+    negative = ids.where(ids != 7, -1)
+    return [
+        *ops.permute_index(torch.arange(1500).view(500, 3) % 40, 35),
+        *ops.permute_index(ids.int() % 7, 5, align=8, max_rows=30),
+        # More experts than a round of the scan takes; padding of more rows than a warp has lanes, after every expert
+        # and, of more than the blocks have, at the end.
+        *ops.permute_index(negative * 18, 1050, align=64, max_rows=5000),
+    ]
 
 
-def router(ops: Any) -> None:
-    # The last row is all ties: the list of candidates overflows.
-    for slots, zeros, top_k, groups, score in [(24, 8, 4, 2, "softmax"), (135, 7, 17, 1, "sigmoid")]:
-        logits = torch.randn(9, slots)
-        logits[8] = 0
-        valid = torch.arange(9) != 2
-        weights, identity, probs, stats, ids, _ = ops.router(
-            logits, torch.zeros(slots), valid, zeros, top_k, 2.0, score, True, 2, groups, 1, "scaled"
+def router(ops: Any) -> list[Tensor]:
+    results = []
+    # Every instance, by the columns that a lane holds, on and off the vector grid; the last two have more tokens than
+    # the grid has warps, forward and backward.
+    for tokens, columns, zeros, top_k, groups, score, identity in [
+        (9, 128, 8, 4, 2, "softmax", "scaled"),
+        (9, 135, 7, 17, 1, "sigmoid", "unscaled"),
+        (5, 256, 0, 12, 4, "sigmoid", "copy"),
+        (5, 512, 256, 16, 1, "softmax", "drop"),
+        (5, 768, 256, 32, 1, "softmax", "scaled"),
+        (5, 766, 256, 32, 2, "softmax", "unscaled"),
+        (5, 2304, 768, 12, 1, "softmax", "scaled"),
+        (34, 2303, 767, 17, 1, "sigmoid", "scaled"),
+        (70, 24, 8, 4, 2, "softmax", "unscaled"),
+    ]:
+        logits = torch.randn(tokens, columns)
+        logits[-1] = 0  # ties: where columns are many, the list of candidates overflows
+        bias = 0.1 * (torch.arange(columns) % 5 == 0)
+        valid = torch.arange(tokens) % 4 != 2 if zeros else None
+        renormalize = score == "sigmoid"
+        experts = columns - zeros
+        balance = 2 if experts % 2 == 0 else 1
+        weights, mixed, probs, stats, ids, counts = ops.router(
+            logits, bias, valid, zeros, top_k, 2.0, score, renormalize, balance, groups, 1, identity
         )
-        ops.router_backward(weights, identity, probs, logits, valid, ids, stats, zeros, 2.0, score, True, 2, "scaled")
+        results += [weights, mixed, probs, stats, ids, counts]
+        for grads in [(weights, mixed, probs), (None, None, None)]:
+            results.append(
+                ops.router_backward(
+                    *grads, logits, valid, ids, stats, zeros, 2.0, score, renormalize, balance, identity
+                )
+            )
+    return results
 
 
-def permute(ops: Any) -> None:
-    _, index = _routed(ops)
-    for dtype, width in [(torch.float32, 24), (torch.bfloat16, 7)]:
-        rows = ops.permute(torch.randn(5, width).to(dtype), *index)
-        ops.permute_backward(rows, index[0])
+# Tokens, slots of each, width, dtype: a vector a thread; elements; more slots than a warp has lanes or a block threads;
+# a row in several rounds of a block, in vectors and in elements.
+MOVED = [
+    (5, 3, 264, torch.float32),
+    (5, 3, 7, torch.float32),
+    (3, 40, 24, torch.bfloat16),
+    (2, 3, 8200, torch.float32),
+    (2, 3, 2051, torch.float16),
+]
 
 
-def permute_fp8(ops: Any) -> None:
-    _, index = _routed(ops)
-    for dtype, start in [(torch.float32, 0), (torch.bfloat16, 2)]:
-        ops.permute_fp8(torch.randn(5 * 256 + start).to(dtype)[start:].view(5, 256), *index)
+def permute(ops: Any) -> list[Tensor]:
+    results = []
+    for tokens, top_k, width, dtype in MOVED:
+        index = _index(ops, tokens, top_k)
+        rows = ops.permute(torch.randn(tokens, width).to(dtype), *index)
+        results += [rows, ops.permute_backward(rows, index[0])]
+    return results
 
 
-def unpermute(ops: Any) -> None:
-    weights, (row_of_slot, slot_of_row) = _routed(ops)
-    for dtype, width in [(torch.float32, 264), (torch.bfloat16, 7)]:
-        x, rows = (torch.randn(count, width).to(dtype) for count in (5, len(slot_of_row)))
-        arguments = [rows, row_of_slot, weights, x, torch.rand(5), slot_of_row]
-        ops.unpermute_backward(ops.unpermute(*arguments), *arguments)
+def permute_fp8(ops: Any) -> list[Tensor]:
+    results = []
+    # The last row has more scales than its block has threads.
+    for tokens, top_k, width, dtype, start in [
+        (5, 3, 256, torch.float32, 0),
+        (5, 3, 256, torch.float32, 1),
+        (3, 40, 128, torch.bfloat16, 2),
+        (1, 2, 66048, torch.bfloat16, 0),
+    ]:
+        x = torch.randn(tokens * width + start).to(dtype)[start:].view(tokens, width)
+        x[0, :128] = 0
+        results += ops.permute_fp8(x, *_index(ops, tokens, top_k))
+    return results
 
 
-def _routed(ops: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Weights of five tokens' slots, and where their rows lie, padding among them."""
-    row_of_slot, slot_of_row, _ = ops.permute_index(torch.arange(15).view(5, 3) % 7, 5, align=4, max_rows=40)
-    return torch.rand(5, 3), [row_of_slot, slot_of_row]
+def unpermute(ops: Any) -> list[Tensor]:
+    results = []
+    for (tokens, top_k, width, dtype), padded in zip(MOVED, itertools.cycle([True, False]), strict=False):
+        row_of_slot, slot_of_row = _index(ops, tokens, top_k, align=4 if padded else 1)
+        x, rows = (torch.randn(count, width).to(dtype) for count in (tokens, len(slot_of_row)))
+        weights, identity = torch.rand(tokens, top_k), torch.rand(tokens)
+        arguments = [rows, row_of_slot, weights, x, identity, slot_of_row if padded else None]
+        out = ops.unpermute(*arguments)
+        results += [out, *ops.unpermute_backward(out, *arguments)]
+    return results
 
 
-def sva(ops: Any) -> None:
-    """Vectors, then single elements; a projected encoder beside an absorbed one."""
-    for dtype, m, width, channels in [(torch.float32, 1, 32, 8), (torch.bfloat16, 2, 31, 33)]:
-        query = (2, 1, 2, 1)
-        q = torch.randn(1, 2, 1, 2, width).to(dtype)
-        key, value = (torch.randn(1, 2 * m, m, 2 * width).to(dtype) for _ in range(2))
-        features, position = torch.randn(1, 4, 2, channels).to(dtype), torch.randn(4, channels).to(dtype)
-        mask = torch.ones(1, 4, 2, dtype=torch.bool)
-        mask[0, :2, :2] = False
-        masks = [torch.empty(0, dtype=torch.bool), mask]
-        absorbed, constants = torch.randn(*query, channels).to(dtype), torch.randn(query)
-        arguments = [q, [key], [value], [features], [position], [absorbed], [constants], masks]
+def _index(ops: Any, tokens: int, top_k: int, align: int = 4) -> list[Tensor]:
+    """Where the rows of the tokens' slots lie: 5 of 7 experts have some, with padding where they are aligned."""
+    ids = torch.arange(tokens * top_k).view(tokens, top_k) % 7
+    row_of_slot, slot_of_row, _ = ops.permute_index(ids, 5, align=align)
+    return [row_of_slot, slot_of_row]
+
+
+# Heads of 32, 64 and 128 in vectors, heads of single elements, of more warps than one and with lanes left over; windows
+# of more cells than a warp has lanes. Absorbed: vectors, single elements; rows of several items a lane, held and, the
+# positions left where they are, read again; more keys, more heads than a tile; more queries than blocks. Both kinds.
+SVA = [
+    (Case(2, 2, 1, 3, 32, (1, 2), masked=True), torch.float32),
+    (Case(1, 1, 2, 5, 64, (6,), masked=True), torch.float32),
+    (Case(1, 1, 2, 2, 128, (1, 2)), torch.bfloat16),
+    (Case(1, 1, 2, 2, 31, (2,), masked=True), torch.float16),
+    (Case(1, 3, 3, 2, 32, (), ((2, 8),), masked=True), torch.float32),
+    (Case(1, 3, 3, 17, 8, (), ((5, 33), (1, 33)), masked=True), torch.float32),
+    (Case(1, 1, 2, 17, 8, (), ((5, 264),), masked=True), torch.bfloat16),
+    (Case(1, 1, 2, 2, 16, (), ((4, 1024),)), torch.float32),
+    (Case(1, 2, 1, 2, 32, (2,), ((1, 264), (2, 264)), masked=True), torch.float32),
+]
+
+
+def sva(ops: Any) -> list[Tensor]:
+    results = []
+    for case, dtype in SVA:
+        arguments = draw(case, dtype)
         out, lse, pooled, mass = ops.sva(*arguments, 1e-5)
-        ops.sva_backward(torch.ones_like(out), pooled, mass, *arguments, lse, 1e-5)
+        results += [out, lse, *pooled, *mass]
+        nothing = [torch.empty(0)] * len(pooled)
+        for grads in [(torch.ones_like(out), pooled, mass), (torch.empty(0), nothing, nothing)]:
+            grad_q, *groups = ops.sva_backward(*grads, *arguments, lse, 1e-5)
+            results += [grad_q, *itertools.chain.from_iterable(groups)]
+    return results

@@ -1,10 +1,12 @@
 """The CUDA kernels' own source, compiled for the CPU."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mmoe.ops.emulated import load
 
@@ -13,6 +15,14 @@ from mmoe.ops.emulated import load
 def emulated(need_emulator: None) -> Any:
     """``torch.ops.mmoe_emulated``."""
     return load()
+
+
+@pytest.fixture(scope="session")
+def operators(emulated: Any, root: Path) -> list[str]:
+    """The operators, without their backwards, that have a CUDA implementation."""
+    declared = re.findall(r'"(\w+)\(', (root / "csrc" / "bindings.cpp").read_text())
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return [name for name in declared if not name.endswith("_backward") and has_kernel(f"mmoe_emulated::{name}", "CPU")]
 
 
 @pytest.fixture(scope="session")

@@ -120,13 +120,6 @@ def test_nothing_to_count(run):
         assert grad.shape == logits.shape
 
 
-def test_the_same_bits_again(run):
-    """More tokens than the warps of the grid, so that a warp has several."""
-    logits, bias = draw(150, 40, 0, torch.float32)
-    first, again = (run(logits, bias, zero_experts=8, top_k=4, balance_groups=4) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip((*first[0], first[1]), (*again[0], again[1]), strict=True))
-
-
 def test_what_a_warp_cannot_hold_is_named(run):
     for slots, options, named in (
         (2305, {"top_k": 4}, "columns"),

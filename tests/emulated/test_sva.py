@@ -9,77 +9,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from sva_arguments import Arguments, Case, draw
 from torch import Tensor
 
 from mmoe.reference import sva as reference
 
 EPS = 1e-5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-class Case(NamedTuple):
-    """B, R, W, H, D, the windows m of the projected encoders, (m, C) of the absorbed ones."""
-
-    batch: int
-    rows: int
-    columns: int
-    heads: int
-    width: int
-    projected: tuple[int, ...] = ()
-    absorbed: tuple[tuple[int, int], ...] = ()
-    masked: bool = False
-
-    def __str__(self) -> str:
-        mask = "masked" if self.masked else ""
-        sizes = f"{self.batch}x{self.rows}x{self.columns}h{self.heads}d{self.width}"
-        return f"{sizes}p{self.projected}a{self.absorbed}{mask}".replace(" ", "")
-
-
-class Arguments(NamedTuple):
-    """The operator's, in order, but for eps."""
-
-    q: Tensor
-    keys: list[Tensor]
-    values: list[Tensor]
-    features: list[Tensor]
-    positions: list[Tensor]
-    absorbed: list[Tensor]
-    constants: list[Tensor]
-    masks: list[Tensor]
-
-    def differentiable(self) -> list[Tensor]:
-        return [self.q, *self.keys, *self.values, *self.features, *self.absorbed, *self.constants]
-
-
-def draw(case: Case, dtype: torch.dtype) -> Arguments:
-    generator = torch.Generator().manual_seed(0)
-    exponent = torch.promote_types(torch.float32, dtype)
-
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(*shape, generator=generator)).to(dtype)
-
-    batch, rows, columns, heads, width = case[:5]
-    sides = [*case.projected, *(m for m, _ in case.absorbed)]
-    grids = [(batch, m * rows, m * columns) for m in sides]
-    masks = [torch.empty(0, dtype=torch.bool) for _ in grids]
-    if case.masked:
-        masks = [torch.rand(*grid, generator=generator) < 0.5 for grid in grids]
-        for mask, m in zip(masks, sides, strict=True):
-            mask[0, :m, :m] = False  # a window without a valid key
-    projected, absorbed = grids[: len(case.projected)], grids[len(case.projected) :]
-    channels = [c for _, c in case.absorbed]
-    query = (heads, batch, rows, columns)
-    return Arguments(
-        normal(batch, rows, columns, heads, width),
-        [normal(*grid, heads * width) for grid in projected],
-        [normal(*grid, heads * width) for grid in projected],
-        [2 * normal(*grid, c) + 1 for grid, c in zip(absorbed, channels, strict=True)],
-        [normal(m * m, c) if m > 1 else normal(0) for m, c in case.absorbed],
-        # Scores of size one, like those of the keys.
-        [normal(*query, c, scale=(width / c) ** 0.5) for c in channels],
-        [normal(*query).to(exponent) for _ in channels],
-        masks,
-    )
 
 
 def windows(grid: Tensor, rows: int, columns: int) -> Tensor:
@@ -369,15 +305,6 @@ def test_what_is_masked_is_not_read(emulated):
                 grid[~mask] = float("nan")
     for got, want in zip(run(emulated, arguments), wanted, strict=True):
         assert torch.equal(got, want)
-
-
-def test_bitwise_repeatable(emulated, monkeypatch):
-    arguments = draw(BOTH, torch.bfloat16)
-    wanted = run(emulated, arguments)
-    for schedule in ("reverse", "random", "greedy"):
-        monkeypatch.setenv("MMOE_EMULATED_SCHEDULE", schedule)
-        for got, want in zip(run(emulated, arguments), wanted, strict=True):
-            assert torch.equal(got, want)
 
 
 def test_errors_name_the_argument(emulated):

@@ -9,13 +9,12 @@ N, Z = 6, 3
 WIDTHS = [1, 7, 24, 517, 4104]
 
 
-def compare(emulated, case: moving.Case, padded: bool = False) -> list[torch.Tensor]:
+def compare(emulated, case: moving.Case, padded: bool = False) -> None:
     slot_of_row = case.slot_of_row if padded else None
     arguments = *case[:5], slot_of_row
     out, grads = emulated.unpermute(*arguments), emulated.unpermute_backward(case.grad_out, *arguments)
     moving.check_forward(out, case)
     moving.check_backward(grads, case)
-    return [out, *grads]
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -67,8 +66,3 @@ def test_a_row_outside_adds_nothing(emulated):
     arguments = case.weights, case.x, case.identity, None
     got = emulated.unpermute(case.rows, outside, *arguments)
     assert torch.equal(got, emulated.unpermute(case.rows, case.row_of_slot, *arguments))
-
-
-def test_repeats_bit_for_bit(emulated):
-    case = moving.draw(moving.draw_ids(5, 3, N, Z), N, 517, torch.bfloat16)
-    assert all(torch.equal(a, b) for a, b in zip(compare(emulated, case), compare(emulated, case), strict=True))

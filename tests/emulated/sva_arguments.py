@@ -1,0 +1,72 @@
+"""Drawn arguments of sva."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Case(NamedTuple):
+    """B, R, W, H, D, the windows m of the projected encoders, (m, C) of the absorbed ones."""
+
+    batch: int
+    rows: int
+    columns: int
+    heads: int
+    width: int
+    projected: tuple[int, ...] = ()
+    absorbed: tuple[tuple[int, int], ...] = ()
+    masked: bool = False
+
+    def __str__(self) -> str:
+        mask = "masked" if self.masked else ""
+        sizes = f"{self.batch}x{self.rows}x{self.columns}h{self.heads}d{self.width}"
+        return f"{sizes}p{self.projected}a{self.absorbed}{mask}".replace(" ", "")
+
+
+class Arguments(NamedTuple):
+    """The operator's, in order, but for eps."""
+
+    q: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
+    features: list[Tensor]
+    positions: list[Tensor]
+    absorbed: list[Tensor]
+    constants: list[Tensor]
+    masks: list[Tensor]
+
+    def differentiable(self) -> list[Tensor]:
+        return [self.q, *self.keys, *self.values, *self.features, *self.absorbed, *self.constants]
+
+
+def draw(case: Case, dtype: torch.dtype) -> Arguments:
+    """Normal values in ``dtype``; where masked, half of the cells and one whole window of each encoder."""
+    generator = torch.Generator().manual_seed(0)
+    exponent = torch.promote_types(torch.float32, dtype)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(*shape, generator=generator)).to(dtype)
+
+    batch, rows, columns, heads, width = case[:5]
+    sides = [*case.projected, *(m for m, _ in case.absorbed)]
+    grids = [(batch, m * rows, m * columns) for m in sides]
+    masks = [torch.empty(0, dtype=torch.bool) for _ in grids]
+    if case.masked:
+        masks = [torch.rand(*grid, generator=generator) < 0.5 for grid in grids]
+        for mask, m in zip(masks, sides, strict=True):
+            mask[0, :m, :m] = False  # a window without a valid key
+    projected, absorbed = grids[: len(case.projected)], grids[len(case.projected) :]
+    channels = [c for _, c in case.absorbed]
+    query = (heads, batch, rows, columns)
+    return Arguments(
+        normal(batch, rows, columns, heads, width),
+        [normal(*grid, heads * width) for grid in projected],
+        [normal(*grid, heads * width) for grid in projected],
+        [2 * normal(*grid, c) + 1 for grid, c in zip(absorbed, channels, strict=True)],
+        [normal(m * m, c) if m > 1 else normal(0) for m, c in case.absorbed],
+        # Scores of size one, like those of the keys.
+        [normal(*query, c, scale=(width / c) ** 0.5) for c in channels],
+        [normal(*query).to(exponent) for _ in channels],
+        masks,
+    )
