@@ -70,3 +70,10 @@ def draw(case: Case, dtype: torch.dtype) -> Arguments:
         [normal(*query).to(exponent) for _ in channels],
         masks,
     )
+
+
+def windows(grid: Tensor, rows: int, columns: int) -> Tensor:
+    """[B, m·R, m·W, …] → [B, R, W, m², …]."""
+    batch, m = grid.shape[0], grid.shape[1] // rows
+    split = grid.reshape(batch, rows, m, columns, m, *grid.shape[3:]).transpose(2, 3)
+    return split.reshape(batch, rows, columns, m * m, *grid.shape[3:])
