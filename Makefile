@@ -52,8 +52,9 @@ test-latest: build ## the short quickstart and the tests of the newest Megatron-
 	$(BIN)/python -m pytest -m "latest and not slow" || status=1; \
 	exit $$status
 
-# Without PyTorch's caching allocator, so that an access behind a tensor is one behind an allocation; CUDA graphs need it.
-test-gpu: build ## the tests that need a CUDA device; those of the operators once more under compute-sanitizer
+# compute-sanitizer: without PyTorch's caching allocator, so that an access behind a tensor is one behind an allocation;
+# CUDA graphs need it. The benchmark: bandwidths beside those of a copy and a triad, measured in the same run.
+test-gpu: build ## the tests that need a CUDA device, the operators under compute-sanitizer, and their bandwidth
 	$(BIN)/python -m pytest tests/gpu
 	@if command -v compute-sanitizer >/dev/null; then \
 	  for tool in memcheck racecheck synccheck; do \
@@ -61,6 +62,9 @@ test-gpu: build ## the tests that need a CUDA device; those of the operators onc
 	      $(BIN)/python -m pytest -m gpu -k "not captured" tests/gpu/test_operators.py || exit 1; \
 	  done; \
 	else echo "compute-sanitizer was not found: install the CUDA toolkit to run the operators under it"; fi
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(BIN)/mmoe bench ops --device cuda --skip eager compile transformers megatron --json build/bench-gpu.json; \
+	else echo "there is no CUDA device: bandwidths are not measured"; fi
 
 # Two environments must not share mmoe/_C.so, so this one's package is made in build/cuda and found there.
 CUDA_BIN := .venv-cuda/bin

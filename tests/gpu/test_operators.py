@@ -1,7 +1,7 @@
 """Every operator on a device: against float64, gradients, layouts, repeatability, opcheck, CUDA graphs.
 
 The bodies run on the CPU too, so that what a GPU sees for the first time is the kernels and not these tests.
-`make test-gpu` runs them, and once more under compute-sanitizer. Bandwidth: `mmoe bench ops --device cuda`.
+`make test-gpu` runs them, once more under compute-sanitizer, and then `mmoe bench ops --device cuda` for bandwidths.
 """
 
 from collections.abc import Callable, Sequence
@@ -294,14 +294,16 @@ def test_router_sizes(device: str, tokens: int, experts: int, zeros: int, top_k:
     routing.compare(out, grad, logits, bias, settings)
 
 
+@pytest.mark.parametrize(("score", "of_inf"), [("softmax", [0, 1, 2]), ("sigmoid", [7, 0, 1])])
 @pytest.mark.parametrize("device", DEVICES)
-def test_router_orders_ties_and_nan(device: str) -> None:
-    logits = torch.zeros(3, 40)
+def test_router_orders_ties_and_nan(device: str, score: str, of_inf: list[int]) -> None:
+    """NaN is above every number, ties go to the lowest index; beside an infinite logit every softmax is NaN."""
+    logits = torch.zeros(4, 40)
     logits[1] = float("nan")
     logits[2, 7] = float("inf")
-    ids = router(logits.to(device), torch.zeros(40, device=device), zero_experts=8, top_k=3).ids.cpu()
-    assert ids[0].tolist() == [0, 1, 2]
-    assert all(len(set(row)) == 3 and min(row) >= 0 and max(row) < 40 for row in ids.tolist())
+    logits[3, :2] = float("-inf")
+    ids = router(logits.to(device), torch.zeros(40, device=device), zero_experts=8, top_k=3, score=score).ids
+    assert ids.tolist() == [[0, 1, 2], [0, 1, 2], of_inf, [2, 3, 4]]
 
 
 def routed(logits: Tensor, bias: Tensor, device: str, settings: dict[str, Any]) -> tuple[RouterOutput, Tensor]:
@@ -357,11 +359,31 @@ def arguments_of(operator: str, device: str) -> tuple[Any, ...]:
     if operator == "router":
         logits, bias = (part.to(device) for part in routing.draw(9, 18, dtype=torch.float32))
         return logits.requires_grad_(), bias, None, 6, 4, 2.5, "softmax", False, 3, 1, 1, "scaled"
+    if operator == "permute_fp8":
+        return normal(len(ids), 128).to(x), index.row_of_slot, index.slot_of_row
+    placed = place(SAMPLES["sva absorbed"], device, torch.float32)
+    (q, keys, values, *absorbed), masks = placed.data, [torch.empty(0, dtype=torch.bool, device=device)] * 2
+    if operator == "sva_absorbed":
+        return q, [keys], [values], absorbed, masks, 1e-5
+    if operator == "sva":
+        features, position = absorbed[:2]
+        rows = normal(2, *q.shape[:3], features.shape[-1]).to(q).requires_grad_()
+        constants = normal(2, *q.shape[:3], seed=1).to(q).requires_grad_()
+        return q, [keys], [values], [features], [position.detach()], [rows], [constants], masks, 1e-5
     raise AssertionError(operator)
 
 
-@pytest.mark.parametrize("operator", ["hidden_z_loss", "permute_index", "permute", "unpermute", "router"])
-@pytest.mark.parametrize("device", DEVICES)
+OPCHECKED = ["hidden_z_loss", "permute_index", "permute", "unpermute", "router", "sva", "sva_absorbed"]
+
+
+@pytest.mark.parametrize(
+    ("device", "operator"),
+    [
+        *(("cpu", operator) for operator in OPCHECKED),
+        # The CPU has no kernel of permute_fp8.
+        *(pytest.param("cuda", operator, marks=ON_CUDA) for operator in [*OPCHECKED, "permute_fp8"]),
+    ],
+)
 def test_opcheck(device: str, operator: str) -> None:
     result = torch.library.opcheck(getattr(torch.ops.mmoe, operator).default, arguments_of(operator, device))
     assert set(result.values()) == {"SUCCESS"}
