@@ -1,6 +1,6 @@
 """sva: the CUDA kernels on the emulator against the contract of csrc/sva/sva.h in float64, through autograd.
 
-The emulator runs some 0.2 M CUDA threads a second, so the grids are a few queries each.
+The emulator is slow (docs/operators/emulator.md), so the grids are a few queries each.
 """
 
 import itertools
