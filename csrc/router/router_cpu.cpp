@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common/library.h"
+#include "common/past_caches.h"
 #include "router/router.h"
 #include "router/router_simd.h"
 
@@ -143,7 +144,8 @@ Tensor router_backward_cpu(std::optional<Tensor> grad_weights, std::optional<Ten
                                     for_weights.data(),
                                     for_identity.data(),
                                     grad_probs.empty() ? nullptr : grad_probs.data(),
-                                    grad_logits.mutable_data_ptr<C>()};
+                                    grad_logits.mutable_data_ptr<C>(),
+                                    streams(grad_logits.const_data_ptr(), tokens, columns * sizeof(C))};
     const RouterScratch sizes = RouterScratch::of(options);
     torch::stable::parallel_for(0, tokens, tokens_per_chunk(tokens, columns), [&](int64_t begin, int64_t end) {
       Scratch<C> scratch(sizes.backward());

@@ -2,7 +2,7 @@
 
 #include <limits>
 
-#include "common/simd.h"
+#include "common/stream.h"
 
 namespace mmoe::MMOE_SIMD {
 namespace {
@@ -320,7 +320,7 @@ void backward_of(const RouterOptions& options, const RouterBackward<C>& tensors,
 
   for (int64_t token = begin; token < end; ++token) {
     const C* row = tensors.logits + token * columns;
-    C* const grad = tensors.grad_logits + token * columns;
+    C* const to = tensors.grad_logits + token * columns;
     const int64_t* ids = tensors.ids + token * k;
     const bool counted = tensors.valid == nullptr || tensors.valid[token];
     const C* slope = counted ? slopes : no_slopes;
@@ -365,14 +365,20 @@ void backward_of(const RouterOptions& options, const RouterBackward<C>& tensors,
     const auto gradient = [&](auto s, auto own_slope) {
       return kSoftmax ? s * (own_slope - mean) : s * (C(1) - s) * ((own_slope - mean) * inverse);
     };
-    for (int64_t i = 0; i < body; i += lanes) store(grad + i, gradient(load(scores + i), load(slope + i)));
-    if (body < columns) store_first(grad + body, gradient(load(scores + body), load(slope + body)), columns - body);
     for (int64_t j = 0; j < k; ++j) {
       const C s = scores[ids[j]];
-      grad[ids[j]] = kSoftmax ? gradient(s, slope[ids[j]] + chosen[j])
-                              : s * (C(1) - s) * (chosen[j] + (slope[ids[j]] - mean) * inverse);
+      chosen[j] = kSoftmax ? gradient(s, slope[ids[j]] + chosen[j])
+                           : s * (C(1) - s) * (chosen[j] + (slope[ids[j]] - mean) * inverse);
     }
+    // A streamed row is put together over the scores, since it leaves in whole lines.
+    C* const grad = tensors.stream ? scores : to;
+    for (int64_t i = 0; i < body; i += lanes) store(grad + i, gradient(load(scores + i), load(slope + i)));
+    if (body < columns) store_first(grad + body, gradient(load(scores + body), load(slope + body)), columns - body);
+    for (int64_t j = 0; j < k; ++j) grad[ids[j]] = chosen[j];
+    if (!tensors.stream) continue;
+    for (int64_t i = 0; i < columns; i += kPerLine<C>) store_line<true>(to + i, load_line(scores + i));
   }
+  if (tensors.stream) end_stream();
 }
 
 template <typename C>

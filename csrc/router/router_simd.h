@@ -31,6 +31,7 @@ struct RouterBackward {
   const C* grad_identity;
   const C* grad_probs;
   C* grad_logits;
+  bool stream;  // write it past the caches: rows are whole cache lines
 };
 
 // Working memory of one call, in elements: rows of `columns`, and lists of candidates. `Key` is as large as C.

@@ -2,6 +2,7 @@
 #include <memory>
 
 #include "common/library.h"
+#include "common/past_caches.h"
 #include "sva/sva.h"
 #include "sva/sva_simd.h"
 
@@ -11,9 +12,6 @@ namespace {
 using torch::headeronly::BFloat16;
 
 constexpr int64_t kQueriesPerTask = 4;
-// A gradient of more bytes is written past the caches: whoever reads it next would not find it there anyway.
-constexpr int64_t kStreamBytes = 16 << 20;
-constexpr int64_t kLine = 64;
 
 // Calls body(kernels of the dtype, T{}, C{}).
 template <typename Body>
@@ -53,8 +51,6 @@ template <typename T>
 const T* data_or_null(const Tensor& tensor) {
   return tensor.numel() == 0 ? nullptr : tensor.const_data_ptr<T>();
 }
-
-bool on_line(const void* data) { return reinterpret_cast<uintptr_t>(data) % kLine == 0; }
 
 SvaMask mask_of(const Tensor& mask) { return {data_or_null<bool>(mask), mask.numel() == 0 ? 0 : mask.stride(0)}; }
 
@@ -170,8 +166,8 @@ SvaGradients sva_backward_cpu(Tensor grad_out_any, Tensors grad_pooled_any, Tens
       SvaProjected<T>& part = arguments.projected[i];
       part.grad_keys = grad_keys[i].mutable_data_ptr<T>();
       part.grad_values = grad_values[i].mutable_data_ptr<T>();
-      part.stream = grad_keys[i].numel() * static_cast<int64_t>(sizeof(T)) > kStreamBytes &&
-                    in.sizes.width * sizeof(T) % kLine == 0 && on_line(part.grad_keys) && on_line(part.grad_values);
+      const int64_t rows = grad_keys[i].numel() / in.sizes.width, row_bytes = in.sizes.width * sizeof(T);
+      part.stream = streams(part.grad_keys, rows, row_bytes) && streams(part.grad_values, rows, row_bytes);
     }
     for (size_t j = 0; j < features.size(); ++j) {
       SvaAbsorbed<T, C>& part = arguments.absorbed[j];

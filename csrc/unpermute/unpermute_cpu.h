@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/past_caches.h"
 #include "permute/permute.h"
 #include "permute/permute_simd.h"
 #include "unpermute/unpermute_simd.h"
@@ -14,16 +15,9 @@ using torch::headeronly::BFloat16;
 
 // Tokens are handed to threads in pieces of about this many bytes.
 constexpr int64_t kBytesPerTask = 1 << 18;
-// Above it a result does not fit in the caches, and is written past them.
-constexpr int64_t kStreamedBytes = 1 << 25;
 
 inline int64_t items_per_task(int64_t bytes_per_item) {
   return 1 + kBytesPerTask / std::max<int64_t>(bytes_per_item, 1);
-}
-
-// Whether rows of `row_bytes` from `base` on are to be written past the caches.
-inline bool streams(const void* base, int64_t rows, int64_t row_bytes) {
-  return rows * row_bytes >= kStreamedBytes && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(base) % 64 == 0;
 }
 
 // Once over the index, so that no kernel has to look.

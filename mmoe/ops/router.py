@@ -153,7 +153,6 @@ def _fake(
     selected_groups: int,
     identity: str,
 ) -> tuple[Tensor, ...]:
-    check.one_device(logits=logits, bias=bias, valid=valid)
     tokens, slots = logits.shape
     return (
         logits.new_empty((tokens, top_k)),

@@ -188,6 +188,23 @@ def test_compiled_and_under_autocast():
         assert torch.equal(a, c)
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_past_the_caches(score):
+    """A gradient of more than 16 MiB is written past the caches. Its halves are not, and have the same bits."""
+    logits, bias = draw(5600, 768, dtype=torch.float32)
+    assert logits.nbytes > 1 << 24
+    options = {"zero_experts": 256, "top_k": 12, "scaling": 6.0, "score": score}
+    of_weights, of_identity, of_probs = gradients_of(router(logits, bias, **options))
+
+    def grad(some: slice) -> torch.Tensor:
+        leaf = logits[some].clone().requires_grad_()
+        out = router(leaf, bias, **options)
+        given = of_weights[some], of_identity[some], of_probs
+        return torch.autograd.grad((out.weights, out.identity, out.group_probs), leaf, given)[0]
+
+    assert torch.equal(grad(slice(None)), torch.cat([grad(slice(2800)), grad(slice(2800, None))]))
+
+
 def test_any_number_of_threads_gives_the_same_bits():
     logits, bias = draw(700, 300, 0, torch.float32)
     threads = torch.get_num_threads()
@@ -214,6 +231,8 @@ for i, options in enumerate(COMBINATIONS):
         logits, bias = draw(9, slots, i, dtype, 2.0)
         options = options | {{"zero_experts": slots % 12 + 12, "top_k": top_k, "valid": torch.arange(9) % 4 > 0}}
         compare(*run(logits, bias, **options), logits, bias, options)
+from ops.test_router import test_past_the_caches
+test_past_the_caches("sigmoid")
 """
     environment = os.environ | {"MMOE_SIMD": isa}
     done = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, text=True)
