@@ -24,8 +24,8 @@ from mmoe.ops.emulated import Counters, count
 MOE = [MoeShape("LongCat-Flash T 24", 24, 512, 256, 12, 6144), MoeShape("small MoE T 256", 256, 16, 8, 4, 512)]
 # Without rows of 6144 there is time for enough tokens to make little of what a block does once.
 ROUTING = [MoeShape("LongCat-Flash T 256", 256, 512, 256, 12, 6144), MOE[1]]
-# 16 queries a block on the two multiprocessors that the emulator plays, as a chunk has on a GPU: positions are read once
-# a block.
+# 16 queries a block on the two multiprocessors that the emulator plays, as a chunk has on a GPU: positions are read
+# once a block.
 SVA = SvaShape("Cambrian-1 8B, 8 × 8 queries", 1, 8, 16, 64, (1, 1, 1, 4))
 DTYPES = (torch.bfloat16, torch.float32)
 MOST_BYTES, MOST_SECTORS = 1.10, 1.05

@@ -8,10 +8,11 @@ from torch import Tensor
 
 def one_device(**arguments: Tensor | None) -> None:
     """All on the device of the first."""
-    first, *others = (item for item in arguments.items() if item[1] is not None)
-    for name, tensor in others:
-        if tensor.device != first[1].device:
-            raise ValueError(f"{name} is on {tensor.device}, must be on {first[1].device} as {first[0]} is")
+    given = [(name, tensor.device) for name, tensor in arguments.items() if tensor is not None]
+    first, wanted = given[0]
+    for name, device in given[1:]:
+        if device != wanted:
+            raise ValueError(f"{name} is on {device}, must be on {wanted} as {first} is")
 
 
 def ndim(name: str, tensor: Tensor, wanted: int) -> None:
