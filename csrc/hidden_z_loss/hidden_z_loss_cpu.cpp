@@ -1,4 +1,5 @@
 // hidden_z_loss on the CPU: tokens in parallel on torch's threads, the mean summed in token order in float64.
+#include "common/cpu_types.h"
 #include "common/library.h"
 #include "hidden_z_loss/hidden_z_loss.h"
 #include "hidden_z_loss/hidden_z_loss_simd.h"
@@ -6,25 +7,7 @@
 namespace mmoe {
 namespace {
 
-using torch::headeronly::BFloat16;
-
 constexpr int64_t kElementsPerTask = 1 << 16;
-
-// Calls body(kernels of the dtype, T{}, C{}).
-template <typename Body>
-void for_type(ScalarType dtype, Body&& body) {
-  const HiddenZLossKernels& all = hidden_z_loss_kernels();
-  switch (dtype) {
-    case ScalarType::Float:
-      return body(std::get<0>(all), float{}, float{});
-    case ScalarType::BFloat16:
-      return body(std::get<1>(all), BFloat16{}, float{});
-    case ScalarType::Double:
-      return body(std::get<2>(all), double{}, double{});
-    default:
-      check(false, "hidden_z_loss: z must be float32, bfloat16 or float64 on the CPU");
-  }
-}
 
 HiddenZLoss hidden_z_loss_cpu(Tensor z_any, std::optional<Tensor> valid_any, double coefficient) {
   check_hidden_z_loss(z_any, valid_any);
@@ -36,7 +19,7 @@ HiddenZLoss hidden_z_loss_cpu(Tensor z_any, std::optional<Tensor> valid_any, dou
   Tensor loss = torch::stable::new_empty(z, {}, type), count = torch::stable::new_empty(z, {}, type);
   Tensor lse = torch::stable::new_empty(z, {tokens}, type);
   const bool* counts = valid ? valid->const_data_ptr<bool>() : nullptr;
-  for_type(z.scalar_type(), [&](const auto& kernels, auto t, auto c) {
+  for_cpu_type(hidden_z_loss_kernels(), z.scalar_type(), "hidden_z_loss: z", [&](const auto& kernels, auto t, auto c) {
     using T = decltype(t);
     using C = decltype(c);
     const T* from = z.const_data_ptr<T>();
@@ -60,7 +43,7 @@ Tensor hidden_z_loss_backward_cpu(Tensor grad_loss, Tensor z_any, Tensor lse_any
   const Tensor z = torch::stable::contiguous(z_any), lse = torch::stable::contiguous(lse_any);
   const int64_t tokens = z.size(0), width = z.size(1);
   Tensor grad_z = torch::stable::new_empty(z, {tokens, width});
-  for_type(z.scalar_type(), [&](const auto& kernels, auto t, auto c) {
+  for_cpu_type(hidden_z_loss_kernels(), z.scalar_type(), "hidden_z_loss: z", [&](const auto& kernels, auto t, auto c) {
     using T = decltype(t);
     using C = decltype(c);
     const C counted = *count.const_data_ptr<C>();

@@ -1,6 +1,7 @@
 // sva on the CPU: queries in parallel on torch's threads, each computed alone.
 #include <memory>
 
+#include "common/cpu_types.h"
 #include "common/library.h"
 #include "common/past_caches.h"
 #include "sva/sva.h"
@@ -9,25 +10,7 @@
 namespace mmoe {
 namespace {
 
-using torch::headeronly::BFloat16;
-
 constexpr int64_t kQueriesPerTask = 4;
-
-// Calls body(kernels of the dtype, T{}, C{}).
-template <typename Body>
-void for_type(ScalarType dtype, Body&& body) {
-  const SvaKernels& all = sva_kernels();
-  switch (dtype) {
-    case ScalarType::Float:
-      return body(std::get<0>(all), float{}, float{});
-    case ScalarType::BFloat16:
-      return body(std::get<1>(all), BFloat16{}, float{});
-    case ScalarType::Double:
-      return body(std::get<2>(all), double{}, double{});
-    default:
-      check(false, "sva: q must be float32, bfloat16 or float64 on the CPU");
-  }
-}
 
 Tensors contiguous(const Tensors& tensors) {
   Tensors made;
@@ -136,7 +119,7 @@ SvaResult sva_cpu(Tensor q, Tensors keys, Tensors values, Tensors features, Tens
   Tensor out = torch::stable::new_empty(q, {sizes.batch, sizes.rows, sizes.columns, sizes.heads * sizes.width});
   Tensor lse = torch::stable::new_empty(q, {sizes.batch, sizes.rows, sizes.columns, sizes.heads}, sums);
   Tensors pooled = empty_like(absorbed), mass = empty_like(constants);
-  for_type(q.scalar_type(), [&](const auto& kernels, auto t, auto c) {
+  for_cpu_type(sva_kernels(), q.scalar_type(), "sva: q", [&](const auto& kernels, auto t, auto c) {
     using T = decltype(t);
     using C = decltype(c);
     Arguments<T, C> arguments(in, pooled, mass, eps);
@@ -158,7 +141,7 @@ SvaGradients sva_backward_cpu(Tensor grad_out_any, Tensors grad_pooled_any, Tens
   Tensors grad_keys = empty_like(keys), grad_values = empty_like(values), grad_features = empty_like(features);
   Tensors grad_absorbed = empty_like(absorbed), grad_constants = empty_like(constants);
   Tensors pooled = empty_like(absorbed), mass = empty_like(constants);
-  for_type(q.scalar_type(), [&](const auto& kernels, auto t, auto c) {
+  for_cpu_type(sva_kernels(), q.scalar_type(), "sva: q", [&](const auto& kernels, auto t, auto c) {
     using T = decltype(t);
     using C = decltype(c);
     Arguments<T, C> arguments(in, pooled, mass, eps);

@@ -16,7 +16,7 @@ Tensor unpermute_cpu(Tensor rows_any, Tensor row_of_slot_any, Tensor weights_any
   check_rows_inside("unpermute", row_of_slot, rows.size(0));
   const int64_t tokens = x.size(0), top_k = row_of_slot.size(1), width = x.size(1);
   Tensor out = torch::stable::new_empty(x, {tokens, width});
-  for_unpermute_type(x.scalar_type(), "unpermute: x", [&](const auto& kernels, auto t, auto c) {
+  for_cpu_type(unpermute_kernels(), x.scalar_type(), "unpermute: x", [&](const auto& kernels, auto t, auto c) {
     using T = decltype(t);
     using C = decltype(c);
     const int32_t* places = row_of_slot.const_data_ptr<int32_t>();
@@ -46,7 +46,7 @@ UnpermuteGrads unpermute_backward_cpu(Tensor grad_out_any, Tensor rows_any, Tens
   Tensor grad_weights = torch::stable::new_empty(weights, {tokens, top_k});
   Tensor grad_x = torch::stable::new_empty(x, {tokens, width});
   Tensor grad_identity = torch::stable::new_empty(identity, {tokens});
-  for_unpermute_type(x.scalar_type(), "unpermute: x", [&](const auto& kernels, auto t, auto c) {
+  for_cpu_type(unpermute_kernels(), x.scalar_type(), "unpermute: x", [&](const auto& kernels, auto t, auto c) {
     using T = decltype(t);
     using C = decltype(c);
     const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));

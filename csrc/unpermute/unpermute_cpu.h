@@ -4,14 +4,13 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/cpu_types.h"
 #include "common/past_caches.h"
 #include "permute/permute.h"
 #include "permute/permute_simd.h"
 #include "unpermute/unpermute_simd.h"
 
 namespace mmoe {
-
-using torch::headeronly::BFloat16;
 
 // Tokens are handed to threads in pieces of about this many bytes.
 constexpr int64_t kBytesPerTask = 1 << 18;
@@ -29,22 +28,6 @@ inline void check_rows_inside(const char* what, const Tensor& row_of_slot, int64
     smallest = std::min(smallest, row[slot]);
   }
   check(largest < rows && smallest >= -1, what, ": row_of_slot must be in -1 ... R - 1 with R = ", rows);
-}
-
-// Calls body(kernels of the dtype, T{}, C{}).
-template <typename Body>
-void for_unpermute_type(ScalarType dtype, const char* what, Body&& body) {
-  const UnpermuteKernels& all = unpermute_kernels();
-  switch (dtype) {
-    case ScalarType::Float:
-      return body(std::get<0>(all), float{}, float{});
-    case ScalarType::BFloat16:
-      return body(std::get<1>(all), BFloat16{}, float{});
-    case ScalarType::Double:
-      return body(std::get<2>(all), double{}, double{});
-    default:
-      check(false, what, " must be float32, bfloat16 or float64 on the CPU");
-  }
 }
 
 // Zeros in the rows without a slot.
