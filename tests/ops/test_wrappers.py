@@ -150,6 +150,21 @@ def test_autocast_attends_in_its_dtype() -> None:
     assert torch.equal(out, sva(q.bfloat16(), half))
 
 
+def test_autocast_inside_of_compile() -> None:
+    q, source, rows = torch.randn(1, 3, 3, 2, 4), projected(), torch.randn(3, 4).bfloat16()
+    x, weights, identity = torch.randn(2, 4), torch.rand(2, 2), torch.rand(2)
+
+    def both(q: torch.Tensor, keys: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mixed = sva(q, [Projected(keys, source.values)])
+        return mixed, combination(rows=rows, x=x, weights=weights, identity=identity)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = both(q, source.keys, x)
+        got = torch.compile(both, backend="aot_eager", fullgraph=True)(q, source.keys, x)
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_autocast_leaves_the_rest_as_it_is() -> None:
     """Copies have no arithmetic, and hidden_z_loss sums in fp32 whatever it reads."""
     x, ids = torch.randn(4, 8), torch.tensor([[0, 1], [1, 2], [2, 2], [0, 0]])
