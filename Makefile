@@ -32,7 +32,7 @@ export REQUIREMENTS
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
 
-quickstart: build ## train a small vision-language MoE from scratch, evaluate, export and report (about 10 minutes)
+quickstart: build ## train a small vision-language MoE from scratch, evaluate, export and report (about 12 minutes)
 	launch/quickstart.sh
 
 test: build ## checks, the short quickstart and every test that this machine can run
