@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from ops.sva_core import Core
 from torch import Tensor
 
 
@@ -24,23 +25,7 @@ class Case(NamedTuple):
         return f"{sizes}p{self.projected}a{self.absorbed}{mask}".replace(" ", "")
 
 
-class Arguments(NamedTuple):
-    """The operator's, in order, but for eps."""
-
-    q: Tensor
-    keys: list[Tensor]
-    values: list[Tensor]
-    features: list[Tensor]
-    positions: list[Tensor]
-    absorbed: list[Tensor]
-    constants: list[Tensor]
-    masks: list[Tensor]
-
-    def differentiable(self) -> list[Tensor]:
-        return [self.q, *self.keys, *self.values, *self.features, *self.absorbed, *self.constants]
-
-
-def draw(case: Case, dtype: torch.dtype) -> Arguments:
+def draw(case: Case, dtype: torch.dtype) -> Core:
     """Normal values in ``dtype``; where masked, half of the cells and one whole window of each encoder."""
     generator = torch.Generator().manual_seed(0)
     exponent = torch.promote_types(torch.float32, dtype)
@@ -59,7 +44,7 @@ def draw(case: Case, dtype: torch.dtype) -> Arguments:
     projected, absorbed = grids[: len(case.projected)], grids[len(case.projected) :]
     channels = [c for _, c in case.absorbed]
     query = (heads, batch, rows, columns)
-    return Arguments(
+    return Core(
         normal(batch, rows, columns, heads, width),
         [normal(*grid, heads * width) for grid in projected],
         [normal(*grid, heads * width) for grid in projected],

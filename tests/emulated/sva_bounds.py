@@ -8,7 +8,8 @@ matters only next to where two of its values meet.
 from typing import NamedTuple
 
 import torch
-from sva_arguments import Arguments, windows
+from ops.sva_core import Core
+from sva_arguments import windows
 from torch import Tensor
 
 UNIT = torch.finfo(torch.float32).eps / 2
@@ -27,7 +28,7 @@ class Bounds(NamedTuple):
     pooled: list[Tensor]
     mass: list[Tensor]
     gradients: list[Tensor]
-    """In the order of :meth:`Arguments.differentiable`."""
+    """In the order of :meth:`Core.leaves`."""
 
 
 class Keys(NamedTuple):
@@ -151,7 +152,7 @@ def features_off(x: Normed, weights: Weights, absorbed: Tensor, grad_pooled: Ten
 
 
 def bounds(
-    arguments: Arguments,
+    arguments: Core,
     grad_out: Tensor,
     grad_pooled: list[Tensor],
     grad_mass: list[Tensor],

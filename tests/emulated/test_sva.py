@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from sva_arguments import Arguments, Case, draw, windows
+from ops.sva_core import Core
+from sva_arguments import Case, draw, windows
 from sva_bounds import bounds
 from torch import Tensor
 
@@ -19,7 +20,7 @@ EPS = 1e-5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def exact(arguments: Arguments, kept: torch.dtype) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+def exact(arguments: Core, kept: torch.dtype) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     """out, pooled, mass and lse by the contract, in the dtype of the arguments but for x̂, which is rounded to kept."""
     q, keys, values, features, positions, absorbed, constants, masks = arguments
     _, rows, columns, heads, width = q.shape
@@ -52,9 +53,9 @@ def exact(arguments: Arguments, kept: torch.dtype) -> tuple[Tensor, list[Tensor]
     return out.flatten(-2), pooled, mass, lse
 
 
-def leaves(arguments: Arguments) -> Arguments:
+def leaves(arguments: Core) -> Core:
     """In float64 and taking gradient."""
-    return Arguments(
+    return Core(
         arguments.q.double().requires_grad_(),
         *([tensor.double().requires_grad_() for tensor in group] for group in arguments[1:7]),
         arguments.masks,
@@ -81,7 +82,7 @@ def gradients_of_outputs(case_outputs: tuple[Tensor, list[Tensor], list[Tensor]]
     return like(out), [like(tensor) for tensor in pooled], [like(tensor) for tensor in mass]
 
 
-def compare(emulated: Any, arguments: Arguments) -> None:
+def compare(emulated: Any, arguments: Core) -> None:
     """Forward and backward against float64."""
     out, lse, pooled, mass = emulated.sva(*arguments, EPS)
     # x̂ has a place, in the dtype of the features, where the kernels take them as vectors.
@@ -98,7 +99,7 @@ def compare(emulated: Any, arguments: Arguments) -> None:
     outputs = [wanted_out, *wanted_pooled, *wanted_mass]
     weights = [tensor.double() for tensor in (grad_out, *grad_pooled, *grad_mass)]
     loss = sum((output * weight).sum() for output, weight in zip(outputs, weights, strict=True))
-    wanted = torch.autograd.grad(loss, exactly.differentiable(), materialize_grads=True)
+    wanted = torch.autograd.grad(loss, exactly.leaves(), materialize_grads=True)
     grad_q, *groups, again_pooled, again_mass = emulated.sva_backward(*given, *arguments, lse, EPS)
     names = ["q"] + [
         f"{name}[{i}]"
@@ -182,14 +183,14 @@ def test_the_contract_is_the_reference():
 BOTH = Case(2, 2, 2, 2, 64, (1, 2), ((2, 64),), masked=True)
 
 
-def run(emulated: Any, arguments: Arguments) -> list[Tensor]:
+def run(emulated: Any, arguments: Core) -> list[Tensor]:
     """Every result of forward and backward."""
     out, lse, pooled, mass = emulated.sva(*arguments, EPS)
     grad_q, *groups = emulated.sva_backward(*gradients_of_outputs((out, pooled, mass)), *arguments, lse, EPS)
     return [out, lse, *pooled, *mass, grad_q, *itertools.chain.from_iterable(groups)]
 
 
-def regroup(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
+def regroup(arguments: Core, change: Callable[[Tensor], Tensor]) -> Core:
     """With the grids that are read in place changed."""
     grids = ([change(grid) for grid in group] for group in (arguments.keys, arguments.values, arguments.features))
     keys, values, features = grids
@@ -220,7 +221,7 @@ def test_off_the_vector_grid(emulated):
 
 def test_no_images(emulated):
     arguments = draw(BOTH._replace(batch=1), torch.float32)
-    empty = Arguments(
+    empty = Core(
         arguments.q[:0],
         *([grid[:0] for grid in group] for group in (arguments.keys, arguments.values, arguments.features)),
         arguments.positions,

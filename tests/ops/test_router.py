@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ops import threads
 from ops.routing import COMBINATIONS, DTYPES, compare, draw, gradients_of, run
 
 from mmoe.ops.router import router
@@ -207,16 +208,12 @@ def test_past_the_caches(score):
 
 def test_any_number_of_threads_gives_the_same_bits():
     logits, bias = draw(700, 300, 0, torch.float32)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 1, 2, 3):
-            torch.set_num_threads(count)
-            out, grad = run(logits, bias, zero_experts=100, top_k=8, balance_groups=4, renormalize=True)
-            results.append((*out, grad))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
+
+    def both():
+        out, grad = run(logits, bias, zero_experts=100, top_k=8, balance_groups=4, renormalize=True)
+        return *out, grad
+
+    threads.check_bits(both)
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])

@@ -11,32 +11,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ops import threads
+from ops.sva_core import Core
 from torch import Tensor
 
 import mmoe.ops.sva  # noqa: F401 - registers fake kernels and gradients
 from mmoe.reference import sva as reference
-
-
-class Core(NamedTuple):
-    """The arguments of the compiled operator."""
-
-    q: Tensor
-    keys: list[Tensor]
-    values: list[Tensor]
-    features: list[Tensor]
-    positions: list[Tensor]
-    absorbed: list[Tensor]
-    constants: list[Tensor]
-    masks: list[Tensor]
-
-    def map(self, function) -> "Core":
-        return Core(function(self.q), *([function(part) for part in parts] for parts in self[1:]))
-
-    def exact(self) -> "Core":
-        return self.map(lambda tensor: tensor if tensor.dtype == torch.bool else tensor.double())
-
-    def leaves(self) -> list[Tensor]:
-        return [self.q, *self.keys, *self.values, *self.features, *self.absorbed, *self.constants]
 
 
 def core(batch, side, heads, width, projected, absorbed, dtype=torch.float64, masked=False, seed=0) -> Core:
@@ -243,17 +223,13 @@ def test_off_the_vector_grid():
 
 def test_any_number_of_threads_gives_the_same_bits():
     given = core(2, 5, 4, 32, [1, 2], [(3, 64)], torch.float32)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            out, lse, pooled, mass = torch.ops.mmoe.sva(*given, 1e-5)
-            grads = torch.ops.mmoe.sva_backward(out, pooled, mass, *given, lse, 1e-5)
-            results.append(torch.utils._pytree.tree_leaves((out, lse, pooled, mass, grads)))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
+
+    def run():
+        out, lse, pooled, mass = torch.ops.mmoe.sva(*given, 1e-5)
+        grads = torch.ops.mmoe.sva_backward(out, pooled, mass, *given, lse, 1e-5)
+        return torch.utils._pytree.tree_leaves((out, lse, pooled, mass, grads))
+
+    threads.check_bits(run)
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
@@ -261,6 +237,7 @@ def test_every_instruction_set(isa, root):
     """Whatever this machine has beyond it is lowered to ``isa``; the comparisons with float64 hold on each."""
     script = """
 import sys
+from typing import NamedTuple
 sys.path.insert(0, "tests")
 import torch
 from ops import test_sva_core as test

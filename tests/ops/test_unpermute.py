@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops import moving
+from ops import moving, threads
 
 from mmoe.ops.unpermute import unpermute
 from mmoe.reference import unpermute as reference
@@ -147,16 +147,12 @@ def test_padding_takes_no_part(told):
 
 def test_any_number_of_threads_gives_the_same_bits():
     case = moving.draw(moving.draw_ids(300, 6, N, Z), N, 1000, torch.float32)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3, 2):
-            torch.set_num_threads(count)
-            out, grads = run(case)
-            results.append([out, *grads])
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
+
+    def both():
+        out, grads = run(case)
+        return out, *grads
+
+    threads.check_bits(both)
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
