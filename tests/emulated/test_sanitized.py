@@ -10,7 +10,7 @@ from mmoe.ops.emulated import build
 
 SCRIPT = """
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/.."]
 import cases, torch
 torch.set_num_threads(1)
 torch.ops.load_library(sys.argv[2])
