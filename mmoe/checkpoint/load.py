@@ -11,14 +11,14 @@ from torch import Tensor
 
 from mmoe.checkpoint import layout
 from mmoe.models.multimodal import MultimodalModel, build
-from mmoe.parallel import cpu_platform, engine
+from mmoe.parallel import cpu_platform, engine, state
 from mmoe.recipe.load import load_recipe
 from mmoe.recipe.schema import Parallel, Recipe
 
 
 def resume(checkpoint: Path, model: Any, optimizer: Any) -> dict:
     """Fills ``model`` and ``optimizer`` and the random states; returns the progress that was saved with them."""
-    engine.load_state(checkpoint / "state", model, optimizer)
+    state.load(checkpoint / "state", model, optimizer)
     return json.loads((checkpoint / "progress.json").read_text())
 
 
@@ -68,7 +68,7 @@ def load(path: str | Path) -> Loaded:
     with torch.random.fork_rng():  # the caller's random numbers stay as they were
         engine.start(Parallel(), recipe.train.seed, alone=True)
         network = build(dataclasses.replace(recipe, parallel=Parallel())).to(cpu_platform.device())
-        engine.load_state(checkpoint / "state", network, None)
+        state.load(checkpoint / "state", network, None)
     return Loaded(recipe, network, checkpoint / "tokenizer.json")
 
 

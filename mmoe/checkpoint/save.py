@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmoe.checkpoint import layout
-from mmoe.parallel import engine
+from mmoe.parallel import engine, state
 from mmoe.recipe.load import dump_recipe
 from mmoe.recipe.schema import Recipe
 
@@ -24,7 +24,7 @@ def save(run: Path, step: int, model: Any, optimizer: Any, progress: dict, recip
             shutil.rmtree(leftover)
         (partial / "state").mkdir(parents=True)
     engine.barrier()
-    engine.save_state(partial / "state", model, optimizer)
+    state.save(partial / "state", model, optimizer)
     engine.barrier()
     if first:
         (partial / "progress.json").write_text(json.dumps(progress, indent=1) + "\n")

@@ -1,20 +1,17 @@
-"""The only file that knows Megatron-Core's globals: process groups, schedules, gradient reduction, optimizer.
+"""The only file that knows Megatron-Core's globals: process groups, schedules, gradient reduction.
 
-Everything above asks here, so that the differences between Megatron-Core 0.16 and 0.19 and between CPU and CUDA end at
-this file and :mod:`mmoe.parallel.cpu_platform`.
+Everything above asks here, so that the differences between Megatron-Core 0.16 and 0.19 and between CPU and CUDA end in
+this package. Its other modules import this one first: it prepares torch for the import of Megatron-Core.
 """
 
 import atexit
 import importlib
 import logging
-import math
 import os
-import queue
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +20,7 @@ from torch._C._distributed_c10d import HashStore
 
 from mmoe.errors import UserError
 from mmoe.parallel import cpu_platform
-from mmoe.recipe.schema import Optimizer, Parallel
+from mmoe.recipe.schema import Parallel
 
 cpu_platform.install()
 
@@ -34,22 +31,13 @@ with warnings.catch_warnings():
     for name in ("backends", "mimo"):
         # They warn when they are imported, which what we use does late.
         importlib.import_module(f"megatron.core.models.{name}")
-    from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-    from megatron.core.dist_checkpointing.mapping import ShardedObject
-    from megatron.core.dist_checkpointing.optimizer import (
-        get_param_id_to_sharded_param_map,
-        make_sharded_optimizer_tensor,
-        optim_state_to_sharding_state,
-    )
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core import parallel_state, tensor_parallel
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -207,108 +195,6 @@ def prepare(model: torch.nn.Module, config: TransformerConfig) -> DistributedDat
     return wrapped
 
 
-def build_optimizer(
-    settings: Optimizer, model: DistributedDataParallel, config: TransformerConfig
-) -> MegatronOptimizer:
-    """AdamW on fp32 main weights with clipping by the global norm; apex's or TE's fused Adam where installed.
-
-    Norms, biases and everything else with one dimension take no weight decay.
-    """
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=settings.lr,
-            min_lr=settings.min_lr,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.betas[0],
-            adam_beta2=settings.betas[1],
-            adam_eps=settings.eps,
-            clip_grad=settings.clip_grad,
-            bf16=config.params_dtype == torch.bfloat16,
-            params_dtype=config.params_dtype,
-            use_distributed_optimizer=False,
-        ),
-        [model],
-    )
-    config.grad_scale_func = optimizer.scale_loss
-    for group in optimizer.param_groups:
-        # Upstream only its own scheduler (optimizer_param_scheduler.py) turns the multiplier into the group's decay.
-        group["weight_decay"] = settings.weight_decay * group.get("wd_mult", 1.0)
-    for part in parts(optimizer):
-        if type(part) is Float16OptimizerWithFloat16Params:
-            part.__class__ = MixedDtypeOptimizer
-    _begin_state(optimizer)
-    return optimizer
-
-
-def parts(optimizer: MegatronOptimizer) -> list[Any]:
-    """The optimizers of dense and of expert parameters that a chained optimizer is made of."""
-    return getattr(optimizer, "chained_optimizers", [optimizer])
-
-
-def update(optimizer: MegatronOptimizer, rate: float) -> tuple[bool, float]:
-    """Clips the reduced gradients by their global norm and steps with learning rate ``rate``.
-
-    Returns whether the step was taken, and the norm before clipping. Where the norm is not finite, on all ranks alike,
-    weights and state stay as they were. Upstream's ``step`` is the same without a look at the norm.
-    """
-    found_inf = optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
-    if found_inf or not math.isfinite(norm):
-        return False, norm
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_mult", 1.0)
-    for part in parts(optimizer):
-        parameters = part.get_parameters()
-        if parameters and part.config.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
-    return bool(optimizer.step_with_ready_grads()), norm
-
-
-def _begin_state(optimizer: MegatronOptimizer) -> None:
-    """Gives torch's AdamW the state that it would make at its first step: a checkpoint before that is whole."""
-    for part in parts(optimizer):
-        if isinstance(part.optimizer, torch.optim.AdamW):
-            part.init_state_fn(part.optimizer, part.config)
-            for state in part.optimizer.state.values():
-                state.setdefault("step", torch.tensor(0.0))
-
-
-class MixedDtypeOptimizer(Float16OptimizerWithFloat16Params):
-    """bf16 parameters with fp32 main weights, beside parameters that are fp32 themselves (the routers)."""
-
-    def sharded_state_dict(
-        self, model_sharded_state_dict: dict, is_loading: bool = False, metadata: dict | None = None
-    ) -> dict:
-        """Upstream's (optimizer.py:800) numbers the bf16 parameters alone: every id behind a router is wrong."""
-        state = self.state_dict()
-        model_of = {
-            id(main): model
-            for models, mains in zip(self.float16_groups, self.fp32_from_float16_groups, strict=True)
-            for model, main in zip(models, mains, strict=True)
-        }
-        groups = [group["params"] for group in self.optimizer.param_groups]
-        in_order = [model_of.get(id(parameter), parameter) for group in groups for parameter in group]
-        shards: Any = get_param_id_to_sharded_param_map(model_sharded_state_dict, in_order)
-        saved = state["optimizer"]
-        main_ids = [
-            [number for number, parameter in zip(table["params"], group, strict=True) if id(parameter) in model_of]
-            for table, group in zip(saved["param_groups"], groups, strict=True)
-        ]
-        state["fp32_from_fp16_params"] = [
-            [
-                make_sharded_optimizer_tensor(shards[number], main, prefix="optimizer.state.fp32_param")
-                for number, main in zip(numbers, mains, strict=True)
-            ]
-            for numbers, mains in zip(main_ids, state["fp32_from_fp16_params"], strict=True)
-        ]
-        step = self._extract_common_per_param_step(saved)
-        optim_state_to_sharding_state(saved, shards, exclude_keys=("step",))
-        if step:
-            saved["state"]["common_step"] = step
-        return state
-
-
 def forward_backward(
     model: DistributedDataParallel,
     optimizer: MegatronOptimizer,
@@ -331,44 +217,3 @@ def forward_backward(
         micro_batch_size=micro_batch,
         forward_only=False,
     )
-
-
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-
-
-def _unwrap(model: torch.nn.Module) -> Any:
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def _sharded(model: torch.nn.Module, optimizer: MegatronOptimizer | None, loading: bool) -> dict[str, Any]:
-    state: dict[str, Any] = {"model": _unwrap(model).sharded_state_dict()}
-    if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=SHARDING)
-        # Every rank draws the same numbers (start() seeds them alike), so one state serves any layout.
-        state["random"] = ShardedObject("random", torch.get_rng_state(), (1,), (0,), replica_id=ranks().rank)
-    return state
-
-
-def save_state(folder: Path, model: torch.nn.Module, optimizer: MegatronOptimizer) -> None:
-    """Writes weights, optimizer and random states of all ranks into the empty ``folder`` (torch_dist)."""
-    # A save within this process needs no queue between processes. Upstream's (filesystem_async.py:50) is a spawned
-    # manager, which a SIGTERM to the process group kills: the save that it asks for would then fail.
-    filesystem_async._results_queue = queue.Queue()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        dist_checkpointing.save(_sharded(model, optimizer, loading=False), str(folder))
-
-
-def load_state(folder: Path, model: torch.nn.Module, optimizer: MegatronOptimizer | None) -> None:
-    """Fills ``model`` (and ``optimizer`` and random states, unless None) from ``folder``, saved at any layout."""
-    target = _sharded(model, optimizer, loading=True)
-    with warnings.catch_warnings():
-        # dist_checkpointing/strategies/torch.py:799 calls what torch has deprecated, or warns of (0.19.2).
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
-        state: Any = dist_checkpointing.load(target, str(folder))
-    _unwrap(model).load_state_dict(state["model"])
-    if optimizer is not None:
-        optimizer.load_state_dict(state["optimizer"])
-        _begin_state(optimizer)
-        torch.set_rng_state(state["random"])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmoe.models.multimodal import MultimodalModel
 from mmoe.parallel import cpu_platform, engine
+from mmoe.parallel import optimizer as adam
 from mmoe.recipe.schema import Recipe
 from mmoe.train import controller
 
@@ -70,7 +71,7 @@ class Stepper:
         self.recipe = recipe
         self.model = model
         self.wrapped = engine.prepare(model, model.config)
-        self.optimizer: Any = engine.build_optimizer(recipe.optimizer, self.wrapped, model.config)
+        self.optimizer: Any = adam.build(recipe.optimizer, self.wrapped, model.config)
         self.micro_batches = recipe.train.global_batch // (recipe.train.micro_batch * engine.ranks().data_size)
 
     def step(
@@ -102,7 +103,7 @@ class Stepper:
 
         taken, grad_norm = False, math.nan
         if math.isfinite(loss):
-            taken, grad_norm = engine.update(self.optimizer, rate)
+            taken, grad_norm = adam.update(self.optimizer, rate)
         if taken:
             controller.steer(self.model, tallies)
         return Outcome(

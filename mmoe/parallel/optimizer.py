@@ -1,0 +1,119 @@
+"""AdamW over the ranks: Megatron-Core's optimizers, where a step is taken or left out on all ranks alike."""
+
+import math
+from typing import Any
+
+import torch
+
+from mmoe.parallel.engine import DistributedDataParallel, TransformerConfig
+from mmoe.recipe.schema import Optimizer
+
+# isort: split
+from megatron.core.dist_checkpointing.optimizer import (
+    get_param_id_to_sharded_param_map,
+    make_sharded_optimizer_tensor,
+    optim_state_to_sharding_state,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
+
+
+def build(settings: Optimizer, model: DistributedDataParallel, config: TransformerConfig) -> MegatronOptimizer:
+    """AdamW on fp32 main weights with clipping by the global norm; apex's or TE's fused Adam where installed.
+
+    Norms, biases and everything else with one dimension take no weight decay.
+    """
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            adam_eps=settings.eps,
+            clip_grad=settings.clip_grad,
+            bf16=config.params_dtype == torch.bfloat16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=False,
+        ),
+        [model],
+    )
+    config.grad_scale_func = optimizer.scale_loss
+    for group in optimizer.param_groups:
+        # Upstream only its own scheduler (optimizer_param_scheduler.py) turns the multiplier into the group's decay.
+        group["weight_decay"] = settings.weight_decay * group.get("wd_mult", 1.0)
+    for part in parts(optimizer):
+        if type(part) is Float16OptimizerWithFloat16Params:
+            part.__class__ = MixedDtypeOptimizer
+    begin_state(optimizer)
+    return optimizer
+
+
+def parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """The optimizers of dense and of expert parameters that a chained optimizer is made of."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def update(optimizer: MegatronOptimizer, rate: float) -> tuple[bool, float]:
+    """Clips the reduced gradients by their global norm and steps with learning rate ``rate``.
+
+    Returns whether the step was taken, and the norm before clipping. Where the norm is not finite, on all ranks alike,
+    weights and state stay as they were. Upstream's ``step`` is the same without a look at the norm.
+    """
+    found_inf = optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if found_inf or not math.isfinite(norm):
+        return False, norm
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_mult", 1.0)
+    for part in parts(optimizer):
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
+    return bool(optimizer.step_with_ready_grads()), norm
+
+
+def begin_state(optimizer: MegatronOptimizer) -> None:
+    """Gives torch's AdamW the state that it would make at its first step: a checkpoint before that is whole."""
+    for part in parts(optimizer):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            part.init_state_fn(part.optimizer, part.config)
+            for state in part.optimizer.state.values():
+                state.setdefault("step", torch.tensor(0.0))
+
+
+class MixedDtypeOptimizer(Float16OptimizerWithFloat16Params):
+    """bf16 parameters with fp32 main weights, beside parameters that are fp32 themselves (the routers)."""
+
+    def sharded_state_dict(
+        self, model_sharded_state_dict: dict, is_loading: bool = False, metadata: dict | None = None
+    ) -> dict:
+        """Upstream's (optimizer.py:800) numbers the bf16 parameters alone: every id behind a router is wrong."""
+        state = self.state_dict()
+        model_of = {
+            id(main): model
+            for models, mains in zip(self.float16_groups, self.fp32_from_float16_groups, strict=True)
+            for model, main in zip(models, mains, strict=True)
+        }
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        in_order = [model_of.get(id(parameter), parameter) for group in groups for parameter in group]
+        shards: Any = get_param_id_to_sharded_param_map(model_sharded_state_dict, in_order)
+        saved = state["optimizer"]
+        main_ids = [
+            [number for number, parameter in zip(table["params"], group, strict=True) if id(parameter) in model_of]
+            for table, group in zip(saved["param_groups"], groups, strict=True)
+        ]
+        state["fp32_from_fp16_params"] = [
+            [
+                make_sharded_optimizer_tensor(shards[number], main, prefix="optimizer.state.fp32_param")
+                for number, main in zip(numbers, mains, strict=True)
+            ]
+            for numbers, mains in zip(main_ids, state["fp32_from_fp16_params"], strict=True)
+        ]
+        step = self._extract_common_per_param_step(saved)
+        optim_state_to_sharding_state(saved, shards, exclude_keys=("step",))
+        if step:
+            saved["state"]["common_step"] = step
+        return state

@@ -1,0 +1,56 @@
+"""A model's and an optimizer's state on disk, in a form that loads at any layout (Megatron-Core's torch_dist)."""
+
+import queue
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmoe.parallel.engine import DistributedDataParallel, ranks
+from mmoe.parallel.optimizer import MegatronOptimizer, begin_state
+
+# isort: split
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def _unwrap(model: torch.nn.Module) -> Any:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _sharded(model: torch.nn.Module, optimizer: MegatronOptimizer | None, loading: bool) -> dict[str, Any]:
+    state: dict[str, Any] = {"model": _unwrap(model).sharded_state_dict()}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=SHARDING)
+        # Every rank draws the same numbers (start() seeds them alike), so one state serves any layout.
+        state["random"] = ShardedObject("random", torch.get_rng_state(), (1,), (0,), replica_id=ranks().rank)
+    return state
+
+
+def save(folder: Path, model: torch.nn.Module, optimizer: MegatronOptimizer) -> None:
+    """Writes weights, optimizer and random states of all ranks into the empty ``folder`` (torch_dist)."""
+    # A save within this process needs no queue between processes. Upstream's (filesystem_async.py:50) is a spawned
+    # manager, which a SIGTERM to the process group kills: the save that it asks for would then fail.
+    filesystem_async._results_queue = queue.Queue()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        dist_checkpointing.save(_sharded(model, optimizer, loading=False), str(folder))
+
+
+def load(folder: Path, model: torch.nn.Module, optimizer: MegatronOptimizer | None) -> None:
+    """Fills ``model`` (and ``optimizer`` and random states, unless None) from ``folder``, saved at any layout."""
+    target = _sharded(model, optimizer, loading=True)
+    with warnings.catch_warnings():
+        # dist_checkpointing/strategies/torch.py:799 calls what torch has deprecated, or warns of (0.19.2).
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
+        state: Any = dist_checkpointing.load(target, str(folder))
+    _unwrap(model).load_state_dict(state["model"])
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        begin_state(optimizer)
+        torch.set_rng_state(state["random"])
