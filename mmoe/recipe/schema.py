@@ -129,6 +129,17 @@ class Optimizer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """Learning rate and initialisation carried over from a narrow proxy (arXiv 2509.01322, section 3.1).
+
+    The rates and spreads in the recipe are the proxy's; :mod:`mmoe.layers.roles` says what becomes of each.
+    """
+
+    base_width: int
+    """Hidden size of the proxy that they were tuned at; 768 in the report."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Precision:
     dtype: Literal["fp32", "bf16"] = "fp32"
 
@@ -160,6 +171,7 @@ class Recipe:
     data: Data
     train: Train
     optimizer: Optimizer
+    transfer: Transfer | None = None
     precision: Precision = field(default_factory=Precision)
     parallel: Parallel = field(default_factory=Parallel)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
