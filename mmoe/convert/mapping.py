@@ -15,15 +15,18 @@ class Entry:
 
     ``stacked``: ours has one more dimension in front; its rows are made up of equal parts of ``theirs`` in turn.
     ``unused_rows``: their one tensor has so many further rows, written as zeros and not read.
+    ``halves``: ours keeps the two halves of each of its rows apart, [rows, 2, …].
     """
 
     ours: str
     theirs: tuple[str, ...]
     stacked: int = 0
     unused_rows: int = 0
+    halves: bool = False
 
     def write(self, tensor: Tensor) -> dict[str, Tensor]:
         """Ours → theirs by name."""
+        tensor = tensor.flatten(1, 2) if self.halves else tensor
         if self.stacked:
             parts = [part for row in tensor for part in row.chunk(len(self.theirs) // self.stacked)]
         else:
@@ -34,6 +37,10 @@ class Entry:
 
     def read(self, theirs: Mapping[str, Tensor]) -> Tensor:
         """Theirs by name → ours."""
+        tensor = self._joined(theirs)
+        return tensor.unflatten(1, (2, -1)) if self.halves else tensor
+
+    def _joined(self, theirs: Mapping[str, Tensor]) -> Tensor:
         parts = [theirs[name] for name in self.theirs]
         if self.unused_rows:
             return parts[0][: -self.unused_rows].clone()

@@ -17,20 +17,21 @@ class LongcatConfig(TransformerConfig):
 
     backbone: Backbone = field(default=None)  # type: ignore[assignment]
     moe: MoE = field(default=None)  # type: ignore[assignment]
-    seed: int = 0
+    recompute: str = "none"
+    overlap_moe: bool = True
 
 
 def make_config(recipe: Recipe) -> LongcatConfig:
     backbone, moe, parallel = recipe.model.backbone, recipe.model.moe, recipe.parallel
     dtype = DTYPES[recipe.precision.dtype]
-
-    def normal(std: float):
-        return lambda weight: torch.nn.init.normal_(weight, std=std)
+    stages = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
     return LongcatConfig(
         backbone=backbone,
         moe=moe,
-        seed=recipe.train.seed,
+        recompute=parallel.recompute,
+        overlap_moe=parallel.overlap_moe,
         num_layers=backbone.layers,
         hidden_size=backbone.hidden_size,
         num_attention_heads=backbone.heads,
@@ -41,6 +42,10 @@ def make_config(recipe: Recipe) -> LongcatConfig:
         moe_router_load_balancing_type="none",
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=stages,
+        # Batched sends of two stages to one peer arrive in the wrong order on gloo, in silence.
+        overlap_p2p_comm=stages is not None,
+        batch_p2p_comm=stages is None,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
@@ -50,9 +55,10 @@ def make_config(recipe: Recipe) -> LongcatConfig:
         bf16=dtype is torch.bfloat16,
         normalization="RMSNorm",
         layernorm_epsilon=backbone.norm_eps,
-        init_method=normal(backbone.init_std),
-        output_layer_init_method=normal(backbone.residual_init_std),
-        embedding_init_method=normal(backbone.embedding_init_std),
+        # mmoe.layers.initialise gives the weights their first values.
+        init_method=torch.nn.init.zeros_,
+        output_layer_init_method=torch.nn.init.zeros_,
+        embedding_init_method=torch.nn.init.zeros_,
         gated_linear_unit=True,
         activation_func=silu,
         add_bias_linear=False,
@@ -65,5 +71,6 @@ def make_config(recipe: Recipe) -> LongcatConfig:
         use_cpu_initialization=True,
         # Losses are summed over tokens and divided once by the global number: layouts then agree to rounding.
         calculate_per_token_loss=True,
+        **(full if parallel.recompute == "full" else {}),
         **version_settings(),
     )

@@ -5,17 +5,17 @@
     k        = (k_n | rope(k_r)),  k_r shared by all heads and NOT scaled
 
 Built from Megatron's parallel linears rather than on its MLASelfAttention: that one loses part of the rope key's
-gradient under tensor parallelism and knows neither per-token positions nor branches. The scale stands on the norm's
-weight: both maps are linear, so it commutes with them.
+gradient under tensor parallelism, needs Transformer Engine for context parallelism, and knows neither per-token
+positions nor branches. The scale stands on the norm's weight: both maps are linear, so it commutes with them.
 
-s: sequence, b: batch, D: hidden size, H: heads on this rank.
+s: tokens of a pack, q: those of this context-parallel rank, b: packs, D: hidden size, H: heads on this rank.
 """
 
 import math
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, mappings
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -24,6 +24,8 @@ from mmoe.layers.config import LongcatConfig
 from mmoe.layers.modules import ReplicatedLinear
 from mmoe.layers.norms import RMSNorm
 from mmoe.layers.packed import Packed, rotate
+from mmoe.parallel import engine
+from mmoe.parallel.collectives import gather_first, sum_gradient
 
 LATENT_NORM_EPS = 1e-6
 """Hard-coded in the released model (LongcatFlashMLA), whatever rms_norm_eps says."""
@@ -47,12 +49,12 @@ class MLA(MegatronModule):
                 inputs, outputs, config=config, init_method=init, bias=False, gather_output=False, skip_bias_add=True
             )
 
-        self.q_a_proj = ReplicatedLinear(config, hidden, shape.q_lora_rank, init)
+        self.q_a_proj = ReplicatedLinear(config, hidden, shape.q_lora_rank)
         self.q_a_layernorm = RMSNorm(
             config, shape.q_lora_rank, LATENT_NORM_EPS, scale=math.sqrt(hidden / shape.q_lora_rank)
         )
         self.q_b_proj = column(shape.q_lora_rank, shape.heads * sum(self.dims_qk))
-        self.kv_a_proj_with_mqa = ReplicatedLinear(config, hidden, sum(self.latent), init)
+        self.kv_a_proj_with_mqa = ReplicatedLinear(config, hidden, sum(self.latent))
         self.kv_a_layernorm = RMSNorm(
             config, shape.kv_lora_rank, LATENT_NORM_EPS, scale=math.sqrt(hidden / shape.kv_lora_rank)
         )
@@ -67,23 +69,23 @@ class MLA(MegatronModule):
             skip_bias_add=True,
         )
 
-    def forward(self, x_sbD: Tensor, packed: Packed) -> Tensor:
-        """[s, b, D] → [s, b, D]."""
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_sbD)))[0]
-        latent, k_rope = self.kv_a_proj_with_mqa(x_sbD).split(self.latent, dim=-1)
+    def forward(self, x: Tensor, packed: Packed) -> Tensor:
+        """[t, b, D] → [t, b, D]; t: the tokens of the packs that this rank holds."""
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))[0]
+        # Context-parallel ranks share the latents, d_kv + rope numbers a token, and each expands all of them itself: a
+        # gather of keys and values would be H (nope + rope + v) numbers.
+        compressed = gather_first(self.kv_a_proj_with_mqa(x), engine.context_group())
+        latent, k_rope = compressed.split(self.latent, dim=-1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent))[0]
         # The one rope key serves the heads of all tensor-parallel ranks: its gradient is their sum.
-        if self.config.sequence_parallel:
-            k_rope = mappings.gather_from_sequence_parallel_region(k_rope)
-        else:
-            k_rope = mappings.copy_to_tensor_model_parallel_region(k_rope)
+        group = engine.tensor_group()
+        k_rope = gather_first(k_rope, group) if self.config.sequence_parallel else sum_gradient(k_rope, group)
 
-        s, b = q.shape[:2]
-        q_nope, q_rope = q.view(s, b, self.heads, -1).split(self.dims_qk, dim=-1)
-        k_nope, v = kv.view(s, b, self.heads, -1).split(self.dims_kv, dim=-1)
-        q_rope = rotate(q_rope, packed.cos, packed.sin)
-        k_rope = rotate(k_rope.unsqueeze(2), packed.cos, packed.sin).expand(-1, -1, self.heads, -1)
-        q_bHsk = torch.cat((q_nope, q_rope), dim=-1).permute(1, 2, 0, 3)
+        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split(self.dims_qk, dim=-1)
+        k_nope, v = kv.unflatten(-1, (self.heads, -1)).split(self.dims_kv, dim=-1)
+        q_rope = rotate(q_rope, *packed.rotary_q)
+        k_rope = rotate(k_rope.unsqueeze(2), *packed.rotary_k).expand(-1, -1, self.heads, -1)
+        q_bHqk = torch.cat((q_nope, q_rope), dim=-1).permute(1, 2, 0, 3)
         k_bHsk = torch.cat((k_nope, k_rope), dim=-1).permute(1, 2, 0, 3)
-        out = scaled_dot_product_attention(q_bHsk, k_bHsk, v.permute(1, 2, 0, 3), attn_mask=packed.mask)
-        return self.o_proj(out.permute(2, 0, 1, 3).reshape(s, b, -1))[0]
+        out = scaled_dot_product_attention(q_bHqk, k_bHsk, v.permute(1, 2, 0, 3), attn_mask=packed.mask)
+        return self.o_proj(out.permute(2, 0, 1, 3).flatten(2))[0]

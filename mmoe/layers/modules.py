@@ -1,21 +1,15 @@
 """Small pieces that several layers are built of."""
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from megatron.core.transformer.utils import sharded_state_dict_default
-from torch import Tensor
-
 from mmoe.parallel.engine import TransformerConfig
 
 
 class ReplicatedLinear(torch.nn.Linear):
     """A linear map without bias that every tensor-parallel rank holds whole."""
 
-    def __init__(self, config: TransformerConfig, inputs: int, outputs: int, init: Callable[[Tensor], Any]) -> None:
+    def __init__(self, config: TransformerConfig, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False, dtype=config.params_dtype)
-        init(self.weight.data)
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)
 
 

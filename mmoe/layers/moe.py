@@ -3,14 +3,18 @@
 Zero slots never leave the token: they enter no permutation, no all-to-all and no GEMM, and come back as
 ``identity weight · x`` in unpermute, which carries their gradient to x and to the router.
 
-T: tokens of this rank, D: hidden size, R: rows sent to experts, N: experts, E: expert-parallel ranks.
+T: tokens of this rank, D: hidden size, R: rows sent to experts, N: experts, n: experts of this rank, F: expert width,
+f: this rank's share of F under expert tensor parallelism.
 """
 
 from dataclasses import dataclass
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.tensor_parallel.mappings import all_to_all
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.functional import grouped_mm, silu
@@ -22,45 +26,36 @@ from mmoe.ops.permute import permute
 from mmoe.ops.router import RouterOutput
 from mmoe.ops.unpermute import unpermute
 from mmoe.parallel import engine
+from mmoe.parallel.collectives import Exchange, reorder
 
 
 class GroupedExperts(MegatronModule):
-    """The FFN experts of this rank as two grouped GEMMs: w1 [n, 2F, D] (gate rows, then up rows), w2 [n, D, F]."""
+    """The FFN experts of this rank as two grouped GEMMs: w1 [n, 2, f, D] (gate, then up), w2 [n, D, f]."""
 
-    def __init__(self, config: LongcatConfig, layer: int) -> None:
+    def __init__(self, config: LongcatConfig) -> None:
         super().__init__(config)
         self.config: LongcatConfig
-        moe, hidden = config.moe, config.hidden_size
-        here = engine.ranks()
+        moe, hidden, here = config.moe, config.hidden_size, engine.ranks()
         self.local = moe.experts // here.expert_size
-        self.first = here.expert_rank * self.local
-        self.w1 = torch.nn.Parameter(
-            torch.empty(self.local, 2 * moe.expert_hidden_size, hidden, dtype=config.params_dtype)
-        )
-        self.w2 = torch.nn.Parameter(torch.empty(self.local, hidden, moe.expert_hidden_size, dtype=config.params_dtype))
-        for index in range(self.local):
-            # One generator an expert: its first weights do not depend on which rank holds it.
-            generator = torch.Generator().manual_seed((config.seed * 1009 + layer) * 100_003 + self.first + index)
-            for weight, std in (
-                (self.w1, config.backbone.init_std),
-                (self.w2, config.backbone.residual_init_std),
-            ):
-                weight.data[index].copy_(torch.randn(weight[index].shape, generator=generator) * std)
+        width, dtype = moe.expert_hidden_size // here.expert_tensor_size, config.params_dtype
+        self.w1 = torch.nn.Parameter(torch.empty(self.local, 2, width, hidden, dtype=dtype))
+        self.w2 = torch.nn.Parameter(torch.empty(self.local, hidden, width, dtype=dtype))
 
     def forward(self, rows_RD: Tensor, ends: Tensor) -> Tensor:
-        """Rows sorted by expert; ``ends`` int32 [n] is where each expert's rows end."""
-        gate, up = grouped_mm(rows_RD, self.w1.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        """Rows sorted by expert; ``ends`` int32 [n] is where each expert's rows end. Under expert tensor parallelism
+        the result is this rank's part of a sum."""
+        gate, up = grouped_mm(rows_RD, self.w1.flatten(1, 2).transpose(1, 2), offs=ends).chunk(2, dim=-1)
         return grouped_mm(silu(gate) * up, self.w2.transpose(1, 2), offs=ends)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        here = engine.ranks()
-        axis = len(sharded_offsets)
+        here, axis = engine.ranks(), len(sharded_offsets)
         return {
             f"{prefix}{name}": ShardedTensor.from_rank_offsets(
                 f"{prefix}{name}",
                 weight,
                 *sharded_offsets,
                 (axis, here.expert_rank, here.expert_size),
+                (axis + 2, here.expert_tensor_rank, here.expert_tensor_size),
                 replica_id=(0, 0, engine.expert_replica()),
                 prepend_axis_num=axis,
             )
@@ -73,29 +68,45 @@ class Dispatched:
     """Rows on their way to the experts, and what is needed to bring them home."""
 
     rows: Tensor
-    ends: Tensor
-    sent: list[int]
-    received: list[int]
-    chunks: list[int]
+    exchange: Exchange | None
+    incoming: Tensor
+    """int64 [ranks of the exchange, n]: rows that come from each rank for each expert here."""
     routed: RouterOutput
     row_of_slot: Tensor
     slot_of_row: Tensor
     x_TD: Tensor
+    shape: torch.Size
+    """[t, b] of the tokens that this rank routes."""
+
+
+@dataclass
+class Computed:
+    """The experts' results on their way back."""
+
+    rows: Tensor
+    exchange: Exchange | None
 
 
 class ZeroExpertMoE(MegatronModule):
-    """forward = combine(experts(dispatch(x))); the three steps stand apart so that ScMoE can put work between them."""
+    """y = combine(compute(dispatch(x))). The steps stand apart so that ScMoE can put work beside the communication:
+    ``dispatch`` and ``compute`` only start the all-to-all that the next step waits for."""
 
-    def __init__(self, config: LongcatConfig, layer: int) -> None:
+    def __init__(self, config: LongcatConfig) -> None:
         super().__init__(config)
         self.config: LongcatConfig
         self.router = ZeroExpertRouter(config)
-        self.experts = GroupedExperts(config, layer)
+        self.experts = GroupedExperts(config)
         self.sent_rows = 0
         """Rows that the last dispatch handed to experts; zero experts' slots are not among them."""
+        here = engine.ranks()
+        # Without sequence parallelism the tensor-parallel ranks hold the same tokens: each routes its part of them.
+        self.scatters = here.tensor_size > 1 and not config.sequence_parallel
 
-    def dispatch(self, x_TD: Tensor, packed: Packed) -> Dispatched:
-        valid_T = packed.valid.reshape(-1)
+    def dispatch(self, x: Tensor, packed: Packed) -> Dispatched:
+        """[t, b, D], the tokens that this rank holds; ``packed.valid`` is of those that it routes."""
+        if self.scatters:
+            x = scatter_to_sequence_parallel_region(x)
+        x_TD, valid_T = x.reshape(-1, x.size(-1)), packed.valid.reshape(-1)
         routed, loss = self.router(x_TD, valid_T)
         weighted_loss = loss * packed.loss_tokens
         if torch.is_grad_enabled() and self.training:
@@ -104,40 +115,55 @@ class ZeroExpertMoE(MegatronModule):
             x_TD = engine.attach_loss(x_TD, weighted_loss)
         rows, row_of_slot, slot_of_row, offsets = permute(x_TD, routed.ids, self.config.moe.experts)
         self.sent_rows = rows.size(0)
-        sizes = engine.ranks().expert_size
-        if sizes == 1:
-            return Dispatched(rows, offsets[1:], [], [], [], routed, row_of_slot, slot_of_row, x_TD)
+        here, group = engine.ranks(), engine.expert_group()
+        outgoing = offsets.diff().long().view(here.expert_size, -1)
+        if group.size() == 1:
+            return Dispatched(rows, None, outgoing, routed, row_of_slot, slot_of_row, x_TD, x.shape[:2])
 
-        counts = offsets.diff().view(sizes, -1)
-        incoming = torch.empty_like(counts)
-        torch.distributed.all_to_all_single(incoming, counts, group=engine.expert_group())
-        sent, received = counts.sum(1).tolist(), incoming.sum(1).tolist()
-        rows = all_to_all(engine.expert_group(), rows, received, sent)
+        # All ranks of an expert's tensor-parallel group get its rows.
+        copies = here.expert_tensor_size
+        outgoing = outgoing.repeat_interleave(copies, dim=0)
+        incoming = torch.empty_like(outgoing)
+        torch.distributed.all_to_all_single(incoming, outgoing, group=group)
+        sent, received = torch.stack((outgoing.sum(1), incoming.sum(1))).tolist()
+        if copies > 1:
+            rows = torch.cat([part for part in rows.split(sent[::copies]) for _ in range(copies)])
+        exchange = Exchange(group, sent, received, overlap=self.config.overlap_moe)
+        return Dispatched(exchange.start(rows), exchange, incoming, routed, row_of_slot, slot_of_row, x_TD, x.shape[:2])
+
+    def compute(self, state: Dispatched) -> Computed:
+        """Waits for the rows, runs the experts on them and sends the results home."""
+        ends = state.incoming.sum(0).cumsum(0).to(torch.int32)
+        if state.exchange is None:
+            return Computed(self.experts(state.rows, ends), None)
+        rows = state.exchange.finish(state.rows)
         # Rows arrive by source rank, then expert; the grouped GEMM wants them by expert.
-        chunks = incoming.reshape(-1).tolist()
-        rows = _regroup(rows, chunks, sizes)
-        ends = incoming.sum(0).cumsum(0).to(torch.int32)
-        return Dispatched(rows, ends, sent, received, chunks, routed, row_of_slot, slot_of_row, x_TD)
+        ranks = state.incoming.size(0)
+        experts = torch.arange(self.experts.local, device=rows.device).repeat(ranks)
+        order = experts.repeat_interleave(state.incoming.flatten(), output_size=rows.size(0)).argsort(stable=True)
+        home = torch.empty_like(order)
+        home[order] = torch.arange(order.numel(), device=order.device)
+        out = reorder(self.experts(reorder(rows, order, home), ends), home, order)
+        sent, received = state.exchange.sent, state.exchange.received
+        exchange = Exchange(engine.expert_group(), received, sent, overlap=self.config.overlap_moe)
+        return Computed(exchange.start(out), exchange)
 
-    def combine(self, rows_RD: Tensor, state: Dispatched) -> Tensor:
-        """[R, D] from the experts → [T, D]: weighted sum over each token's slots plus identity weight · x."""
-        sizes = engine.ranks().expert_size
-        if sizes > 1:
-            by_expert = torch.tensor(state.chunks).view(sizes, -1).t().reshape(-1).tolist()
-            rows_RD = _regroup(rows_RD, by_expert, self.experts.local)
-            rows_RD = all_to_all(engine.expert_group(), rows_RD, state.sent, state.received)
+    def combine(self, computed: Computed, state: Dispatched) -> Tensor:
+        """Waits for the results; [t, b, D]: weighted sum over each token's slots plus identity weight · x."""
+        rows = computed.rows
+        if computed.exchange is not None:
+            rows = computed.exchange.finish(rows)
+            copies = engine.ranks().expert_tensor_size
+            if copies > 1:
+                parts = rows.split(computed.exchange.received)
+                rows = torch.cat([torch.stack(parts[i : i + copies]).sum(0) for i in range(0, len(parts), copies)])
         routed = state.routed
-        return unpermute(
-            rows_RD, state.row_of_slot, routed.weights, state.x_TD, routed.identity, slot_of_row=state.slot_of_row
+        y_TD = unpermute(
+            rows, state.row_of_slot, routed.weights, state.x_TD, routed.identity, slot_of_row=state.slot_of_row
         )
+        y = y_TD.view(*state.shape, -1)
+        return gather_from_sequence_parallel_region(y, tensor_parallel_output_grad=False) if self.scatters else y
 
-    def forward(self, x_TD: Tensor, packed: Packed) -> Tensor:
-        state = self.dispatch(x_TD, packed)
-        return self.combine(self.experts(state.rows, state.ends), state)
-
-
-def _regroup(rows: Tensor, chunks: list[int], outer: int) -> Tensor:
-    """Rows that lie as [outer][inner] chunks, rearranged to [inner][outer]."""
-    pieces = rows.split(chunks)
-    inner = len(chunks) // outer
-    return torch.cat([pieces[i * inner + j] for j in range(inner) for i in range(outer)])
+    def forward(self, x: Tensor, packed: Packed) -> Tensor:
+        state = self.dispatch(x, packed)
+        return self.combine(self.compute(state), state)

@@ -10,30 +10,54 @@ from torch import Tensor
 class Packed:
     """Travels through Megatron's TransformerBlock in the place of its PackedSeqParams.
 
-    mask: the model's dtype [b, 1, s, s], 0 where the query (row) sees the key (column), -inf elsewhere.
-    cos, sin: [s, b, 1, rope/2], in the model's dtype.
-    valid: bool [s, b], False on padding.
-    loss_tokens: fp32 scalar, how many tokens of this micro-batch carry loss.
+    q: queries of this context-parallel rank; s: keys, the tokens of the whole packs, in the order of :func:`key_places`.
+
+    mask: the model's dtype [b, 1, q, s], 0 where the query (row) sees the key (column), -inf elsewhere.
+    rotary_q, rotary_k: (cos, sin), [q, b, 1, rope/2] and [s, b, 1, rope/2], in the model's dtype.
+    valid: bool [t, b], False on padding; t: the tokens of the packs that this rank routes.
+    loss_tokens: fp32 scalar, how many tokens of this micro-batch carry loss, on all ranks together.
     """
 
     mask: Tensor
-    cos: Tensor
-    sin: Tensor
+    rotary_q: tuple[Tensor, Tensor]
+    rotary_k: tuple[Tensor, Tensor]
     valid: Tensor
     loss_tokens: Tensor
 
 
-def visibility(document: Tensor, branch: Tensor) -> Tensor:
-    """bool [b, 1, s, s] from document and branch ids [b, s].
+def query_places(size: int, ranks: int, rank: int, device: torch.device | None = None) -> Tensor:
+    """int64 [size / ranks]: the places in a pack that context-parallel rank ``rank`` holds.
+
+    Chunks rank and 2·ranks − 1 − rank of 2·ranks: under a causal mask every rank sees the same number of keys.
+    """
+    chunks = torch.arange(size, device=device).view(2 * ranks, -1) if ranks > 1 else None
+    if chunks is None:
+        return torch.arange(size, device=device)
+    return torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank]))
+
+
+def key_places(size: int, ranks: int, sequence_shards: int, device: torch.device | None = None) -> Tensor:
+    """int64 [size]: the place in the pack of each key, gathered over ``ranks`` context-parallel ranks first and then
+    over the ``sequence_shards`` in which sequence parallelism cut each rank's part."""
+    by_rank = torch.stack([query_places(size, ranks, rank, device) for rank in range(ranks)])
+    return by_rank.view(ranks, sequence_shards, -1).transpose(0, 1).reshape(-1)
+
+
+def visibility(document: Tensor, branch: Tensor, queries: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
+    """bool [b, 1, q, s] from document and branch ids [b, s] of whole packs, for the places ``queries`` and ``keys``
+    (all in order where None).
 
     A token sees itself and what stands before it in its own document, in the prefix (branch 0) or in its own branch.
     Padding (document 0) sees itself alone, to keep softmax finite.
     """
-    size = document.size(1)
-    same_document = (document[:, :, None] == document[:, None, :]) & (document > 0)[:, :, None]
-    same_branch = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
-    causal = torch.ones(size, size, dtype=torch.bool, device=document.device).tril()
-    itself = torch.eye(size, dtype=torch.bool, device=document.device)
+    everywhere = torch.arange(document.size(1), device=document.device)
+    queries = everywhere if queries is None else queries
+    keys = everywhere if keys is None else keys
+    document_q, document_k = document[:, queries, None], document[:, None, keys]
+    branch_q, branch_k = branch[:, queries, None], branch[:, None, keys]
+    same_document = (document_q == document_k) & (document_q > 0)
+    same_branch = (branch_k == 0) | (branch_q == branch_k)
+    causal, itself = queries[:, None] >= keys, queries[:, None] == keys
     return ((same_document & same_branch & causal) | itself).unsqueeze(1)
 
 

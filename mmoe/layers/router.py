@@ -6,6 +6,8 @@ from torch import Tensor
 
 from mmoe.layers.config import LongcatConfig
 from mmoe.ops.router import RouterOutput, router
+from mmoe.parallel import engine
+from mmoe.parallel.collectives import sum_gradient
 
 
 def balance_loss(counts: Tensor, group_probs: Tensor, tokens: Tensor, config: LongcatConfig) -> Tensor:
@@ -20,7 +22,8 @@ def balance_loss(counts: Tensor, group_probs: Tensor, tokens: Tensor, config: Lo
 
     Where K_e = k there is no zero share to balance, and the zero group is left out.
 
-    counts: int64 [N + Z]; group_probs: fp32 [D + 1], sums over tokens, zero group last; tokens: fp32 scalar.
+    counts: int64 [N + Z] and tokens, fp32 scalar, of the whole micro-batch; group_probs: fp32 [D + 1], sums over the
+    tokens of this rank, zero group last. The loss is linear in them: the ranks' results add up to the micro-batch's.
     """
     moe = config.moe
     if moe.balance_coefficient == 0:
@@ -46,7 +49,6 @@ class ZeroExpertRouter(MegatronModule):
         moe = config.moe
         outputs = moe.experts + moe.zero_experts
         self.weight = torch.nn.Parameter(torch.empty(outputs, config.hidden_size, dtype=torch.float32))
-        torch.nn.init.normal_(self.weight, std=moe.router_init_std)
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)
         self.register_buffer("e_score_correction_bias", torch.zeros(outputs, dtype=torch.float32))
         self.register_buffer("tally", torch.zeros(outputs + 4, dtype=torch.float64), persistent=False)
@@ -56,7 +58,11 @@ class ZeroExpertRouter(MegatronModule):
     def forward(self, x_TD: Tensor, valid_T: Tensor) -> tuple[RouterOutput, Tensor]:
         """The routing of T tokens and the balance loss (fp32 scalar)."""
         moe = self.config.moe
-        logits = torch.nn.functional.linear(x_TD.float(), self.weight)
+        weight = self.weight
+        if not self.config.sequence_parallel:
+            # Each tensor-parallel rank routes its part of the tokens; sequence parallelism sums such gradients itself.
+            weight = sum_gradient(weight, engine.tensor_group())
+        logits = torch.nn.functional.linear(x_TD.float(), weight)
         routed = router(
             logits,
             self.e_score_correction_bias,
@@ -66,7 +72,16 @@ class ZeroExpertRouter(MegatronModule):
             balance_groups=moe.balance_groups,
             valid=valid_T,
         )
-        return routed, balance_loss(routed.counts, routed.group_probs, valid_T.sum().float(), self.config)
+        return routed, self._balance_loss(routed, valid_T.sum())
+
+    def _balance_loss(self, routed: RouterOutput, tokens: Tensor) -> Tensor:
+        """This rank's part of the micro-batch's loss; the frequencies are those of the whole micro-batch."""
+        group, counts = engine.micro_batch_group(), routed.counts
+        if self.config.moe.balance_coefficient and group.size() > 1:
+            both = torch.cat((counts, tokens.view(1)))
+            torch.distributed.all_reduce(both, group=group)
+            counts, tokens = both[:-1], both[-1]
+        return balance_loss(counts, routed.group_probs, tokens.float(), self.config)
 
     @torch.no_grad()
     def count(self, routed: RouterOutput, valid_T: Tensor, weighted_loss: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The shortcut-connected MoE layer of LongCat-Flash (arXiv 2509.01322, section 2.2; ScMoE, arXiv 2404.05019).
 
 h1 = x  + MLA_0(norm(x));      n1 = norm(h1)
-m  = MoE(n1)                   its dispatch and combine can run beside all that follows
+m  = MoE(n1)                   its dispatch runs beside FFN_0, its combine beside MLA_1 and FFN_1
 h2 = h1 + FFN_0(n1)
 h3 = h2 + MLA_1(norm(h2))
 y  = h3 + FFN_1(norm(h3)) + m
@@ -22,6 +22,7 @@ from mmoe.layers.modules import ShardedList
 from mmoe.layers.moe import ZeroExpertMoE
 from mmoe.layers.norms import RMSNorm
 from mmoe.layers.packed import Packed
+from mmoe.parallel import engine
 
 
 class ScMoELayer(MegatronModule, BaseTransformerLayer):
@@ -36,6 +37,7 @@ class ScMoELayer(MegatronModule, BaseTransformerLayer):
         **_: Any,
     ) -> None:
         super().__init__(config)
+        self.config: LongcatConfig
         self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank())
 
         def norms() -> ShardedList:
@@ -49,19 +51,27 @@ class ScMoELayer(MegatronModule, BaseTransformerLayer):
         self.attention = ShardedList(MLA(config) for _ in range(2))
         self.post_attention_layernorm = norms()
         self.mlp = ShardedList(mlp() for _ in range(2))
-        self.moe = ZeroExpertMoE(config, self.layer_number)
+        self.moe = ZeroExpertMoE(config)
 
     def forward(self, hidden_states: Tensor, packed_seq_params: Packed, **_: Any) -> tuple[Tensor, None]:
-        """[s, b, D] → [s, b, D]; the second value is Megatron's cross-attention context, which there is none of."""
+        """[t, b, D] → the same; the second value is Megatron's cross-attention context, which there is none of."""
         x, packed = hidden_states, packed_seq_params
-        h1 = x + self.attention[0](self.input_layernorm[0](x), packed)
+        h1 = x + self._attend(0, x, packed)
         n1 = self.post_attention_layernorm[0](h1)
-        dispatched = self.moe.dispatch(n1.reshape(-1, n1.size(-1)), packed)
+        dispatched = self.moe.dispatch(n1, packed)
         h2 = h1 + self.mlp[0](n1)[0]
-        h3 = h2 + self.attention[1](self.input_layernorm[1](h2), packed)
+        computed = self.moe.compute(dispatched)
+        h3 = h2 + self._attend(1, h2, packed)
         y = h3 + self.mlp[1](self.post_attention_layernorm[1](h3))[0]
-        experts = self.moe.experts(dispatched.rows, dispatched.ends)
-        return y + self.moe.combine(experts, dispatched).view_as(y), None
+        return y + self.moe.combine(computed, dispatched), None
+
+    def _attend(self, block: int, x: Tensor, packed: Packed) -> Tensor:
+        def attend(x: Tensor) -> Tensor:
+            return self.attention[block](self.input_layernorm[block](x), packed)
+
+        if self.config.recompute == "selective" and self.training:
+            return engine.recompute(attend, x)
+        return attend(x)
 
 
 def layer_spec() -> ModuleSpec:

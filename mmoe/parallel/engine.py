@@ -9,7 +9,8 @@ import importlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -47,19 +48,37 @@ logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands."""
+    """Where this process stands in the grid."""
 
     rank: int
     world: int
     data_rank: int
     data_size: int
+    tensor_rank: int
+    tensor_size: int
+    context_rank: int
+    context_size: int
+    pipeline_rank: int
+    pipeline_size: int
     expert_rank: int
     expert_size: int
+    expert_tensor_rank: int
+    expert_tensor_size: int
 
     @property
     def first(self) -> bool:
         """Whether this is the rank that writes and prints."""
         return self.rank == 0
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether this rank's losses are counted: the last stage has them, on all its tensor-parallel ranks alike."""
+        return self.pipeline_rank == self.pipeline_size - 1 and self.tensor_rank == 0
+
+    @property
+    def has_batch(self) -> bool:
+        """Whether this rank speaks for its micro-batches, which the ranks of a data-parallel replica all read."""
+        return self.has_losses and self.context_rank == 0
 
 
 def announced() -> tuple[int, int]:
@@ -121,14 +140,38 @@ def ranks() -> Ranks:
         world=dist.get_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
         expert_rank=parallel_state.get_expert_model_parallel_rank(),
         expert_size=parallel_state.get_expert_model_parallel_world_size(),
+        expert_tensor_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        expert_tensor_size=parallel_state.get_expert_tensor_parallel_world_size(),
     )
 
 
+def tensor_group() -> Any:
+    """The ranks that share each matrix of the dense layers."""
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def context_group() -> Any:
+    """The ranks that share each pack."""
+    return parallel_state.get_context_parallel_group()
+
+
+def micro_batch_group() -> Any:
+    """The ranks that route different tokens of the same micro-batch."""
+    return parallel_state.get_tensor_and_context_parallel_group()
+
+
 def expert_group() -> Any:
-    """The ranks that share one set of experts."""
-    return parallel_state.get_expert_model_parallel_group()
+    """The ranks that share one set of experts, expert-parallel rank by rank and in each its expert-tensor-parallel
+    ranks (the order "tp-cp-ep-dp-pp", parallel_state.py:562)."""
+    return parallel_state.get_expert_tensor_and_model_parallel_group()
 
 
 def expert_replica() -> int:
@@ -136,9 +179,23 @@ def expert_replica() -> int:
     return parallel_state.get_expert_data_parallel_rank()
 
 
-def sum_over_data(tensor: torch.Tensor) -> torch.Tensor:
-    """Sums ``tensor`` in place over the data-parallel (and context-parallel) ranks and returns it."""
-    dist.all_reduce(tensor, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+def stages() -> list[int | None]:
+    """The virtual pipeline stages whose layers this rank holds; one None without virtual pipelining."""
+    size = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    return [None] if size is None else list(range(size))
+
+
+def is_first_stage(virtual: int | None) -> bool:
+    return parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual)
+
+
+def is_last_stage(virtual: int | None) -> bool:
+    return parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual)
+
+
+def sum_over_world(tensor: torch.Tensor) -> torch.Tensor:
+    """Sums ``tensor`` in place over all ranks and returns it."""
+    dist.all_reduce(tensor)
     return tensor
 
 
@@ -168,6 +225,11 @@ def attach_loss(hidden: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
     return MoEAuxLossAutoScaler.apply(hidden, loss)
 
 
+def recompute(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """function(*inputs), whose activations are computed again in the backward instead of kept."""
+    return tensor_parallel.checkpoint(function, False, *inputs)
+
+
 def version_settings() -> dict[str, Any]:
     """Configuration that the supported Megatron-Core versions name differently."""
     # 0.16.1: transformer_config.py:784, the default "full" warns that it is deprecated. 0.19.2 has another name for it.
@@ -175,28 +237,47 @@ def version_settings() -> dict[str, Any]:
     return {next(name for name in names if name in TransformerConfig.__dataclass_fields__): []}
 
 
-def prepare(model: torch.nn.Module, config: TransformerConfig) -> DistributedDataParallel:
-    """Moves ``model`` to the device and wraps it for gradient reduction over the data-parallel ranks (expert parameters
-    over theirs)."""
-    model.to(cpu_platform.device())
-    for name, parameter in model.named_parameters():
-        if ".experts." in name:
-            # At expert-parallel size 1 too: the optimizer state then has one form at every layout.
-            setattr(parameter, "allreduce", False)
-    wrapped = DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
-        ),
-        model,
-    )
-    wrapped.broadcast_params()
+def prepare(
+    models: Sequence[torch.nn.Module], config: TransformerConfig, *, distributed_optimizer: bool
+) -> list[DistributedDataParallel]:
+    """Moves this rank's pipeline chunks to the device and wraps them for gradient reduction over the data-parallel
+    ranks (expert parameters over theirs); with ``distributed_optimizer`` each rank keeps a shard of the sums."""
+    wrapped = []
+    for model in models:
+        model.to(cpu_platform.device())
+        for name, parameter in model.named_parameters():
+            if ".experts." in name:
+                # At expert-parallel size 1 too: the optimizer state then has one form at every layout.
+                setattr(parameter, "allreduce", False)
+                # Every rank's experts are its own part of the norm, on whichever tensor-parallel rank they lie
+                # (tensor_parallel/layers.py:89 would count the first rank's alone).
+                setattr(parameter, "tensor_model_parallel", True)
+        settings = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=distributed_optimizer
+        )
+        wrapped.append(DistributedDataParallel(config, settings, model))
+        wrapped[-1].broadcast_params()
     config.finalize_model_grads_func = finalize_model_grads
     return wrapped
 
 
+class _Replay:
+    """The same micro-batches for several pipeline chunks, each of which reads them at its own pace."""
+
+    def __init__(self, batches: Iterator[Any], readers: int) -> None:
+        self.batches, self.kept = batches, [deque[Any]() for _ in range(readers)]
+
+    def reader(self, index: int) -> Iterator[Any]:
+        while True:
+            if not self.kept[index]:
+                batch = next(self.batches)
+                for queue in self.kept:
+                    queue.append(batch)
+            yield self.kept[index].popleft()
+
+
 def forward_backward(
-    model: DistributedDataParallel,
+    models: list[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     forward_step: Callable[[Iterator[Any], torch.nn.Module], Any],
     batches: Iterator[Any],
@@ -204,14 +285,21 @@ def forward_backward(
     sequence_length: int,
     micro_batch: int,
 ) -> list[Any]:
-    """Runs ``count`` micro-batches forward and backward and reduces the gradients; the loss functions' records."""
-    model.zero_grad_buffer()
+    """Runs ``count`` micro-batches forward and backward through all pipeline stages and reduces the gradients.
+
+    Returns the loss functions' records on the last stage, nothing elsewhere.
+    """
+    for model in models:
+        model.zero_grad_buffer()
     # The optimizer's gradients are the reduction buffers: left in place, the next backward would add to them twice.
     optimizer.zero_grad()
+    replay = _Replay(batches, len(models))
+    readers = [replay.reader(index) for index in range(len(models))]
+    several = len(models) > 1
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=batches,
-        model=model,
+        data_iterator=readers if several else readers[0],
+        model=models if several else models[0],
         num_microbatches=count,
         seq_length=sequence_length,
         micro_batch_size=micro_batch,

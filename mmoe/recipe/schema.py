@@ -155,6 +155,13 @@ class Parallel:
     expert_tensor: int = 1
     context: int = 1
     sequence: bool = False
+    """Sequence parallelism: what the tensor-parallel ranks would hold alike is cut along the sequence."""
+    distributed_optimizer: bool = False
+    """Each data-parallel rank keeps a part of the optimizer's state."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward: none, those of the attention blocks, or all but the layers' inputs."""
+    overlap_moe: bool = True
+    """Dispatch and combine run beside the dense branch of a layer (ScMoE)."""
 
 
 @dataclass(frozen=True, kw_only=True)

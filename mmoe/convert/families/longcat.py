@@ -51,13 +51,12 @@ def table(backbone: Backbone, moe: MoE, *, fused: bool, prefix: str = "") -> Tab
         experts = f"{theirs}.mlp.experts"
         w1, w2 = f"{ours}.moe.experts.w1", f"{ours}.moe.experts.w2"
         if fused:
-            entries.append(Entry(w1, (f"{experts}.gate_up_proj",), unused_rows=moe.zero_experts))
+            entries.append(Entry(w1, (f"{experts}.gate_up_proj",), unused_rows=moe.zero_experts, halves=True))
             entries.append(Entry(w2, (f"{experts}.down_proj",)))
             continue
         halves = ("gate_proj.weight", "up_proj.weight")
-        entries.append(
-            Entry(w1, tuple(f"{experts}.{e}.{h}" for e in range(moe.experts) for h in halves), stacked=moe.experts)
-        )
+        gate_up = tuple(f"{experts}.{e}.{h}" for e in range(moe.experts) for h in halves)
+        entries.append(Entry(w1, gate_up, stacked=moe.experts, halves=True))
         entries.append(
             Entry(w2, tuple(f"{experts}.{e}.down_proj.weight" for e in range(moe.experts)), stacked=moe.experts)
         )
