@@ -34,6 +34,9 @@ expert_hidden_size = 16
 routed_scaling_factor = 2.0
 active_experts = 1.0
 bias_rate = 0.02
+bias_rate_min = 0.01
+bias_integral_gain = 0.2
+bias_derivative_gain = 0.5
 balance_coefficient = 0.01
 balance_groups = 2
 

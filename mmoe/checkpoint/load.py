@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mmoe.checkpoint import layout
+from mmoe.layers.router import CONTROLLER_STATE
 from mmoe.models.multimodal import MultimodalModel, build
 from mmoe.parallel import cpu_platform, engine, state
 from mmoe.recipe.load import load_recipe
@@ -73,7 +74,12 @@ def load(path: str | Path) -> Loaded:
 
 
 def state_dict(path: str | Path) -> tuple[Recipe, dict[str, Tensor], Path]:
-    """Recipe, every weight under its name (docs/conversion.md), and the tokenizer's path."""
+    """Recipe, every weight under its name (docs/conversion.md), and the tokenizer's path; the controller's state is
+    left out."""
     loaded = load(path)
-    tensors = {k: v.detach() for k, v in loaded.network.state_dict().items() if torch.is_tensor(v)}
+    tensors = {
+        name: tensor.detach()
+        for name, tensor in loaded.network.state_dict().items()
+        if torch.is_tensor(tensor) and not name.endswith(CONTROLLER_STATE)
+    }
     return loaded.recipe, tensors, loaded.tokenizer_path

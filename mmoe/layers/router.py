@@ -35,10 +35,15 @@ def balance_loss(counts: Tensor, group_probs: Tensor, tokens: Tensor, config: Lo
     return moe.balance_coefficient * (frequency * group_probs / tokens.clamp(min=1)).sum()
 
 
+CONTROLLER_STATE = ("bias_error_sum", "bias_error")
+"""Buffers of the router that only training reads: in checkpoints, not in exports."""
+
+
 class ZeroExpertRouter(MegatronModule):
     """Softmax over N FFN and Z zero experts; top-k of score + bias; weights are the unbiased scores × scaling.
 
-    ``e_score_correction_bias`` fp32 [N + Z] takes no gradient: the controller moves it (:mod:`mmoe.train.controller`).
+    ``e_score_correction_bias`` fp32 [N + Z] takes no gradient: the controller moves it (:mod:`mmoe.train.controller`),
+    by its error of the last step, ``bias_error``, and the sum of all, ``bias_error_sum``, both fp32 [N].
     ``tally`` fp64 [N + Z + 4] sums, over the micro-batches of a step and the tokens that are no padding: selections per
     expert, tokens, FFN experts per token, their squares, and balance loss × loss tokens.
     """
@@ -51,8 +56,12 @@ class ZeroExpertRouter(MegatronModule):
         self.weight = torch.nn.Parameter(torch.empty(outputs, config.hidden_size, dtype=torch.float32))
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)
         self.register_buffer("e_score_correction_bias", torch.zeros(outputs, dtype=torch.float32))
+        for name in CONTROLLER_STATE:
+            self.register_buffer(name, torch.zeros(moe.experts, dtype=torch.float32))
         self.register_buffer("tally", torch.zeros(outputs + 4, dtype=torch.float64), persistent=False)
         self.e_score_correction_bias: Tensor
+        self.bias_error_sum: Tensor
+        self.bias_error: Tensor
         self.tally: Tensor
 
     def forward(self, x_TD: Tensor, valid_T: Tensor) -> tuple[RouterOutput, Tensor]:

@@ -9,7 +9,10 @@ from mmoe.recipe.schema import Encoder, Model, Recipe
 
 _MAY_BE_ZERO = {
     "balance_coefficient",
+    "bias_derivative_gain",
+    "bias_integral_gain",
     "bias_rate",
+    "bias_rate_min",
     "clip_grad",
     "min_lr",
     "router_init_std",
@@ -90,6 +93,9 @@ def _model(model: Model) -> Iterator[Problem]:
     if moe.balance_coefficient and moe.zero_experts and moe.active_experts >= moe.top_k:
         what = f"{moe.active_experts:g} leaves nothing to the zero experts' share of the balance loss"
         yield "model.moe.active_experts", what, "give less than top_k, or set balance_coefficient = 0"
+    if moe.bias_rate_min is not None and moe.bias_rate_min > moe.bias_rate:
+        what = f"{moe.bias_rate_min:g} is above model.moe.bias_rate = {moe.bias_rate:g}"
+        yield "model.moe.bias_rate_min", what, "lower it"
     if moe.experts % moe.balance_groups:
         yield "model.moe.balance_groups", f"{moe.balance_groups} does not divide experts = {moe.experts}", "change one"
     if model.encoders and connector is None:

@@ -44,6 +44,14 @@ class MoE:
     """K_e: the wanted mean number of FFN experts per token; the controller steers towards it."""
     bias_rate: float = 1e-3
     """μ of the bias controller, per optimizer step."""
+    bias_rate_min: float | None = None
+    """Where μ has decayed to at the last step, by half a cosine; without it μ stays."""
+    bias_integral_gain: float = 0.0
+    """Of the controller's summed error, beside 1 for its error; 0 is the published rule."""
+    bias_integral_limit: float = 10.0
+    """Bound of the summed error (anti-windup), in an expert's wanted shares of the selections."""
+    bias_derivative_gain: float = 0.0
+    """Of the error's change since the step before; 0 is the published rule."""
     balance_coefficient: float = 0.0
     """α of the device-level balance loss."""
     balance_groups: int = 1

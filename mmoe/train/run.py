@@ -22,7 +22,7 @@ from mmoe.recipe.load import dump_recipe, load_recipe
 from mmoe.recipe.schema import Recipe
 from mmoe.train import controller
 from mmoe.train.metrics import Recorder
-from mmoe.train.schedule import learning_rate
+from mmoe.train.schedule import bias_rate, learning_rate
 from mmoe.train.step import Outcome, Stepper
 
 
@@ -206,7 +206,7 @@ def _loop(
 
         watch = _Watch(loader, show)
         rate = learning_rate(recipe.optimizer, step, steps)
-        outcome: Outcome = stepper.step(watch, rate, lambda: stop.asked)
+        outcome: Outcome = stepper.step(watch, rate, lambda: stop.asked, bias_rate(recipe.model.moe, step, steps))
         progress["step"] = step + 1
         progress["skipped_samples"] += outcome.skipped_samples
         progress["taken"] += outcome.taken

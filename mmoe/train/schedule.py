@@ -1,13 +1,25 @@
-"""The learning rate as a pure function of the step: nothing to checkpoint."""
+"""Rates as pure functions of the step: nothing to checkpoint. ``step`` counts from 0 to ``steps`` − 1."""
 
 import math
 
-from mmoe.recipe.schema import Optimizer
+from mmoe.recipe.schema import MoE, Optimizer
+
+
+def _half_cosine(first: float, last: float, progress: float) -> float:
+    """From ``first`` at progress 0 to ``last`` at 1 and behind it."""
+    return last + 0.5 * (first - last) * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
-    """Rate of step ``step`` (from 0) of ``steps``: linear warm-up, then a cosine from ``lr`` down to ``min_lr``."""
+    """Linear warm-up, then a cosine from ``lr`` down to ``min_lr``."""
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
     progress = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
-    return settings.min_lr + 0.5 * (settings.lr - settings.min_lr) * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return _half_cosine(settings.lr, settings.min_lr, progress)
+
+
+def bias_rate(settings: MoE, step: int, steps: int) -> float:
+    """μ of the bias controller: ``bias_rate``, or a cosine from there to ``bias_rate_min`` at the last step."""
+    if settings.bias_rate_min is None:
+        return settings.bias_rate
+    return _half_cosine(settings.bias_rate, settings.bias_rate_min, step / max(1, steps - 1))

@@ -75,9 +75,14 @@ class Stepper:
         self.micro_batches = recipe.train.global_batch // (recipe.train.micro_batch * engine.ranks().data_size)
 
     def step(
-        self, batches: Iterator[dict[str, Any]], rate: float, interrupted: Callable[[], bool] = lambda: False
+        self,
+        batches: Iterator[dict[str, Any]],
+        rate: float,
+        interrupted: Callable[[], bool] = lambda: False,
+        bias_rate: float | None = None,
     ) -> Outcome:
-        """Consumes this rank's micro-batches of one global batch and updates the weights with learning rate ``rate``.
+        """Consumes this rank's micro-batches of one global batch and updates the weights with learning rate ``rate``,
+        the routers' selection bias with ``bias_rate`` (the recipe's, if None).
 
         A loss or a gradient norm that is not finite on any rank makes all ranks skip the update together: weights,
         optimizer and controller stay as they were. ``interrupted`` is asked once the micro-batches are done; True on
@@ -105,7 +110,7 @@ class Stepper:
         if math.isfinite(loss):
             taken, grad_norm = adam.update(self.optimizer, rate)
         if taken:
-            controller.steer(self.model, tallies)
+            controller.steer(self.model, tallies, self.recipe.model.moe.bias_rate if bias_rate is None else bias_rate)
         return Outcome(
             taken=taken,
             loss=loss,

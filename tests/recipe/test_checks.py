@@ -20,6 +20,7 @@ from mmoe.recipe import load_recipe
         (["model.moe.active_experts=2.5"], "model.moe.active_experts: 2.5 is above min(top_k, experts) = 2"),
         (["model.moe.zero_experts=1", "model.moe.active_experts=0.5"], "leaves every token at least 1 FFN experts"),
         (["model.moe.balance_coefficient=0.1", "model.moe.active_experts=2"], "leaves nothing to the zero experts"),
+        (["model.moe.bias_rate_min=0.1"], "model.moe.bias_rate_min: 0.1 is above model.moe.bias_rate = "),
         (["model.moe.balance_groups=3"], "model.moe.balance_groups: 3 does not divide experts = 4"),
         (["model.backbone.qk_rope_head_dim=7"], "model.backbone.qk_rope_head_dim: 7 is odd"),
         (["model.moe.expert_hidden_size=10"], "model.moe.expert_hidden_size: 10 is not a multiple of 4"),

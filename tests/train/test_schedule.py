@@ -1,7 +1,11 @@
+import dataclasses
 import itertools
 
+import pytest
+import small
+
 from mmoe.recipe.schema import Optimizer
-from mmoe.train.schedule import learning_rate
+from mmoe.train.schedule import bias_rate, learning_rate
 
 
 def test_warm_up_then_cosine() -> None:
@@ -16,3 +20,14 @@ def test_warm_up_then_cosine() -> None:
 
 def test_no_warm_up() -> None:
     assert learning_rate(Optimizer(lr=2.0), 0, 10) == 2.0
+
+
+def test_bias_rate_stays_or_decays() -> None:
+    settings = dataclasses.replace(small.MIXTURE, bias_rate=0.1)
+    assert [bias_rate(settings, step, 11) for step in (0, 5, 10)] == [0.1] * 3
+    decaying = [bias_rate(dataclasses.replace(settings, bias_rate_min=0.02), step, 11) for step in range(11)]
+    assert decaying[0] == 0.1
+    assert decaying[5] == pytest.approx(0.06)
+    assert decaying[10] == pytest.approx(0.02)
+    assert all(a > b for a, b in itertools.pairwise(decaying))
+    assert bias_rate(dataclasses.replace(settings, bias_rate_min=0.02), 0, 1) == 0.1
