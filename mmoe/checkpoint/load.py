@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from mmoe.recipe.load import load_recipe
 from mmoe.recipe.schema import Parallel, Recipe
 
 
-def resume(checkpoint: Path, model: Any, optimizer: Any) -> dict:
-    """Fills ``model`` and ``optimizer`` and the random states; returns the progress that was saved with them."""
-    state.load(checkpoint / "state", model, optimizer)
+def resume(checkpoint: Path, models: Sequence[Any], optimizer: Any) -> dict:
+    """Fills the pipeline chunks ``models``, ``optimizer`` and the random states; returns the progress beside them."""
+    state.load(checkpoint / "state", models, optimizer)
     return json.loads((checkpoint / "progress.json").read_text())
 
 
@@ -69,7 +70,7 @@ def load(path: str | Path) -> Loaded:
     with torch.random.fork_rng():  # the caller's random numbers stay as they were
         engine.start(Parallel(), recipe.train.seed, alone=True)
         network = build(dataclasses.replace(recipe, parallel=Parallel())).to(cpu_platform.device())
-        state.load(checkpoint / "state", network, None)
+        state.load(checkpoint / "state", [network], None)
     return Loaded(recipe, network, checkpoint / "tokenizer.json")
 
 

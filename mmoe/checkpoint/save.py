@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from mmoe.recipe.load import dump_recipe
 from mmoe.recipe.schema import Recipe
 
 
-def save(run: Path, step: int, model: Any, optimizer: Any, progress: dict, recipe: Recipe, tokenizer: Path) -> Path:
+def save(
+    run: Path, step: int, models: Sequence[Any], optimizer: Any, progress: dict, recipe: Recipe, tokenizer: Path
+) -> Path:
     """Saves from all ranks together; returns the checkpoint's folder once it is whole on disk.
 
     ``progress`` is what :func:`mmoe.checkpoint.load.resume` gives back, JSON only.
@@ -24,7 +27,7 @@ def save(run: Path, step: int, model: Any, optimizer: Any, progress: dict, recip
             shutil.rmtree(leftover)
         (partial / "state").mkdir(parents=True)
     engine.barrier()
-    state.save(partial / "state", model, optimizer)
+    state.save(partial / "state", models, optimizer)
     engine.barrier()
     if first:
         (partial / "progress.json").write_text(json.dumps(progress, indent=1) + "\n")

@@ -83,7 +83,7 @@ def _save(imported: Imported, out: Path) -> None:
     # The controller starts anew: what it remembers is in no export.
     fresh = {name: tensor for name, tensor in network.state_dict().items() if name.endswith(CONTROLLER_STATE)}
     network.load_state_dict(fresh | imported.state)
-    save(out, 0, network, None, {}, imported.recipe, imported.tokenizer)
+    save(out, 0, [network], None, {}, imported.recipe, imported.tokenizer)
 
 
 def _config(directory: Path) -> dict[str, Any]:

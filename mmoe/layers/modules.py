@@ -2,6 +2,8 @@
 
 import torch
 from megatron.core.transformer.utils import sharded_state_dict_default
+
+from mmoe.parallel import engine
 from mmoe.parallel.engine import TransformerConfig
 
 
@@ -19,5 +21,6 @@ class ShardedList(torch.nn.ModuleList):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         state: dict = {}
         for name, module in self.named_children():
-            state.update(sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata))
+            place, group = f"{prefix}{name}.", engine.tensor_group()
+            state.update(sharded_state_dict_default(module, place, sharded_offsets, metadata, tp_group=group))
         return state

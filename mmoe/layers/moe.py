@@ -76,7 +76,7 @@ class Dispatched:
     slot_of_row: Tensor
     x_TD: Tensor
     shape: torch.Size
-    """[t, b] of the tokens that this rank routes."""
+    """[t, b], or [T], of the tokens that this rank routes."""
 
 
 @dataclass
@@ -103,10 +103,10 @@ class ZeroExpertMoE(MegatronModule):
         self.scatters = here.tensor_size > 1 and not config.sequence_parallel
 
     def dispatch(self, x: Tensor, packed: Packed) -> Dispatched:
-        """[t, b, D], the tokens that this rank holds; ``packed.valid`` is of those that it routes."""
+        """[t, b, D] or [T, D], the tokens that this rank holds; ``packed.valid`` is of those that it routes."""
         if self.scatters:
             x = scatter_to_sequence_parallel_region(x)
-        x_TD, valid_T = x.reshape(-1, x.size(-1)), packed.valid.reshape(-1)
+        shape, x_TD, valid_T = x.shape[:-1], x.reshape(-1, x.size(-1)), packed.valid.reshape(-1)
         routed, loss = self.router(x_TD, valid_T)
         weighted_loss = loss * packed.loss_tokens
         if torch.is_grad_enabled() and self.training:
@@ -118,7 +118,7 @@ class ZeroExpertMoE(MegatronModule):
         here, group = engine.ranks(), engine.expert_group()
         outgoing = offsets.diff().long().view(here.expert_size, -1)
         if group.size() == 1:
-            return Dispatched(rows, None, outgoing, routed, row_of_slot, slot_of_row, x_TD, x.shape[:2])
+            return Dispatched(rows, None, outgoing, routed, row_of_slot, slot_of_row, x_TD, shape)
 
         # All ranks of an expert's tensor-parallel group get its rows.
         copies = here.expert_tensor_size
@@ -129,7 +129,9 @@ class ZeroExpertMoE(MegatronModule):
         if copies > 1:
             rows = torch.cat([part for part in rows.split(sent[::copies]) for _ in range(copies)])
         exchange = Exchange(group, sent, received, overlap=self.config.overlap_moe)
-        return Dispatched(exchange.start(rows), exchange, incoming, routed, row_of_slot, slot_of_row, x_TD, x.shape[:2])
+        return Dispatched(
+            exchange.start(rows), exchange, incoming, routed, row_of_slot, slot_of_row, x_TD, x.shape[:-1]
+        )
 
     def compute(self, state: Dispatched) -> Computed:
         """Waits for the rows, runs the experts on them and sends the results home."""
@@ -149,7 +151,7 @@ class ZeroExpertMoE(MegatronModule):
         return Computed(exchange.start(out), exchange)
 
     def combine(self, computed: Computed, state: Dispatched) -> Tensor:
-        """Waits for the results; [t, b, D]: weighted sum over each token's slots plus identity weight · x."""
+        """Waits for the results; as dispatched: weighted sum over each token's slots plus identity weight · x."""
         rows = computed.rows
         if computed.exchange is not None:
             rows = computed.exchange.finish(rows)
@@ -161,7 +163,7 @@ class ZeroExpertMoE(MegatronModule):
         y_TD = unpermute(
             rows, state.row_of_slot, routed.weights, state.x_TD, routed.identity, slot_of_row=state.slot_of_row
         )
-        y = y_TD.view(*state.shape, -1)
+        y = y_TD.view(*state.shape, y_TD.size(1))
         return gather_from_sequence_parallel_region(y, tensor_parallel_output_grad=False) if self.scatters else y
 
     def forward(self, x: Tensor, packed: Packed) -> Tensor:

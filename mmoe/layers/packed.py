@@ -10,7 +10,7 @@ from torch import Tensor
 class Packed:
     """Travels through Megatron's TransformerBlock in the place of its PackedSeqParams.
 
-    q: queries of this context-parallel rank; s: keys, the tokens of the whole packs, in the order of :func:`key_places`.
+    q: queries of this context-parallel rank; s: keys, the tokens of whole packs, in the order of :func:`key_places`.
 
     mask: the model's dtype [b, 1, q, s], 0 where the query (row) sees the key (column), -inf elsewhere.
     rotary_q, rotary_k: (cos, sin), [q, b, 1, rope/2] and [s, b, 1, rope/2], in the model's dtype.

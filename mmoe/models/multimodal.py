@@ -29,15 +29,19 @@ class MultimodalModel(MegatronModule):
     def __init__(self, recipe: Recipe, config: LongcatConfig, stage: int | None = None) -> None:
         super().__init__(config)
         self.vp_stage = stage
+        # Read by Megatron's schedule and by its reduction of shared embeddings' gradients, of which there are none.
+        self.pre_process, self.post_process = engine.is_first_stage(stage), engine.is_last_stage(stage)
+        self.share_embeddings_and_output_weights = False
         shape = recipe.model
         self.encoders, self.connector = torch.nn.ModuleDict(), None
-        if engine.is_first_stage(stage):
+        if self.pre_process:
             self.encoders.update({encoder.name: build_encoder(encoder) for encoder in shape.encoders})
             if shape.connector is not None:
                 parts: list[Any] = list(self.encoders.values())
                 channels, grids = [part.channels for part in parts], [part.grid for part in parts]
                 self.connector = Connector(shape.connector, channels, grids, config.hidden_size)
         self.language = LongcatModel(config, stage)
+        initialise(self, recipe)
 
     def set_input_tensor(self, input_tensor: list[Any]) -> None:
         """Called by the pipeline schedule with the previous stage's output; None on the first stage."""
@@ -64,7 +68,7 @@ class MultimodalModel(MegatronModule):
     def hidden(self, batch: dict[str, Any]) -> Tensor:
         """This stage's output (:meth:`LongcatModel.forward`)."""
         return self.language(
-            self._splice(batch["tokens"], batch["images"]) if self.language.pre_process else None,
+            self._splice(batch["tokens"], batch["images"]) if self.pre_process else None,
             batch["position"],
             batch["document"],
             batch["branch"],
@@ -75,7 +79,7 @@ class MultimodalModel(MegatronModule):
         """Cross-entropy, fp32 [n], of this rank's n positions with loss_mask 1, in the order of the flattened batch;
         before the last pipeline stage the hidden states for the next one, [t, b, D]."""
         hidden = self.hidden(batch)
-        if not self.language.post_process:
+        if not self.post_process:
             return hidden
         mine = self.language.mine(batch["tokens"].size(1), hidden.device)
         places = batch["loss_mask"][:, mine].bool()
@@ -91,7 +95,6 @@ def build(recipe: Recipe, stage: int | None = None) -> MultimodalModel:
     recipe's dtype (the routers stay in fp32)."""
     config = make_config(recipe)
     model = MultimodalModel(recipe, config, stage)
-    initialise(model, recipe)
     if config.params_dtype != torch.float32:
         model.encoders.to(config.params_dtype)
         if model.connector is not None:

@@ -35,14 +35,14 @@ class _GatherFirst(Function):
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
         out = x.new_empty(group.size() * x.size(0), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+        dist.all_gather_single(out, x.contiguous(), group=group)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         grad = grads[0].contiguous()
         out = grad.new_empty(grad.size(0) // ctx.group.size(), *grad.shape[1:])
-        dist.reduce_scatter_tensor(out, grad, group=ctx.group)
+        dist.reduce_scatter_single(out, grad, group=ctx.group)
         return out, None
 
 

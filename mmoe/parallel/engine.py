@@ -44,6 +44,9 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
+# Collectives that Megatron-Core calls by their old names, and its look for gradients in two places (optimizer.py:66).
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf", module="megatron")
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,9 @@ def start(parallel: Parallel, seed: int, *, alone: bool = False, timeout_seconds
 
     Random generators start from ``seed``, the same on every data-parallel rank.
     """
+    if parallel.tensor > 1:
+        # Megatron's linears launch a collective and count on the kernel behind it not to overtake it on the GPU.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not dist.is_initialized():
         rank, world = (0, 1) if alone else announced()
         if torch.cuda.is_available():
@@ -148,8 +154,8 @@ def ranks() -> Ranks:
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
         expert_rank=parallel_state.get_expert_model_parallel_rank(),
         expert_size=parallel_state.get_expert_model_parallel_world_size(),
-        expert_tensor_rank=parallel_state.get_expert_tensor_parallel_rank(),
-        expert_tensor_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        expert_tensor_rank=parallel_state.get_expert_tensor_parallel_rank() or 0,
+        expert_tensor_size=parallel_state.get_expert_tensor_parallel_world_size() or 1,
     )
 
 
@@ -295,11 +301,11 @@ def forward_backward(
     optimizer.zero_grad()
     replay = _Replay(batches, len(models))
     readers = [replay.reader(index) for index in range(len(models))]
-    several = len(models) > 1
+    chunks: Any = models if len(models) > 1 else models[0]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=readers if several else readers[0],
-        model=models if several else models[0],
+        data_iterator=readers if len(models) > 1 else readers[0],
+        model=chunks,
         num_microbatches=count,
         seq_length=sequence_length,
         micro_batch_size=micro_batch,

@@ -1,15 +1,9 @@
 """Checks a parallel layout before any rank starts work."""
 
+from collections.abc import Iterator
+
 from mmoe.errors import UserError
 from mmoe.recipe.schema import Parallel, Recipe
-
-NOT_YET = {
-    "tensor": "tensor parallelism",
-    "pipeline": "pipeline parallelism",
-    "virtual_pipeline": "virtual pipeline stages",
-    "expert_tensor": "expert tensor parallelism",
-    "context": "context parallelism",
-}
 
 
 def data_parallel_size(parallel: Parallel, ranks: int) -> int:
@@ -17,31 +11,56 @@ def data_parallel_size(parallel: Parallel, ranks: int) -> int:
     return ranks // (parallel.tensor * parallel.pipeline * parallel.context)
 
 
-def possible_expert_sizes(experts: int, ranks: int) -> list[int]:
-    """Expert-parallel sizes that divide both the ranks and the experts."""
-    return [size for size in range(1, ranks + 1) if ranks % size == 0 and experts % size == 0]
+def possible_expert_sizes(experts: int, parallel: Parallel, ranks: int) -> list[int]:
+    """Expert-parallel sizes that divide the experts, and the ranks that a pipeline stage leaves to them."""
+    room = ranks // (parallel.pipeline * parallel.expert_tensor)
+    return [size for size in range(1, room + 1) if room % size == 0 and experts % size == 0]
 
 
 def check(recipe: Recipe, ranks: int) -> None:
     """Raises :class:`UserError` when ``recipe`` cannot run on ``ranks`` ranks, with the nearest layouts that can."""
-    parallel, train = recipe.parallel, recipe.train
-    for key, name in NOT_YET.items():
-        if getattr(parallel, key) != 1:
-            raise UserError(
-                f"{name} is not built yet",
-                f"parallel.{key} = {getattr(parallel, key)}",
-                "set it to 1 and use parallel.expert",
-            )
-    if parallel.sequence:
+    parallel = recipe.parallel
+    dense = parallel.tensor * parallel.pipeline * parallel.context
+    if ranks % dense:
+        what = f"tensor × pipeline × context = {dense} does not divide {ranks} rank(s)"
+        raise UserError(what, "parallel", f"start a multiple of {dense} ranks, or lower one of them")
+    if ranks % (parallel.pipeline * parallel.expert_tensor):
+        what = (
+            f"pipeline × expert_tensor = {parallel.pipeline * parallel.expert_tensor} does not divide {ranks} rank(s)"
+        )
+        raise UserError(what, f"parallel.expert_tensor = {parallel.expert_tensor}", "lower it")
+    if parallel.sequence and parallel.tensor == 1:
         raise UserError("sequence parallelism needs tensor parallelism", "parallel.sequence = true", "set it to false")
-    sizes = possible_expert_sizes(recipe.model.moe.experts, ranks)
+    for key, value, what, of in _divisors(recipe):
+        if of % value:
+            near = ", ".join(str(size) for size in range(1, of + 1) if of % size == 0)
+            raise UserError(f"{value} does not divide {what} = {of}", f"parallel.{key}", f"possible: {near}")
+    sizes = possible_expert_sizes(recipe.model.moe.experts, parallel, ranks)
     if parallel.expert not in sizes:
         raise UserError(
             f"{recipe.model.moe.experts} experts do not fit {parallel.expert} expert-parallel ranks on {ranks} rank(s)",
             f"parallel.expert = {parallel.expert}",
             f"possible here: {', '.join(map(str, sizes))}",
         )
-    replicas = data_parallel_size(parallel, ranks)
+    _check_batch(recipe, ranks)
+    _check_pipeline(recipe, ranks)
+
+
+def _divisors(recipe: Recipe) -> Iterator[tuple[str, int, str, int]]:
+    """(key, size, what it has to divide, that one's size)."""
+    parallel, backbone = recipe.parallel, recipe.model.backbone
+    for name in ("heads", "vocab_size", "ffn_hidden_size"):
+        yield "tensor", parallel.tensor, f"model.backbone.{name}", getattr(backbone, name)
+    yield "expert_tensor", parallel.expert_tensor, "model.moe.expert_hidden_size", recipe.model.moe.expert_hidden_size
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    yield "pipeline × virtual_pipeline", stages, "model.backbone.layers", backbone.layers
+    # Context parallelism cuts a pack into two pieces a rank, tensor parallelism cuts those of a rank for routing.
+    pieces = parallel.tensor * (2 * parallel.context if parallel.context > 1 else 1)
+    yield "tensor × 2 context", pieces, "data.sequence_length", recipe.data.sequence_length
+
+
+def _check_batch(recipe: Recipe, ranks: int) -> None:
+    train, replicas = recipe.train, data_parallel_size(recipe.parallel, ranks)
     unit = train.micro_batch * replicas
     if train.global_batch % unit:
         below = train.global_batch // unit * unit
@@ -52,3 +71,17 @@ def check(recipe: Recipe, ranks: int) -> None:
             "train.global_batch",
             f"nearest that fit: {', '.join(near)}; or change train.micro_batch or the number of ranks",
         )
+
+
+def _check_pipeline(recipe: Recipe, ranks: int) -> None:
+    parallel, train = recipe.parallel, recipe.train
+    if parallel.virtual_pipeline == 1:
+        return
+    if parallel.pipeline == 1:
+        what = "virtual pipeline stages need more than one pipeline stage"
+        raise UserError(what, f"parallel.virtual_pipeline = {parallel.virtual_pipeline}", "set it to 1")
+    micro_batches = train.global_batch // (train.micro_batch * data_parallel_size(parallel, ranks))
+    if micro_batches % parallel.pipeline:
+        # The interleaved schedule (Megatron-LM, arXiv 2104.04473, section 2.2) works in rounds of one a stage.
+        what = f"{micro_batches} micro-batches a step are no multiple of {parallel.pipeline} pipeline stages"
+        raise UserError(what, "train.global_batch", "the interleaved schedule needs one: change global_batch")

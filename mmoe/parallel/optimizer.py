@@ -1,6 +1,7 @@
 """AdamW over the ranks: Megatron-Core's optimizers, where a step is taken or left out on all ranks alike."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,10 +17,13 @@ from megatron.core.dist_checkpointing.optimizer import (
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
 
 
-def build(settings: Optimizer, model: DistributedDataParallel, config: TransformerConfig) -> MegatronOptimizer:
+def build(
+    settings: Optimizer, models: Sequence[DistributedDataParallel], config: TransformerConfig, *, distributed: bool
+) -> MegatronOptimizer:
     """AdamW on fp32 main weights with clipping by the global norm; apex's or TE's fused Adam where installed.
 
     Norms, biases and everything else with one dimension take no weight decay.
@@ -36,17 +40,17 @@ def build(settings: Optimizer, model: DistributedDataParallel, config: Transform
             clip_grad=settings.clip_grad,
             bf16=config.params_dtype == torch.bfloat16,
             params_dtype=config.params_dtype,
-            use_distributed_optimizer=False,
+            use_distributed_optimizer=distributed,
         ),
-        [model],
+        list(models),
     )
     config.grad_scale_func = optimizer.scale_loss
     for group in optimizer.param_groups:
         # Upstream only its own scheduler (optimizer_param_scheduler.py) turns the multiplier into the group's decay.
         group["weight_decay"] = settings.weight_decay * group.get("wd_mult", 1.0)
     for part in parts(optimizer):
-        if type(part) is Float16OptimizerWithFloat16Params:
-            part.__class__ = MixedDtypeOptimizer
+        mended = {Float16OptimizerWithFloat16Params: MixedDtypeOptimizer, DistributedOptimizer: ShardedOptimizer}
+        part.__class__ = mended.get(type(part), type(part))
     begin_state(optimizer)
     return optimizer
 
@@ -82,6 +86,24 @@ def begin_state(optimizer: MegatronOptimizer) -> None:
             part.init_state_fn(part.optimizer, part.config)
             for state in part.optimizer.state.values():
                 state.setdefault("step", torch.tensor(0.0))
+
+
+class ShardedOptimizer(DistributedOptimizer):
+    """Megatron's distributed optimizer, with torch's AdamW below it where no fused one is installed."""
+
+    def _set_main_param_and_optimizer_states(self, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        """Upstream (distrib_optimizer.py:940) asks the checkpoint for ``step``, which it keeps elsewhere."""
+        group, place = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][place]]
+        super()._set_main_param_and_optimizer_states(model_param, {"step": state.get("step"), **tensors})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Upstream (distrib_optimizer.py:818) gives every parameter one and the same ``step``: each of them would count
+        it up, and a run that goes on would drift."""
+        super().load_state_dict(state_dict)
+        for state in self.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
 
 
 class MixedDtypeOptimizer(Float16OptimizerWithFloat16Params):

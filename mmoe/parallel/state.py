@@ -2,6 +2,7 @@
 
 import queue
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +23,42 @@ def _unwrap(model: torch.nn.Module) -> Any:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def _sharded(model: torch.nn.Module, optimizer: MegatronOptimizer | None, loading: bool) -> dict[str, Any]:
-    state: dict[str, Any] = {"model": _unwrap(model).sharded_state_dict()}
+def _names(models: Sequence[torch.nn.Module]) -> list[str]:
+    """Where each pipeline chunk stands in the state; tensors go by their own names, whatever chunk holds them."""
+    return [f"model{index}" for index in range(len(models))]
+
+
+def _sharded(models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, loading: bool) -> dict[str, Any]:
+    chunks = [_unwrap(model).sharded_state_dict() for model in models]
+    state: dict[str, Any] = dict(zip(_names(models), chunks, strict=True))
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=SHARDING)
+        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=SHARDING)
         # Every rank draws the same numbers (start() seeds them alike), so one state serves any layout.
         state["random"] = ShardedObject("random", torch.get_rng_state(), (1,), (0,), replica_id=ranks().rank)
     return state
 
 
-def save(folder: Path, model: torch.nn.Module, optimizer: MegatronOptimizer) -> None:
+def save(folder: Path, models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
     """Writes weights, optimizer and random states of all ranks into the empty ``folder`` (torch_dist)."""
     # A save within this process needs no queue between processes. Upstream's (filesystem_async.py:50) is a spawned
     # manager, which a SIGTERM to the process group kills: the save that it asks for would then fail.
     filesystem_async._results_queue = queue.Queue()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        dist_checkpointing.save(_sharded(model, optimizer, loading=False), str(folder))
+        dist_checkpointing.save(_sharded(models, optimizer, loading=False), str(folder))
 
 
-def load(folder: Path, model: torch.nn.Module, optimizer: MegatronOptimizer | None) -> None:
-    """Fills ``model`` (and ``optimizer`` and random states, unless None) from ``folder``, saved at any layout."""
-    target = _sharded(model, optimizer, loading=True)
+def load(folder: Path, models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None) -> None:
+    """Fills the pipeline chunks ``models`` (and ``optimizer`` and random states, unless None) from ``folder``, saved at
+    any layout."""
+    target = _sharded(models, optimizer, loading=True)
     with warnings.catch_warnings():
         # dist_checkpointing/strategies/torch.py:799 calls what torch has deprecated, or warns of (0.19.2).
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
         state: Any = dist_checkpointing.load(target, str(folder))
-    _unwrap(model).load_state_dict(state["model"])
+    for name, model in zip(_names(models), models, strict=True):
+        _unwrap(model).load_state_dict(state[name])
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
         begin_state(optimizer)

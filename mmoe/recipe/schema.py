@@ -167,7 +167,7 @@ class Parallel:
     distributed_optimizer: bool = False
     """Each data-parallel rank keeps a part of the optimizer's state."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in the backward: none, those of the attention blocks, or all but the layers' inputs."""
+    """Activations computed again in the backward: none, the attention blocks', or all but the layers' inputs."""
     overlap_moe: bool = True
     """Dispatch and combine run beside the dense branch of a layer (ScMoE)."""
 

@@ -1,5 +1,6 @@
 """Steers the mean number of FFN experts per token towards K_e by moving the routers' selection bias."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,27 +8,40 @@ from torch import Tensor
 
 from mmoe.layers.router import ZeroExpertRouter
 from mmoe.models.multimodal import MultimodalModel
+from mmoe.parallel import engine
 
 
-def routers(model: MultimodalModel) -> list[ZeroExpertRouter]:
-    """The routers in the order of their layers."""
-    layers: Any = model.language.decoder.layers
-    return [layer.moe.router for layer in layers]
+def routers(models: Sequence[MultimodalModel]) -> dict[int, ZeroExpertRouter]:
+    """The routers of this rank's pipeline stages by their layer, from 0."""
+    layers: list[Any] = [layer for model in models for layer in model.language.decoder.layers]
+    return {layer.layer_number - 1: layer.moe.router for layer in layers}
 
 
-def take_tallies(model: MultimodalModel) -> Tensor:
-    """fp64 [layers, N + Z + 4]: what the routers counted on this rank since the last call; they start again at zero."""
-    parts = routers(model)
-    tallies = torch.stack([part.tally for part in parts])
-    for part in parts:
-        part.tally.zero_()
+def take_tallies(models: Sequence[MultimodalModel]) -> Tensor:
+    """fp64 [layers of the whole model, N + Z + 4]: what this rank's routers counted since the last call, zero for the
+    layers of other stages; they start again at zero. Summed over all ranks they are the global batch's."""
+    parts = routers(models)
+    tally = next(iter(parts.values())).tally
+    tallies = tally.new_zeros(models[0].config.num_layers, tally.numel())
+    for layer, router in parts.items():
+        tallies[layer] = router.tally
+        router.tally.zero_()
     return tallies
 
 
-def steer(model: MultimodalModel, tallies: Tensor, rate: float) -> None:
-    """Moves the biases of all layers by ``tallies``, fp64 [layers, N + Z + 4], summed over all data-parallel ranks."""
-    for router, tally in zip(routers(model), tallies, strict=True):
-        steer_router(router, tally, rate)
+def squared_bias(models: Sequence[MultimodalModel]) -> float:
+    """Σ b² over this rank's routers; 0 on a rank whose layers another one speaks for. Summed over all ranks it is the
+    whole model's."""
+    here = engine.ranks()
+    if here.data_rank or here.tensor_rank or here.context_rank:
+        return 0.0
+    return sum(float(router.e_score_correction_bias.square().sum()) for router in routers(models).values())
+
+
+def steer(models: Sequence[MultimodalModel], tallies: Tensor, rate: float) -> None:
+    """Moves the biases of this rank's layers by ``tallies``, fp64 [layers, N + Z + 4], summed over all ranks."""
+    for layer, router in routers(models).items():
+        steer_router(router, tallies[layer], rate)
 
 
 @torch.no_grad()

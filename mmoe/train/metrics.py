@@ -75,7 +75,7 @@ class Recorder:
         self.progress.start()
         self.bar = self.progress.add_task(recipe.name, total=recipe.train.steps, completed=done, state="")
 
-    def record(self, step: int, outcome: Outcome, rate: float, seconds: float, bias_norm: float) -> None:
+    def record(self, step: int, outcome: Outcome, rate: float, seconds: float) -> None:
         """One line for step ``step`` (from 1); ``seconds`` is its wall time."""
         if not self.active:
             return
@@ -91,7 +91,7 @@ class Recorder:
             "samples": outcome.samples,
             "seconds": seconds,
             **shares,
-            "bias_norm": bias_norm,
+            "bias_norm": outcome.bias_norm,
             "skipped_samples": outcome.skipped_samples,
             "skipped_step": not outcome.taken,
         }

@@ -2,7 +2,6 @@
 
 import dataclasses
 import fcntl
-import math
 import signal
 import time
 from pathlib import Path
@@ -16,11 +15,10 @@ from mmoe.checkpoint.save import save
 from mmoe.data.loader import Loader
 from mmoe.data.tokenizer import load_tokenizer
 from mmoe.errors import Interrupted, UserError
-from mmoe.models.multimodal import build
+from mmoe.models.multimodal import build_stages
 from mmoe.parallel import cpu_platform, engine, layout
 from mmoe.recipe.load import dump_recipe, load_recipe
 from mmoe.recipe.schema import Recipe
-from mmoe.train import controller
 from mmoe.train.metrics import Recorder
 from mmoe.train.schedule import bias_rate, learning_rate
 from mmoe.train.step import Outcome, Stepper
@@ -31,7 +29,9 @@ def _neutral(recipe: Recipe) -> Recipe:
     # Where the data lies does not matter: the loader compares what it holds.
     data = dataclasses.replace(recipe.data, root="", workers=1, prefetch=1, max_bad_in_a_row=1)
     train = dataclasses.replace(recipe.train, log_every=1, max_skipped_in_a_row=1)
-    plain = {"parallel": type(recipe.parallel)(), "checkpoint": type(recipe.checkpoint)()}
+    # The distributed optimizer's state has a form of its own.
+    parallel = type(recipe.parallel)(distributed_optimizer=recipe.parallel.distributed_optimizer)
+    plain = {"parallel": parallel, "checkpoint": type(recipe.checkpoint)()}
     return dataclasses.replace(recipe, name="", description="", data=data, train=train, **plain)
 
 
@@ -145,7 +145,7 @@ def train(recipe: Recipe, out: Path, resume: bool = False) -> None:
     here = engine.start(recipe.parallel, recipe.train.seed)
     start = engine.from_first(start)
     torch.use_deterministic_algorithms(True)
-    stepper = Stepper(recipe, build(recipe))
+    stepper = Stepper(recipe, build_stages(recipe))
     progress: dict[str, Any] = {"step": 0, "data": None, "taken": 0, "skipped_samples": 0}
     if start is not None:
         progress = load_checkpoint(start, stepper.wrapped, stepper.optimizer)
@@ -215,7 +215,7 @@ def _loop(
             recorder.say(
                 f"step {step + 1}: {outcome.skipped_samples} bad sample(s) skipped, named in {out}/skipped.jsonl"
             )
-        recorder.record(step + 1, outcome, rate, time.perf_counter() - begin, _bias_norm(stepper))
+        recorder.record(step + 1, outcome, rate, time.perf_counter() - begin)
         if not outcome.taken:
             recorder.say(
                 f"step {step + 1}: loss {outcome.loss}, gradient norm {outcome.grad_norm}: skipped on all ranks"
@@ -230,8 +230,3 @@ def _loop(
             save(out, step + 1, stepper.wrapped, stepper.optimizer, progress, recipe, tokenizer)
         if outcome.interrupted and not done:
             raise Interrupted(f"stopped after step {step + 1} of {steps}, saved; go on with --resume")
-
-
-def _bias_norm(stepper: Stepper) -> float:
-    biases = [router.e_score_correction_bias for router in controller.routers(stepper.model)]
-    return math.sqrt(sum(float(bias.square().sum()) for bias in biases))

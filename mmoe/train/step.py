@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ class Outcome:
     loss: float
     balance_loss: float
     grad_norm: float
+    bias_norm: float
+    """Of the selection bias of all routers, as it stood during the step."""
     tokens: int
     samples: int
     skipped_samples: int
@@ -42,36 +44,47 @@ def _on_device(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
+RECORD = 5
+"""Numbers that a micro-batch leaves: loss summed, tokens with loss, tokens, samples, samples skipped."""
+
+
 def _forward(batches: Iterator[dict[str, Any]], model: torch.nn.Module, *, suspects: list[str]) -> tuple[Tensor, Any]:
     batch = _on_device(next(batches))
 
     def loss(losses_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         count = torch.tensor(losses_n.numel(), dtype=torch.int, device=losses_n.device)
-        record = torch.tensor(
-            [
-                float(losses_n.detach().double().sum()),
-                losses_n.numel(),
-                int((batch["document"] > 0).sum()),
-                sum(len(pack) for pack in batch["samples"]),
-                len(batch["skipped"]),
-            ],
-            dtype=torch.float64,
-        )
+        here = engine.ranks()
+        record = [
+            float(losses_n.detach().double().sum()),
+            losses_n.numel(),
+            int((batch["document"] > 0).sum()) * here.has_batch,
+            sum(len(pack) for pack in batch["samples"]) * here.has_batch,
+            len(batch["skipped"]) * here.has_batch,
+        ]
         if not math.isfinite(record[0]):
             suspects.extend(name for pack in batch["samples"] for name in pack)
-        return losses_n.sum(), count, record
+        # Tensor-parallel ranks have the same losses: one of them counts.
+        return (
+            losses_n.sum(),
+            count,
+            torch.tensor(record, dtype=torch.float64) if here.has_losses else torch.zeros(RECORD),
+        )
 
     return model(batch), loss
 
 
 class Stepper:
-    """Model and optimizer of a run, ready to step."""
+    """This rank's pipeline stages (:func:`mmoe.models.multimodal.build_stages`) and optimizer, ready to step."""
 
-    def __init__(self, recipe: Recipe, model: MultimodalModel) -> None:
+    def __init__(self, recipe: Recipe, models: Sequence[MultimodalModel]) -> None:
         self.recipe = recipe
-        self.model = model
-        self.wrapped = engine.prepare(model, model.config)
-        self.optimizer: Any = adam.build(recipe.optimizer, self.wrapped, model.config)
+        self.models = list(models)
+        config, sharded = self.models[0].config, recipe.parallel.distributed_optimizer
+        # One configuration for all stages: the schedule reads the first one's.
+        for model in self.models:
+            model.config = config
+        self.wrapped = engine.prepare(self.models, config, distributed_optimizer=sharded)
+        self.optimizer: Any = adam.build(recipe.optimizer, self.wrapped, config, distributed=sharded)
         self.micro_batches = recipe.train.global_batch // (recipe.train.micro_batch * engine.ranks().data_size)
 
     def step(
@@ -89,7 +102,8 @@ class Stepper:
         any rank comes back as True on all.
         """
         suspects: list[str] = []
-        self.wrapped.train()
+        for model in self.wrapped:
+            model.train()
         records = engine.forward_backward(
             self.wrapped,
             self.optimizer,
@@ -99,23 +113,28 @@ class Stepper:
             self.recipe.data.sequence_length,
             self.recipe.train.micro_batch,
         )
-        tallies = controller.take_tallies(self.model)
-        local = torch.cat((torch.stack(records).sum(0).to(tallies.device), tallies.new_tensor([interrupted()])))
-        sums = engine.sum_over_data(torch.cat((local, tallies.flatten())))
-        loss_sum, loss_tokens, tokens, samples, skipped, stop = sums[:6].tolist()
-        tallies = sums[6:].view_as(tallies)
+        tallies = controller.take_tallies(self.models)
+        local = tallies.new_zeros(RECORD + 2)
+        if records:
+            local[:RECORD] = torch.stack(records).sum(0)
+        local[RECORD] = controller.squared_bias(self.models)
+        local[-1] = float(interrupted())
+        sums = engine.sum_over_world(torch.cat((local, tallies.flatten())))
+        loss_sum, loss_tokens, tokens, samples, skipped, squared_bias, stop = sums[: RECORD + 2].tolist()
+        tallies = sums[RECORD + 2 :].view_as(tallies)
         loss = loss_sum / loss_tokens if loss_tokens else math.nan
 
         taken, grad_norm = False, math.nan
         if math.isfinite(loss):
             taken, grad_norm = adam.update(self.optimizer, rate)
         if taken:
-            controller.steer(self.model, tallies, self.recipe.model.moe.bias_rate if bias_rate is None else bias_rate)
+            controller.steer(self.models, tallies, self.recipe.model.moe.bias_rate if bias_rate is None else bias_rate)
         return Outcome(
             taken=taken,
             loss=loss,
             balance_loss=float(tallies[:, -1].sum()) / max(loss_tokens, 1),
             grad_norm=grad_norm,
+            bias_norm=math.sqrt(squared_bias),
             tokens=int(tokens),
             samples=int(samples),
             skipped_samples=int(skipped),

@@ -32,16 +32,17 @@ def batch(rank: int, step: int, images: int) -> dict:
 def main() -> None:
     recipe = load_recipe(sys.argv[1], ["train.global_batch=2", "train.micro_batch=1", "parallel.expert=2"])
     here = engine.start(recipe.parallel, 0)
-    stepper = Stepper(recipe, build(recipe))
+    stepper = Stepper(recipe, [build(recipe)])
     batches = [batch(here.rank, step, images=2) for step in range(3)]
     if here.rank == 1:
         batches[1]["images"][0, 0, 0, 0] = float("nan")
         batches[2] = batch(here.rank, 2, images=0)
     seen = []
+    (model,) = stepper.models
     for data in batches:
-        before = {name: value.clone() for name, value in stepper.model.state_dict().items() if torch.is_tensor(value)}
+        before = {name: value.clone() for name, value in model.state_dict().items() if torch.is_tensor(value)}
         outcome = stepper.step(iter([data]), 1e-2)
-        after = stepper.model.state_dict()
+        after = model.state_dict()
         changed = [name for name, value in before.items() if not torch.equal(value, after[name])]
         seen.append({"taken": outcome.taken, "changed": len(changed), "loss": repr(outcome.loss)})
     everyone: list = [None, None]

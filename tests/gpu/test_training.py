@@ -18,8 +18,8 @@ def curve() -> list[float]:
     recipe = dataclasses.replace(small.RECIPE, precision=Precision(dtype="bf16"))
     engine.start(Parallel(), seed=0)
     torch.use_deterministic_algorithms(True)
-    run = Stepper(recipe, build(recipe))
-    assert all(parameter.is_cuda for parameter in run.model.parameters())
+    run = Stepper(recipe, [build(recipe)])
+    assert all(parameter.is_cuda for parameter in run.models[0].parameters())
     tokens = torch.randint(4, 60, (2, 32), generator=torch.Generator().manual_seed(0))
     batch = {**small.batch(tokens), "samples": [["a"], ["b"]], "skipped": []}
     return [run.step(iter([batch]), 1e-2).loss for _ in range(8)]

@@ -1,5 +1,7 @@
 """A small backbone on this process and batches for it."""
 
+from typing import TypeVar
+
 import torch
 
 from mmoe.layers.config import LongcatConfig, make_config
@@ -45,6 +47,18 @@ def config() -> LongcatConfig:
     """The configuration of RECIPE, with the process groups of one process ready."""
     engine.start(Parallel(), seed=0)
     return make_config(RECIPE)
+
+
+Module = TypeVar("Module", bound=torch.nn.Module)
+
+
+def initialised(module: Module) -> Module:
+    """``module`` with every matrix drawn from N(0, 0.2²): only whole models initialise themselves."""
+    generator = torch.Generator().manual_seed(11)
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    return module
 
 
 def batch(tokens: torch.Tensor, **fields: torch.Tensor) -> dict:

@@ -14,7 +14,7 @@ B, S, D = 2, 12, small.BACKBONE.hidden_size
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[MLA, LongcatFlashMLA, LongcatFlashConfig]:
-    ours = MLA(small.config())
+    ours = small.initialised(MLA(small.config()))
     shape = small.BACKBONE
     config = LongcatFlashConfig(
         hidden_size=D,
@@ -46,7 +46,7 @@ def test_output_and_gradients_equal_the_released_arithmetic(
     document = torch.ones(B, S, dtype=torch.int32)
     may_attend = visibility(document, torch.zeros_like(document))
     cos, sin = rotary(position, config.qk_rope_head_dim, small.BACKBONE.rope_theta, x.dtype)
-    packed = Packed(additive(may_attend, x.dtype), cos, sin, (document > 0).t(), torch.tensor(1.0))
+    packed = Packed(additive(may_attend, x.dtype), (cos, sin), (cos, sin), (document > 0).t(), torch.tensor(1.0))
 
     mine = x.transpose(0, 1).contiguous().requires_grad_()
     y = ours(mine, packed)

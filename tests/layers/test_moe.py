@@ -17,11 +17,11 @@ SLOTS = MOE.experts + MOE.zero_experts
 
 def packed(valid: Tensor) -> Packed:
     nothing = torch.zeros(1)
-    return Packed(nothing, nothing, nothing, valid, torch.tensor(1.0))
+    return Packed(nothing, (nothing, nothing), (nothing, nothing), valid, torch.tensor(1.0))
 
 
 def layer() -> ZeroExpertMoE:
-    return ZeroExpertMoE(small.config(), layer=1)
+    return small.initialised(ZeroExpertMoE(small.config()))
 
 
 def tokens(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -38,7 +38,7 @@ def dense(moe: ZeroExpertMoE, x: Tensor) -> Tensor:
         for expert in ids:
             value = x[token]
             if expert < MOE.experts:
-                gate, up = (moe.experts.w1[expert].to(x.dtype) @ value).chunk(2)
+                gate, up = moe.experts.w1[expert].to(x.dtype) @ value
                 value = moe.experts.w2[expert].to(x.dtype) @ (torch.nn.functional.silu(gate) * up)
             out = out + MOE.routed_scaling_factor * scores[token, expert] * value
         rows.append(out)
@@ -92,8 +92,8 @@ def test_gradients_through_zero_experts() -> None:
     settings = dataclasses.replace(MOE, top_k=2, active_experts=1.0)
     config = small.config()
     config.moe = settings
-    router = ZeroExpertRouter(config)
-    moe = ZeroExpertMoE(config, layer=1)
+    router = small.initialised(ZeroExpertRouter(config))
+    moe = small.initialised(ZeroExpertMoE(config))
     moe.router = router
     router.e_score_correction_bias[MOE.experts :] = 10.0
     valid = torch.ones(5, dtype=torch.bool)
@@ -147,7 +147,7 @@ def test_no_zero_share_is_no_nan(settings: dict) -> None:
     """K_e = k: the balance loss has no zero group; without a coefficient it is exactly 0."""
     config = small.config()
     config.moe = dataclasses.replace(MOE, active_experts=float(MOE.top_k), **settings)
-    router = ZeroExpertRouter(config)
+    router = small.initialised(ZeroExpertRouter(config))
     _, loss = router(tokens(20), torch.ones(20, dtype=torch.bool))
     assert loss.isfinite()
     assert (loss == 0) == ("balance_coefficient" in settings)

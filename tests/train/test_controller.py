@@ -31,8 +31,8 @@ def tallies(counts: list[float], tokens: float) -> Tensor:
 
 def test_the_published_rule() -> None:
     model = build(MOE)
-    controller.steer(model, tallies([30, 10, 20, 0, 60, 0], 40.0), 0.1)
-    for router in controller.routers(model):
+    controller.steer([model], tallies([30, 10, 20, 0, 60, 0], 40.0), 0.1)
+    for router in controller.routers([model]).values():
         bias = router.e_score_correction_bias
         for i, chosen in enumerate((30, 10, 20, 0)):
             assert bias[i].item() == torch.tensor(0.1 * (WANTED - chosen / (3 * 40))).float().item()
@@ -44,25 +44,25 @@ def test_integral_and_derivative_by_hand() -> None:
     loads, expected = [[30, 10, 20, 0, 60, 0], [15, 15, 0, 30, 60, 0]], torch.zeros(4, dtype=torch.float64)
     before, total = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     for load in loads:
-        controller.steer(model, tallies([float(count) for count in load], 40.0), 0.1)
+        controller.steer([model], tallies([float(count) for count in load], 40.0), 0.1)
         error = WANTED - torch.tensor(load[:4], dtype=torch.float64) / (3 * 40)
         total += error
         expected += 0.1 * (error + 0.5 * total + 2.0 * (error - before))
         before = error
-    for router in controller.routers(model):
+    for router in controller.routers([model]).values():
         torch.testing.assert_close(router.e_score_correction_bias[:4].double(), expected, rtol=1e-6, atol=1e-8)
 
 
 def test_the_summed_error_is_bounded() -> None:
     """An expert that gets nothing for long: the sum stops at its bound, and is unwound from there at once."""
     model = build(dataclasses.replace(MOE, bias_integral_gain=1.0, bias_integral_limit=3.0))
-    router = controller.routers(model)[0]
+    router = controller.routers([model])[0]
     for _ in range(50):
-        controller.steer(model, tallies([0, 20, 20, 20, 60, 0], 40.0), 0.1)
+        controller.steer([model], tallies([0, 20, 20, 20, 60, 0], 40.0), 0.1)
     bound = torch.tensor(3 * WANTED).float()
     assert router.bias_error_sum[0] == bound
     assert router.bias_error_sum[1] == -bound
-    controller.steer(model, tallies([30, 15, 15, 15, 45, 0], 40.0), 0.1)
+    controller.steer([model], tallies([30, 15, 15, 15, 45, 0], 40.0), 0.1)
     torch.testing.assert_close(router.bias_error_sum[0], bound + (WANTED - 30 / 120))
 
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.latest
 def stepper() -> Stepper:
     small.config()
     return Stepper(
-        dataclasses.replace(small.RECIPE, optimizer=Optimizer(lr=0.1, weight_decay=0.5)), build(small.RECIPE)
+        dataclasses.replace(small.RECIPE, optimizer=Optimizer(lr=0.1, weight_decay=0.5)), [build(small.RECIPE)]
     )
 
 
@@ -27,8 +27,8 @@ def batch(**fields: torch.Tensor) -> dict:
 
 def test_matrices_decay_and_norms_do_not() -> None:
     run = stepper()
-    unused = run.model.language.embedding.word_embeddings.weight
-    norm = run.model.language.decoder.layers[0].attention[0].q_a_layernorm.weight
+    unused = run.models[0].language.embedding.word_embeddings.weight
+    norm = run.models[0].language.decoder.layers[0].attention[0].q_a_layernorm.weight
     for group in run.optimizer.param_groups:
         decays = group["weight_decay"]
         for parameter in group["params"]:
@@ -41,11 +41,11 @@ def test_matrices_decay_and_norms_do_not() -> None:
 
 def test_a_step_without_loss_tokens_is_not_taken() -> None:
     run = stepper()
-    before = {name: value.clone() for name, value in run.model.state_dict().items() if torch.is_tensor(value)}
+    before = {name: value.clone() for name, value in run.models[0].state_dict().items() if torch.is_tensor(value)}
     outcome = run.step(iter([batch(loss_mask=torch.zeros(2, 32))]), 0.1)
     assert not outcome.taken
     assert outcome.loss != outcome.loss
-    assert all(torch.equal(value, run.model.state_dict()[name]) for name, value in before.items())
+    assert all(torch.equal(value, run.models[0].state_dict()[name]) for name, value in before.items())
     assert run.step(iter([batch()]), 0.1).taken
 
 

@@ -87,10 +87,10 @@ class LongcatModel(LanguageModule):
         if hidden is not None and self.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden)
         packed = self._packed(position, document, branch, loss_tokens)
-        hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=packed)
+        hidden_out: Tensor = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=packed)
         if self.post_process and self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden)
-        return hidden
+            return gather_from_sequence_parallel_region(hidden_out)
+        return hidden_out
 
     def _packed(self, position: Tensor, document: Tensor, branch: Tensor, loss_tokens: Tensor) -> Packed:
         shape, here, size = self.config.backbone, self.here, position.size(1)

@@ -1,0 +1,140 @@
+"""What the ranks of a pool run: a small multimodal model, trained a few steps at some layout."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmoe.models.multimodal import MultimodalModel, build_stages
+from mmoe.parallel import engine, layout, state
+from mmoe.parallel import optimizer as adam
+from mmoe.recipe import schema
+from mmoe.recipe.tokens import IMAGE
+from mmoe.train.step import Outcome, Stepper
+
+# isort: split
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories
+
+PACK, MICRO, GLOBAL, GRID = 32, 2, 8, 2
+
+
+def recipe(**parallel: Any) -> schema.Recipe:
+    """A model with everything that a layout can cut: 4 layers, 4 heads, 4 experts beside 2 zero experts, images."""
+    backbone = schema.Backbone(
+        vocab_size=64, hidden_size=32, layers=4, heads=4, q_lora_rank=16, kv_lora_rank=8, qk_nope_head_dim=8,
+        qk_rope_head_dim=4, v_head_dim=8, ffn_hidden_size=48, init_std=0.1, residual_init_std=0.1,
+    )  # fmt: skip
+    moe = schema.MoE(
+        experts=4, zero_experts=2, top_k=3, expert_hidden_size=16, routed_scaling_factor=2.0, active_experts=1.5,
+        balance_coefficient=0.1, balance_groups=2, bias_rate=0.02, router_init_std=0.5,
+    )  # fmt: skip
+    vit = schema.Encoder(name="vit", type="vit", image_size=16, patch_size=4, width=16, layers=1, heads=2)
+    connector = schema.Connector(grid=GRID, width=16, heads=2)
+    return schema.Recipe(
+        name="layouts",
+        model=schema.Model(backbone=backbone, moe=moe, encoders=(vit,), connector=connector),
+        data=schema.Data(mixture="none", sequence_length=PACK),
+        train=schema.Train(steps=10, global_batch=GLOBAL, micro_batch=MICRO),
+        optimizer=schema.Optimizer(lr=1e-3, eps=1e-5),
+        parallel=schema.Parallel(**parallel),
+    )
+
+
+def micro_batch(step: int, index: int, images: int = 3) -> dict[str, Any]:
+    """Two packs: one of two documents, images and branches, one that ends in padding. Some have no image."""
+    generator = torch.Generator().manual_seed(1000 * step + index)
+    images = 0 if index % 4 == 3 else images
+    tokens = torch.randint(4, 64, (MICRO, PACK), generator=generator)
+    document = torch.ones(MICRO, PACK, dtype=torch.int32)
+    branch = torch.zeros(MICRO, PACK, dtype=torch.int32)
+    document[0, 18:], document[1, 27:] = 2, 0
+    branch[0, 10:14], branch[0, 14:18], branch[1, 20:27] = 1, 2, 1
+    position = torch.arange(PACK).repeat(MICRO, 1)
+    position[0, 14:18] -= 4
+    position[0, 18:] -= 18
+    for image, (pack, place) in enumerate(((0, 2), (0, 19), (1, 5))[:images]):
+        tokens[pack, place : place + GRID**2] = IMAGE
+        del image
+    loss_mask = (torch.rand(MICRO, PACK, generator=generator) < 0.6).float() * (document > 0)
+    return {
+        "tokens": torch.where(document > 0, tokens, 0),
+        "labels": torch.randint(4, 64, (MICRO, PACK), generator=generator),
+        "loss_mask": loss_mask,
+        "position": position,
+        "document": document,
+        "branch": branch,
+        "images": torch.rand(images, 3, 16, 16, generator=generator),
+        "samples": [["a"]] * MICRO,
+        "skipped": [],
+    }
+
+
+def batches(step: int) -> list[dict[str, Any]]:
+    """This rank's micro-batches of a step: the same eight packs at every layout."""
+    here = engine.ranks()
+    return [micro_batch(step, index) for index in range(here.data_rank, GLOBAL // MICRO, here.data_size)]
+
+
+Pieces = list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]
+
+
+def pieces(models: list[MultimodalModel], *, gradients: bool) -> Pieces:
+    """(name, shape of the whole, where this part begins, part) of every parameter, or of its gradient."""
+    found: Pieces = []
+    for model in models:
+        sharded = model.sharded_state_dict()
+        for part in nested_values(sharded):
+            if gradients and isinstance(part, ShardedTensor | ShardedTensorFactory):
+                part.data = getattr(part.data, "main_grad", None)
+        apply_factories(sharded)
+        for part in nested_values(sharded):
+            if isinstance(part, ShardedTensor) and part.data is not None:
+                data = part.data.detach().clone().view(*[1] * part.prepend_axis_num, *part.local_shape)
+                found.append((part.key, tuple(part.global_shape), tuple(part.global_offset), data))
+    return found
+
+
+def train(
+    steps: int = 5, first: int = 0, save: tuple[int, str] | None = None, load: str | None = None, **parallel: Any
+) -> dict[str, Any]:
+    """Losses, gradient norms and routing of ``steps`` steps from step ``first``; the first one's gradients and the last
+    weights. ``save`` = (after which step, folder); ``load``: the folder to go on from."""
+    settings = recipe(**parallel)
+    layout.check(settings, engine.announced()[1])
+    here = engine.start(settings.parallel, 0)
+    torch.use_deterministic_algorithms(True)
+    stepper = Stepper(settings, build_stages(settings))
+    if load:
+        state.load(Path(load), stepper.wrapped, stepper.optimizer)
+    gradients: Pieces = []
+    update = adam.update
+
+    def watched(optimizer: Any, rate: float) -> tuple[bool, float]:
+        if not gradients and not settings.parallel.distributed_optimizer:
+            gradients.extend(pieces(stepper.models, gradients=True))
+        return update(optimizer, rate)
+
+    adam.update = watched
+    try:
+        outcomes: list[Outcome] = []
+        for step in range(first, first + steps):
+            outcomes.append(stepper.step(iter(batches(step)), settings.optimizer.lr))
+            if save and save[0] == step + 1:
+                if here.first:
+                    Path(save[1]).mkdir()
+                engine.barrier()
+                state.save(Path(save[1]), stepper.wrapped, stepper.optimizer)
+    finally:
+        adam.update = update
+    assert all(outcome.taken for outcome in outcomes)
+    return {
+        "loss": [outcome.loss for outcome in outcomes],
+        "grad_norm": [outcome.grad_norm for outcome in outcomes],
+        "balance_loss": [outcome.balance_loss for outcome in outcomes],
+        "tallies": [outcome.tallies for outcome in outcomes],
+        "counts": [(outcome.tokens, outcome.samples) for outcome in outcomes],
+        "gradients": gradients,
+        "weights": pieces(stepper.models, gradients=False),
+    }

@@ -1,0 +1,144 @@
+"""Every layout trains the same model: curve, gradient norm, routing, each parameter's gradient; and goes on from a
+checkpoint of any other layout. Two runs at one layout are equal bit by bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pool
+import pytest
+import torch
+
+CURVE = 2e-6
+"""Relative, of losses and gradient norms over five steps in fp32 with Adam's ε at 1e-5."""
+GRADIENT = 2e-6
+"""Of a parameter's largest gradient, or of a thousandth of the largest of all, below which sums that cancel (a key's
+bias moves all scores alike) leave nothing but rounding."""
+
+Layout = tuple[int, dict[str, Any]]
+ONE_OF_A_KIND: dict[str, Layout] = {
+    "tp2": (2, {"tensor": 2}),
+    "tp2 sp": (2, {"tensor": 2, "sequence": True}),
+    "pp2": (2, {"pipeline": 2}),
+    "pp2 vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "cp2": (2, {"context": 2}),
+    "dp2": (2, {}),
+    "dp2 distributed optimizer": (2, {"distributed_optimizer": True}),
+    "ep2": (2, {"expert": 2}),
+    "ep2 without overlap": (2, {"expert": 2, "overlap_moe": False}),
+    "tp2 sp etp2": (2, {"tensor": 2, "sequence": True, "expert_tensor": 2}),
+    "full recompute": (1, {"recompute": "full"}),
+    "selective recompute": (1, {"recompute": "selective"}),
+}
+TOGETHER: dict[str, Layout] = {
+    "tp2 sp pp2": (4, {"tensor": 2, "sequence": True, "pipeline": 2}),
+    "tp2 ep2": (4, {"tensor": 2, "expert": 2}),
+    "tp2 sp ep2 etp2": (4, {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 2}),
+    "tp2 sp ep4": (4, {"tensor": 2, "sequence": True, "expert": 4}),
+    "pp2 ep2": (4, {"pipeline": 2, "expert": 2}),
+    "pp2 vpp2 ep2 full recompute": (4, {"pipeline": 2, "virtual_pipeline": 2, "expert": 2, "recompute": "full"}),
+    "cp2 ep2": (4, {"context": 2, "expert": 2}),
+    "cp4": (4, {"context": 4}),
+    "tp2 sp cp2": (4, {"tensor": 2, "sequence": True, "context": 2}),
+    "tp2 cp2 selective recompute": (4, {"tensor": 2, "context": 2, "recompute": "selective"}),
+    "pp4": (4, {"pipeline": 4}),
+    "dp4": (4, {}),
+    "dp4 ep2 distributed optimizer": (4, {"expert": 2, "distributed_optimizer": True}),
+    "tp2 sp pp2 cp2 ep2": (8, {"tensor": 2, "sequence": True, "pipeline": 2, "context": 2, "expert": 2}),
+    "tp2 sp pp2 vpp2 ep2 etp2 distributed optimizer": (
+        8,
+        {
+            "tensor": 2,
+            "sequence": True,
+            "pipeline": 2,
+            "virtual_pipeline": 2,
+            "expert": 2,
+            "expert_tensor": 2,
+            "distributed_optimizer": True,
+        },
+    ),
+}
+MATRIX = [pytest.param(layout, id=name) for name, layout in ONE_OF_A_KIND.items()] + [
+    pytest.param(layout, id=name, marks=pytest.mark.slow) for name, layout in TOGETHER.items()
+]
+Results = list[dict[str, Any]]
+
+
+def whole(results: Results, kind: str) -> dict[str, torch.Tensor]:
+    """Parameters put together from all ranks' parts; what several ranks hold has to agree bit by bit."""
+    found: dict[str, torch.Tensor] = {}
+    for result in results:
+        for name, shape, first, part in result[kind]:
+            full = found.setdefault(name, torch.full(shape, torch.nan, dtype=part.dtype))
+            window = full[tuple(slice(a, a + b) for a, b in zip(first, part.shape, strict=True))]
+            assert window.isnan().all() or torch.equal(window, part), f"{name} differs between ranks"
+            window.copy_(part)
+    assert found
+    assert not any(tensor.isnan().any() for tensor in found.values())
+    return found
+
+
+@pytest.fixture(scope="module")
+def single(ranks: pool.Pools) -> Results:
+    return ranks(1).run("jobs", "train")
+
+
+@pytest.fixture(scope="module")
+def saved(ranks: pool.Pools, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[str, Results]]:
+    """One process' state after three steps, and its steps 4 to 6 from there, with the plain and with the distributed
+    optimizer: their checkpoints are of two forms."""
+    folder, found = tmp_path_factory.mktemp("layouts"), {}
+    for distributed in (False, True):
+        path = str(folder / str(distributed))
+        ranks(1).run("jobs", "train", steps=3, save=(3, path), distributed_optimizer=distributed)
+        results = ranks(1).run("jobs", "train", steps=3, first=3, load=path, distributed_optimizer=distributed)
+        found[distributed] = path, results
+    return found
+
+
+def compare(results: Results, expected: dict[str, Any], first: int = 0) -> None:
+    for result in results:
+        assert result["loss"] == pytest.approx(expected["loss"][first:], rel=CURVE)
+        assert result["grad_norm"] == pytest.approx(expected["grad_norm"][first:], rel=CURVE)
+        assert result["balance_loss"] == pytest.approx(expected["balance_loss"][first:], rel=CURVE)
+        assert result["counts"] == expected["counts"][first:]
+
+
+@pytest.mark.parametrize("layout", MATRIX)
+def test_layout_equals_one_process(ranks: pool.Pools, single: Results, layout: Layout) -> None:
+    world, parallel = layout
+    results = ranks(world).run("jobs", "train", **parallel)
+    compare(results, single[0])
+    assert torch.equal(results[0]["tallies"][0][:, :-1], single[0]["tallies"][0][:, :-1])  # the last one is a loss
+    assert whole(results, "weights").keys() == whole(single, "weights").keys()
+    if parallel.get("distributed_optimizer"):
+        return  # no rank has a whole gradient
+    ours, theirs = whole(results, "gradients"), whole(single, "gradients")
+    assert ours.keys() == theirs.keys()
+    floor = max(float(gradient.abs().max()) for gradient in theirs.values()) / 1000
+    for name, gradient in theirs.items():
+        bound = GRADIENT * max(float(gradient.abs().max()), floor)
+        torch.testing.assert_close(ours[name], gradient, rtol=0, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("layout", MATRIX)
+def test_goes_on_from_one_process_and_is_gone_on_from(
+    ranks: pool.Pools, single: Results, saved: dict[bool, tuple[str, Results]], tmp_path: Path, layout: Layout
+) -> None:
+    world, parallel = layout
+    distributed = parallel.get("distributed_optimizer", False)
+    begin, alone = saved[distributed]
+    there, path = ranks(world), str(tmp_path / "there")
+    compare(there.run("jobs", "train", steps=2, first=3, load=begin, save=(5, path), **parallel), single[0], first=3)
+    back = ranks(1).run("jobs", "train", steps=1, first=5, load=path, distributed_optimizer=distributed)
+    compare(back, alone[0], first=2)
+
+
+@pytest.mark.parametrize("layout", MATRIX)
+def test_two_runs_are_equal_bit_by_bit(ranks: pool.Pools, layout: Layout) -> None:
+    world, parallel = layout
+    once, again = (ranks(world).run("jobs", "train", steps=3, **parallel) for _ in range(2))
+    for one, other in zip(once, again, strict=True):
+        for name in ("loss", "grad_norm", "balance_loss"):
+            assert one[name] == other[name]
+        for (name, _, _, a), (_, _, _, b) in zip(one["weights"], other["weights"], strict=True):
+            assert torch.equal(a, b), name
