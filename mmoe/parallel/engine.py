@@ -44,6 +44,8 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
+# Its MoE layer needs sequence parallelism beside tensor parallelism; ours cuts the tokens itself (layers/moe.py).
+warnings.filterwarnings("ignore", message="When using expert parallelism and tensor parallelism for training, sequence")
 # Collectives that Megatron-Core calls by their old names, and its look for gradients in two places (optimizer.py:66).
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf", module="megatron")

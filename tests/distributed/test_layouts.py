@@ -10,7 +10,7 @@ import torch
 
 CURVE = 2e-6
 """Relative, of losses and gradient norms over five steps in fp32 with Adam's ε at 1e-5."""
-GRADIENT = 2e-6
+GRADIENT = 5e-6
 """Of a parameter's largest gradient, or of a thousandth of the largest of all, below which sums that cancel (a key's
 bias moves all scores alike) leave nothing but rounding."""
 

@@ -1,4 +1,4 @@
-"""One process, two data-parallel ranks and two expert-parallel ranks train the same model on the same stream."""
+"""`mmoe train` on one process and on two ranks at some layouts: the same model on the same stream of samples."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,12 @@ import training
 
 pytestmark = pytest.mark.latest
 
-LAYOUTS = {"dp2": (), "ep2": ("--set", "parallel.expert=2")}
+LAYOUTS = {
+    "dp2": (),
+    "ep2": ("--set", "parallel.expert=2"),
+    "tp2": ("--set", "parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2"),
+    "pp2": ("--set", "parallel.pipeline=2"),
+}
 TOLERANCE = 2e-6
 
 
