@@ -39,7 +39,7 @@ def to_hf(checkpoint: Path, out: Path, dtype: str | None = None, load: Load | No
         load: gives (recipe, state dict, path of tokenizer.json); :func:`mmoe.checkpoint.load.state_dict` if None.
 
     Raises:
-        UserError: the checkpoint cannot be read, or OUT holds something else.
+        UserError: the checkpoint cannot be read, transformers has no such model, or OUT holds something else.
     """
     if load is None:
         from mmoe.checkpoint.load import state_dict
@@ -48,6 +48,7 @@ def to_hf(checkpoint: Path, out: Path, dtype: str | None = None, load: Load | No
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}", "--dtype", f"choose one of {', '.join(DTYPES)}")
     recipe, state, tokenizer = load(checkpoint)
+    longcat.check_expressible(recipe.model.moe)
     model, wanted = recipe.model, DTYPES[dtype] if dtype else None
     whole = multimodal.table(model).write(state) if model.encoders else None
     language_state = {n: t for n, t in state.items() if n.startswith("language.") or whole is None}

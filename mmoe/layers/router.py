@@ -77,9 +77,10 @@ class ZeroExpertRouter(MegatronModule):
             self.e_score_correction_bias,
             zero_experts=moe.zero_experts,
             top_k=moe.top_k,
-            scaling=moe.routed_scaling_factor,
+            scaling=moe.routed_scaling_factor * moe.variance_factor,
             balance_groups=moe.balance_groups,
             valid=valid_T,
+            identity=moe.identity,
         )
         return routed, self._balance_loss(routed, valid_T.sum())
 

@@ -40,6 +40,13 @@ class MoE:
     top_k: int
     expert_hidden_size: int
     routed_scaling_factor: float = 1.0
+    variance_factor: float = 1.0
+    """γ: factor on the layer's output for experts cut into m finer ones each, γ = m (section 2.3.2): gates are m times
+    smaller on average, as is the variance that m times narrower experts add up. The released models have no field for
+    it, their routed_scaling_factor of 6 multiplies the same sum: both factors count, and an export has their product.
+    """
+    identity: Literal["scaled", "unscaled", "copy", "drop"] = "scaled"
+    """Weight of x in a zero expert's slot: its score × both factors (the released models), its score, 1, or 0."""
     active_experts: float
     """K_e: the wanted mean number of FFN experts per token; the controller steers towards it."""
     bias_rate: float = 1e-3

@@ -147,6 +147,21 @@ def test_a_tensor_that_nothing_reads_is_an_error(exported, tmp_path):
     assert (tmp_path / "hf/config.json").is_file(), "an earlier export outlives a failing one"
 
 
+def test_what_transformers_cannot_express_is_refused(exported, tmp_path):
+    moe = dataclasses.replace(MODEL.moe, identity="unscaled")
+    recipe = dataclasses.replace(RECIPE, model=dataclasses.replace(MODEL, moe=moe))
+    with pytest.raises(UserError, match="this model has 'unscaled'"):
+        to_hf(Path("checkpoint"), tmp_path / "hf", load=lambda _: (recipe, exported.state, exported.tokenizer))
+    assert not (tmp_path / "hf").exists()
+
+
+def test_the_variance_factor_is_exported_as_part_of_the_scaling(exported, tmp_path):
+    moe = dataclasses.replace(MODEL.moe, routed_scaling_factor=1.5, variance_factor=4.0)
+    recipe = dataclasses.replace(RECIPE, model=dataclasses.replace(MODEL, moe=moe))
+    to_hf(Path("checkpoint"), tmp_path / "hf", load=lambda _: (recipe, exported.state, exported.tokenizer))
+    assert json.loads((tmp_path / "hf/language/config.json").read_text())["routed_scaling_factor"] == 6.0
+
+
 def test_unknown_dtype(exported, tmp_path):
     with pytest.raises(UserError, match="fp8"):
         to_hf(Path("checkpoint"), tmp_path / "hf", "fp8", load=load(exported.state, exported.tokenizer))

@@ -1,6 +1,7 @@
 """Zero experts: skipped for real, differentiable, counted and balanced without padding."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import small
@@ -10,6 +11,7 @@ from torch import Tensor
 from mmoe.layers.moe import ZeroExpertMoE
 from mmoe.layers.packed import Packed
 from mmoe.layers.router import ZeroExpertRouter, balance_loss
+from mmoe.ops.router import router as route
 
 MOE, D = small.MIXTURE, small.BACKBONE.hidden_size
 SLOTS = MOE.experts + MOE.zero_experts
@@ -20,8 +22,10 @@ def packed(valid: Tensor) -> Packed:
     return Packed(nothing, (nothing, nothing), (nothing, nothing), valid, torch.tensor(1.0))
 
 
-def layer() -> ZeroExpertMoE:
-    return small.initialised(ZeroExpertMoE(small.config()))
+def layer(**settings: Any) -> ZeroExpertMoE:
+    config = small.config()
+    config.moe = dataclasses.replace(MOE, **settings)
+    return small.initialised(ZeroExpertMoE(config))
 
 
 def tokens(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -29,25 +33,35 @@ def tokens(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def dense(moe: ZeroExpertMoE, x: Tensor) -> Tensor:
-    """The layer as the report writes it: Σ over all slots of weight × expert(x), one token at a time."""
+    """The layer as the report writes it: γ Σ over all slots of weight × expert(x), one token at a time."""
+    settings = moe.config.moe
+    factor = settings.variance_factor * settings.routed_scaling_factor
+    identity = {"scaled": (0, factor), "unscaled": (0, 1), "copy": (1, 0), "drop": (0, 0)}
+    constant, of_score = identity[settings.identity]
     scores = (x @ moe.router.weight.to(x.dtype).t()).softmax(-1)
     chosen = (scores + moe.router.e_score_correction_bias.to(x.dtype)).topk(MOE.top_k, -1).indices
     rows = []
     for token, ids in zip(range(len(x)), chosen.tolist(), strict=True):
         out = torch.zeros_like(x[token])
         for expert in ids:
-            value = x[token]
-            if expert < MOE.experts:
-                gate, up = moe.experts.w1[expert].to(x.dtype) @ value
-                value = moe.experts.w2[expert].to(x.dtype) @ (torch.nn.functional.silu(gate) * up)
-            out = out + MOE.routed_scaling_factor * scores[token, expert] * value
+            score = scores[token, expert]
+            if expert >= MOE.experts:
+                out = out + (constant + of_score * score) * x[token]
+                continue
+            gate, up = moe.experts.w1[expert].to(x.dtype) @ x[token]
+            out = out + factor * score * (moe.experts.w2[expert].to(x.dtype) @ (torch.nn.functional.silu(gate) * up))
         rows.append(out)
     return torch.stack(rows)
 
 
-def test_equals_the_papers_sum_over_experts() -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"variance_factor": 1.5}, {"identity": "unscaled"}, {"identity": "copy"}, {"identity": "drop"}],
+    ids=str,
+)
+def test_equals_the_papers_sum_over_experts(settings: dict) -> None:
     """Outputs, and the gradients to the tokens, the router and both expert weights."""
-    moe = layer()
+    moe = layer(**settings)
     weight = torch.randn(40, D, generator=torch.Generator().manual_seed(5))
     parameters = {"router": moe.router.weight, "w1": moe.experts.w1, "w2": moe.experts.w2}
 
@@ -106,7 +120,6 @@ def test_gradients_through_zero_experts() -> None:
     torch.testing.assert_close(y, share * x, rtol=1e-5, atol=1e-6)
 
     from mmoe.ops.permute import permute
-    from mmoe.ops.router import router as route
     from mmoe.ops.unpermute import unpermute
 
     def through(x64: Tensor, weight64: Tensor) -> Tensor:
@@ -175,3 +188,33 @@ def test_balance_loss_is_level_at_the_wanted_load() -> None:
     tilted = counts.clone()
     tilted[0] *= 2
     assert gradient(tilted).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize(("groups", "active"), [(1, 1.0), (2, 1.5), (4, 2.0)])
+def test_balance_gradient_vanishes_at_the_wanted_ratio_and_uniform_load(groups: int, active: float) -> None:
+    """Through real routing: tokens choose FFN and zero experts as K_e : k − K_e, every expert of a kind equally often;
+    nothing reaches the logits, whatever the probabilities. Where some tokens take no zero expert, something does."""
+    config, few = small.config(), int(active)
+    config.moe = dataclasses.replace(MOE, balance_groups=groups, active_experts=active)
+    t, generator = 48, torch.Generator().manual_seed(6)
+    noise = torch.rand(t, SLOTS, generator=generator, dtype=torch.float64)
+
+    def gradient(without_zero: int) -> Tensor:
+        chosen = torch.zeros(t, SLOTS, dtype=torch.float64)
+        ffn, zero = 0, 0
+        for token in range(t):
+            count = few + (token % 2 if active != few else 0)
+            ids = [(ffn + i) % MOE.experts for i in range(count)]
+            ids += [MOE.experts + (zero + i) % MOE.zero_experts for i in range(MOE.top_k - count)]
+            ffn, zero = ffn + count, zero + MOE.top_k - count
+            chosen[token, ids] = 2.0
+        chosen[:without_zero, MOE.experts :] = -2.0
+        logits = (chosen + noise).requires_grad_()
+        bias = torch.zeros(SLOTS, dtype=torch.float64)
+        routed = route(logits, bias, zero_experts=MOE.zero_experts, top_k=MOE.top_k, balance_groups=groups, scaling=2.0)
+        balance_loss(routed.counts, routed.group_probs, torch.tensor(float(t)).double(), config).backward()
+        assert logits.grad is not None
+        return logits.grad
+
+    assert gradient(without_zero=0).abs().max() < 1e-16
+    assert gradient(without_zero=8).abs().max() > 1e-6

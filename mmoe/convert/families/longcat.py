@@ -65,6 +65,13 @@ def table(backbone: Backbone, moe: MoE, *, fused: bool, prefix: str = "") -> Tab
     return Table(entries, padding)
 
 
+def check_expressible(moe: MoE) -> None:
+    """Raises :class:`UserError` where transformers' model computes something else, whatever its configuration."""
+    if moe.zero_experts and moe.identity != "scaled":
+        what = f"transformers' LongCat-Flash scales what its zero experts give, this model has {moe.identity!r}"
+        raise UserError(what, "model.moe.identity", "only models trained with 'scaled' can be exported")
+
+
 def to_config(backbone: Backbone, moe: MoE, dtype: str) -> dict[str, Any]:
     """The fields of transformers' ``LongcatFlashConfig``, and those that vLLM reads besides."""
     return {
@@ -89,7 +96,7 @@ def to_config(backbone: Backbone, moe: MoE, dtype: str) -> dict[str, Any]:
         "zero_expert_num": moe.zero_experts,
         "zero_expert_type": "identity",
         "moe_topk": moe.top_k,
-        "routed_scaling_factor": moe.routed_scaling_factor,
+        "routed_scaling_factor": moe.routed_scaling_factor * moe.variance_factor,
         "router_bias": False,
         "mla_scale_q_lora": True,
         "mla_scale_kv_lora": True,
