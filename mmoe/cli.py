@@ -90,6 +90,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
     recipes = _command(commands, "recipes", _recipes, "list the shipped recipes or show one", "recipes quickstart")
     recipes.add_argument("name", nargs="?", metavar="NAME", help="a recipe to show with every default filled in")
+    recipes.add_argument("--count", action="store_true", help="show its parameters instead, all and those in use")
     _add_set(recipes)
 
     evaluate = _command(
@@ -214,6 +215,13 @@ def _train(options: argparse.Namespace) -> None:
 def _recipes(options: argparse.Namespace) -> None:
     from mmoe.recipe import dump_recipe, list_recipes, load_recipe
 
+    if options.count:
+        if not options.name:
+            raise UserError("--count needs a recipe's name", "", "`mmoe recipes` lists the shipped ones")
+        from mmoe.models.count import describe
+
+        print(describe(load_recipe(options.name, options.set).model))
+        return
     if options.name:
         print(dump_recipe(load_recipe(options.name, options.set)), end="")
         return

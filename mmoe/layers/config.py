@@ -40,6 +40,7 @@ def make_config(recipe: Recipe) -> LongcatConfig:
         moe_ffn_hidden_size=moe.expert_hidden_size,
         moe_router_topk=moe.top_k,
         moe_router_load_balancing_type="none",
+        moe_router_dtype="fp32",
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=stages,

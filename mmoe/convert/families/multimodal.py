@@ -2,15 +2,11 @@
 
 from typing import Any
 
-import torch
-
 from mmoe.convert.families import longcat
 from mmoe.convert.mapping import Entry, Table
 from mmoe.errors import UserError
-from mmoe.models.connectors.sva import Connector
-from mmoe.models.encoders import build_encoder
-from mmoe.recipe.schema import Connector as ConnectorTable
-from mmoe.recipe.schema import Encoder, Model
+from mmoe.models.count import vision_modules
+from mmoe.recipe.schema import Connector, Encoder, Model
 
 
 def table(model: Model, *, fused: bool = True) -> Table:
@@ -28,18 +24,12 @@ def from_config(config: dict[str, Any], where: str) -> Model:
     backbone, moe = longcat.from_config(config.get("text_config", {}), where)
     try:
         encoders = tuple(Encoder(**{**fields, "widths": tuple(fields["widths"])}) for fields in config["encoders"])
-        connector = ConnectorTable(**config["connector"])
+        connector = Connector(**config["connector"])
     except (KeyError, TypeError) as error:
         raise UserError(f"encoders or connector: {error}", where, "export the model again") from None
     return Model(backbone=backbone, moe=moe, encoders=encoders, connector=connector)
 
 
 def _vision_names(model: Model) -> list[str]:
-    """Names of the encoders' and the connector's tensors, read off modules without storage."""
-    with torch.device("meta"):
-        modules: dict[str, Any] = {f"encoders.{e.name}": build_encoder(e) for e in model.encoders}
-        if model.connector is not None:
-            parts = list(modules.values())
-            channels, grids = [part.channels for part in parts], [part.grid for part in parts]
-            modules["connector"] = Connector(model.connector, channels, grids, model.backbone.hidden_size)
-    return [f"{where}.{name}" for where, module in modules.items() for name in module.state_dict()]
+    """Names of the encoders' and the connector's tensors."""
+    return [f"{where}.{name}" for where, module in vision_modules(model).items() for name in module.state_dict()]

@@ -1,0 +1,90 @@
+"""How many parameters a recipe's model has, and how many of them a token uses, without building the language model."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mmoe.models.connectors.sva import Connector
+from mmoe.models.encoders import build_encoder
+from mmoe.recipe.schema import Backbone, Model
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters by when they compute. ``expert``: one FFN expert in each layer; ``dense``: what every token uses."""
+
+    embedding: int
+    dense: int
+    expert: int
+    experts: int
+    vision: int
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.dense + self.experts * self.expert + self.vision
+
+    def active(self, experts: float) -> float:
+        """What a text token uses that goes through ``experts`` FFN experts in each layer. The embedding is not counted:
+        a token reads one row of it. So does arXiv 2509.01322, whose 18.6B to 31.3B are those of 0 and 12 experts."""
+        return self.dense + experts * self.expert
+
+
+def _attention(shape: Backbone) -> int:
+    """One MLA block with its two latent norms."""
+    down = shape.q_lora_rank + shape.kv_lora_rank + shape.qk_rope_head_dim
+    queries = shape.q_lora_rank * (shape.qk_nope_head_dim + shape.qk_rope_head_dim)
+    keys_values = shape.kv_lora_rank * (shape.qk_nope_head_dim + shape.v_head_dim)
+    heads = shape.heads * (queries + keys_values + shape.v_head_dim * shape.hidden_size)
+    return shape.hidden_size * down + heads + shape.q_lora_rank + shape.kv_lora_rank
+
+
+def count(model: Model) -> Count:
+    """The parameters of ``model``; zero experts have none but their rows of the router."""
+    shape, moe = model.backbone, model.moe
+    hidden = shape.hidden_size
+    embedding = shape.vocab_size * hidden
+    layer = (
+        2 * _attention(shape)
+        + 2 * 3 * hidden * shape.ffn_hidden_size
+        + 4 * hidden
+        + (moe.experts + moe.zero_experts) * hidden
+    )
+    return Count(
+        embedding=embedding,
+        dense=shape.layers * layer + hidden + embedding,
+        expert=shape.layers * 3 * hidden * moe.expert_hidden_size,
+        experts=moe.experts,
+        vision=sum(p.numel() for module in vision_modules(model).values() for p in module.parameters()),
+    )
+
+
+def vision_modules(model: Model) -> dict[str, torch.nn.Module]:
+    """The encoders and the connector by their names in the model, without storage."""
+    with torch.device("meta"):
+        modules: dict[str, Any] = {f"encoders.{e.name}": build_encoder(e) for e in model.encoders}
+        if model.connector is not None:
+            parts = list(modules.values())
+            channels, grids = [part.channels for part in parts], [part.grid for part in parts]
+            modules["connector"] = Connector(model.connector, channels, grids, model.backbone.hidden_size)
+    return modules
+
+
+def describe(model: Model) -> str:
+    """The counts as a few lines for the terminal."""
+    counted, moe = count(model), model.moe
+    least, most = max(0, moe.top_k - moe.zero_experts), min(moe.top_k, moe.experts)
+    rows = [
+        ("total", counted.total, ""),
+        ("embedding", counted.embedding, ""),
+        (
+            "FFN experts",
+            counted.experts * counted.expert,
+            f"{counted.experts} in each of {model.backbone.layers} layers",
+        ),
+        ("vision", counted.vision, ""),
+        ("active, least", counted.active(least), f"a token with {least} FFN experts"),
+        ("active, mean", counted.active(moe.active_experts), f"{moe.active_experts:g} FFN experts"),
+        ("active, most", counted.active(most), f"{most} FFN experts"),
+    ]
+    return "\n".join(f"{name:14} {value:>19,.0f}  {note}".rstrip() for name, value, note in rows)
