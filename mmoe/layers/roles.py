@@ -1,8 +1,8 @@
 """What a parameter does in the model, and what follows from that: its first weights' spread and its learning rate.
 
 A recipe with a ``[transfer]`` table was tuned at a narrow proxy of width ``base_width`` and is trained s times as wide,
-s = hidden_size / base_width. LongCat-Flash (arXiv 2509.01322, section 3.1, table 1) takes the "Adam LR Full Align"
-rules for the standard parameterisation from arXiv 2407.05872:
+s = hidden_size / base_width. LongCat-Flash (arXiv 2509.01322, on hyper-parameter transfer) takes the "Adam LR Full
+Align" rules for the standard parameterisation from arXiv 2407.05872:
 
     embedding              σ² and η as in the proxy
     hidden, unembedding    σ² / s, η / s

@@ -1,5 +1,7 @@
 """The router of a zero-computation-expert layer: scores, selection bias, balance loss, counts for the controller."""
 
+from typing import NamedTuple
+
 import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -8,6 +10,7 @@ from mmoe.layers.config import LongcatConfig
 from mmoe.ops.router import RouterOutput, router
 from mmoe.parallel import engine
 from mmoe.parallel.collectives import sum_gradient
+from mmoe.recipe.schema import MoE
 
 
 def balance_loss(counts: Tensor, group_probs: Tensor, tokens: Tensor, config: LongcatConfig) -> Tensor:
@@ -35,6 +38,34 @@ def balance_loss(counts: Tensor, group_probs: Tensor, tokens: Tensor, config: Lo
     return moe.balance_coefficient * (frequency * group_probs / tokens.clamp(min=1)).sum()
 
 
+class Tally(NamedTuple):
+    """What a router counts over the micro-batches of a step, without padding: views of one fp64 [..., :meth:`width`].
+
+    selections [..., N + Z] per expert; tokens, FFN experts per token and their squares [...]; balance_loss [...], times
+    loss tokens. Where the step measures gradients (:meth:`ZeroExpertRouter.measure`): loss_gradient [..., N + Z] and
+    balance_gradient [..., D + 1], by expert and by group.
+    """
+
+    selections: Tensor
+    tokens: Tensor
+    active: Tensor
+    active_squares: Tensor
+    balance_loss: Tensor
+    loss_gradient: Tensor
+    balance_gradient: Tensor
+
+    @staticmethod
+    def width(moe: MoE) -> int:
+        return 2 * (moe.experts + moe.zero_experts) + 4 + moe.balance_groups + 1
+
+    @classmethod
+    def of(cls, numbers: Tensor, moe: MoE) -> "Tally":
+        slots = moe.experts + moe.zero_experts
+        counts, sums, loss, balance = numbers.split((slots, 4, slots, moe.balance_groups + 1), dim=-1)
+        tokens, active, squares, balance_loss = sums.unbind(-1)
+        return cls(counts, tokens, active, squares, balance_loss, loss, balance)
+
+
 CONTROLLER_STATE = ("bias_error_sum", "bias_error")
 """Buffers of the router that only training reads: in checkpoints, not in exports."""
 
@@ -44,8 +75,8 @@ class ZeroExpertRouter(MegatronModule):
 
     ``e_score_correction_bias`` fp32 [N + Z] takes no gradient: the controller moves it (:mod:`mmoe.train.controller`),
     by its error of the last step, ``bias_error``, and the sum of all, ``bias_error_sum``, both fp32 [N].
-    ``tally`` fp64 [N + Z + 4] sums, over the micro-batches of a step and the tokens that are no padding: selections per
-    expert, tokens, FFN experts per token, their squares, and balance loss × loss tokens.
+    ``tally`` fp64 is a :class:`Tally` of what went through since it was last emptied; it has gradients in it only where
+    ``measures`` is set.
     """
 
     def __init__(self, config: LongcatConfig) -> None:
@@ -58,7 +89,8 @@ class ZeroExpertRouter(MegatronModule):
         self.register_buffer("e_score_correction_bias", torch.zeros(outputs, dtype=torch.float32))
         for name in CONTROLLER_STATE:
             self.register_buffer(name, torch.zeros(moe.experts, dtype=torch.float32))
-        self.register_buffer("tally", torch.zeros(outputs + 4, dtype=torch.float64), persistent=False)
+        self.register_buffer("tally", torch.zeros(Tally.width(moe), dtype=torch.float64), persistent=False)
+        self.measures = False
         self.e_score_correction_bias: Tensor
         self.bias_error_sum: Tensor
         self.bias_error: Tensor
@@ -96,6 +128,39 @@ class ZeroExpertRouter(MegatronModule):
     @torch.no_grad()
     def count(self, routed: RouterOutput, valid_T: Tensor, weighted_loss: Tensor) -> None:
         """Adds a micro-batch to ``tally``."""
+        tally = Tally.of(self.tally, self.config.moe)
         active = ((routed.ids < self.config.moe.experts).sum(1) * valid_T).double()
-        sums = torch.stack((valid_T.sum().double(), active.sum(), active.square().sum(), weighted_loss.double()))
-        self.tally += torch.cat((routed.counts.double(), sums))
+        tally.selections.add_(routed.counts)
+        tally.tokens.add_(valid_T.sum())
+        tally.active.add_(active.sum())
+        tally.active_squares.add_(active.square().sum())
+        tally.balance_loss.add_(weighted_loss)
+
+    def measure(self, routed: RouterOutput, valid_T: Tensor) -> None:
+        """Has the coming backward add to ``tally`` what the losses ask of P, the mean of the tokens' probabilities p_t:
+        ∇_P L = Σ_t ∂L/∂p_t, by expert for the loss of the experts' outputs and by group for the balance loss.
+
+        What arrives at the outputs is the language model's loss and, far smaller, the auxiliary losses of the layers
+        behind.
+        """
+        moe = self.config.moe
+        tally, scaling = Tally.of(self.tally, moe), moe.routed_scaling_factor * moe.variance_factor
+        score_in_identity = {"scaled": scaling, "unscaled": 1.0, "copy": 0.0, "drop": 0.0}[moe.identity]
+
+        def by_expert(grad_Tk: Tensor) -> None:
+            tally.loss_gradient.index_add_(0, routed.ids.flatten(), grad_Tk.flatten().double())
+
+        def of_weights(grad_Tk: Tensor) -> None:
+            by_expert(grad_Tk * scaling)
+
+        def of_identity(grad_T: Tensor) -> None:
+            by_expert(grad_T.unsqueeze(1) * (routed.ids >= moe.experts) * score_in_identity)
+
+        def of_groups(grad: Tensor) -> None:
+            tally.balance_gradient.add_(grad.double() * valid_T.sum())
+
+        routed.weights.register_hook(of_weights)
+        if score_in_identity:
+            routed.identity.register_hook(of_identity)
+        if moe.balance_coefficient:
+            routed.group_probs.register_hook(of_groups)

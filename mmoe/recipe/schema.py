@@ -41,7 +41,7 @@ class MoE:
     expert_hidden_size: int
     routed_scaling_factor: float = 1.0
     variance_factor: float = 1.0
-    """γ: factor on the layer's output for experts cut into m finer ones each, γ = m (section 2.3.2): gates are m times
+    """γ: factor on the layer's output for experts cut into m finer ones each, γ = m: gates are m times
     smaller on average, as is the variance that m times narrower experts add up. The released models have no field for
     it, their routed_scaling_factor of 6 multiplies the same sum: both factors count, and an export has their product.
     """
@@ -145,7 +145,7 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """Learning rate and initialisation carried over from a narrow proxy (arXiv 2509.01322, section 3.1).
+    """Learning rate and initialisation carried over from a narrow proxy (arXiv 2509.01322).
 
     The rates and spreads in the recipe are the proxy's; :mod:`mmoe.layers.roles` says what becomes of each.
     """

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmoe.layers.router import ZeroExpertRouter
+from mmoe.layers.router import Tally, ZeroExpertRouter
 from mmoe.models.multimodal import MultimodalModel
 from mmoe.parallel import engine
 
@@ -18,7 +18,7 @@ def routers(models: Sequence[MultimodalModel]) -> dict[int, ZeroExpertRouter]:
 
 
 def take_tallies(models: Sequence[MultimodalModel]) -> Tensor:
-    """fp64 [layers of the whole model, N + Z + 4]: what this rank's routers counted since the last call, zero for the
+    """fp64 [layers of the whole model, Tally.width]: what this rank's routers counted since the last call, zero for the
     layers of other stages; they start again at zero. Summed over all ranks they are the global batch's."""
     parts = routers(models)
     tally = next(iter(parts.values())).tally
@@ -29,17 +29,39 @@ def take_tallies(models: Sequence[MultimodalModel]) -> Tensor:
     return tallies
 
 
-def squared_bias(models: Sequence[MultimodalModel]) -> float:
-    """Σ b² over this rank's routers; 0 on a rank whose layers another one speaks for. Summed over all ranks it is the
-    whole model's."""
+def _spoken_for(models: Sequence[MultimodalModel]) -> list[ZeroExpertRouter]:
+    """This rank's routers; none on a rank whose layers another one speaks for."""
     here = engine.ranks()
-    if here.data_rank or here.tensor_rank or here.context_rank:
-        return 0.0
-    return sum(float(router.e_score_correction_bias.square().sum()) for router in routers(models).values())
+    return [] if here.data_rank or here.tensor_rank or here.context_rank else list(routers(models).values())
+
+
+def squared_bias(models: Sequence[MultimodalModel]) -> float:
+    """Σ b² over this rank's routers; summed over all ranks it is the whole model's."""
+    return sum(float(router.e_score_correction_bias.square().sum()) for router in _spoken_for(models))
+
+
+@torch.no_grad()
+def row_similarity(models: Sequence[MultimodalModel]) -> float:
+    """The mean cosine of two different rows of a router, of N + Z, summed over this rank's routers and divided by the
+    layers of the whole model; summed over all ranks it is their mean (arXiv 2509.01322, on router
+    stability)."""
+    total = 0.0
+    for router in _spoken_for(models):
+        rows = torch.nn.functional.normalize(router.weight.double(), dim=1)
+        count = rows.size(0)
+        # ‖Σ u‖² = Σ u·u over equal and different pairs; the equal ones give 1 each.
+        total += (float(rows.sum(0).square().sum()) - count) / (count * (count - 1))
+    return total / models[0].config.num_layers
+
+
+def set_measuring(models: Sequence[MultimodalModel], measure: bool) -> None:
+    """Whether the routers' next backward measures gradients (:meth:`ZeroExpertRouter.measure`)."""
+    for router in routers(models).values():
+        router.measures = measure
 
 
 def steer(models: Sequence[MultimodalModel], tallies: Tensor, rate: float) -> None:
-    """Moves the biases of this rank's layers by ``tallies``, fp64 [layers, N + Z + 4], summed over all ranks."""
+    """Moves the biases of this rank's layers by ``tallies``, fp64 [layers, Tally.width], summed over all ranks."""
     for layer, router in routers(models).items():
         steer_router(router, tallies[layer], rate)
 
@@ -60,7 +82,8 @@ def steer_router(router: ZeroExpertRouter, tally: Tensor, rate: float) -> None:
     holds a router that drifts at a steady pace. The bound on S limits what a long one-sided error leaves behind.
     """
     moe = router.config.moe
-    chosen = tally[: moe.experts] / (moe.top_k * tally[moe.experts + moe.zero_experts].clamp(min=1))
+    counted = Tally.of(tally, moe)
+    chosen = counted.selections[: moe.experts] / (moe.top_k * counted.tokens.clamp(min=1))
     wanted = moe.active_experts / (moe.top_k * moe.experts)
     error = wanted - chosen
     bound = moe.bias_integral_limit * wanted

@@ -7,33 +7,54 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from mmoe.recipe.schema import MoE, Recipe
+from mmoe.layers.router import Tally
+from mmoe.recipe.schema import MoE, Recipe, Train
 from mmoe.train.step import Outcome
 
 
 def routing(tallies: Tensor, moe: MoE) -> dict[str, Any]:
-    """Scalars and shares from the tallies of one step, fp64 [layers, N + Z + 4].
+    """Scalars and shares from the tallies of one step, fp64 [layers, Tally.width].
 
     ``active_experts_mean`` and ``_std`` are over tokens and layers; ``expert_load_max`` is the busiest FFN expert's
     load over its layer's mean (1 = even); ``expert_load`` holds a list per layer, each expert's share of selections.
     """
-    slots = moe.experts + moe.zero_experts
-    counts, (tokens, active, squares) = tallies[:, :slots], tallies[:, slots : slots + 3].unbind(1)
+    tally = Tally.of(tallies, moe)
+    counts = tally.selections
     selections = counts.sum(1, keepdim=True).clamp(min=1)
-    total = float(tokens.sum()) or 1.0
-    mean = float(active.sum()) / total
+    total = float(tally.tokens.sum()) or 1.0
+    mean = float(tally.active.sum()) / total
     ffn = counts[:, : moe.experts]
     return {
         "zero_expert_share": float(counts[:, moe.experts :].sum() / selections.sum()),
         "active_experts_mean": mean,
-        "active_experts_std": math.sqrt(max(0.0, float(squares.sum()) / total - mean * mean)),
+        "active_experts_std": math.sqrt(max(0.0, float(tally.active_squares.sum()) / total - mean * mean)),
         "expert_load_max": float((ffn.max(1).values / ffn.mean(1).clamp(min=1e-9)).max()),
         "expert_load": [[round(share, 5) for share in layer] for layer in (counts / selections).tolist()],
     }
+
+
+def gradient_ratio(tallies: Tensor, moe: MoE) -> float:
+    """R_g = ‖∇_P α L_LB‖ / ‖∇_P L_LM‖ over the N + Z mean probabilities P, the largest of all layers'; to be kept below
+    0.1 (arXiv 2509.01322, on router stability).
+
+    tallies: fp64 [layers, Tally.width] of a step that measured gradients.
+    """
+    tally = Tally.of(tallies, moe)
+    # A group's probability is the sum of its experts': each of them has the group's gradient.
+    members = tally.balance_gradient.new_tensor([moe.experts / moe.balance_groups] * moe.balance_groups)
+    members = torch.cat((members, members.new_tensor([moe.zero_experts])))
+    balance = (tally.balance_gradient.square() * members).sum(1).sqrt()
+    return float((balance / tally.loss_gradient.norm(dim=1)).max())
+
+
+def is_logged(train: Train, step: int) -> bool:
+    """Whether step ``step``, from 1, is one whose details are recorded."""
+    return step % train.log_every == 0 or step == train.steps
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -95,8 +116,11 @@ class Recorder:
             "skipped_samples": outcome.skipped_samples,
             "skipped_step": not outcome.taken,
         }
+        often = is_logged(self.recipe.train, step)
+        if often:
+            ratio = gradient_ratio(outcome.tallies, self.recipe.model.moe)
+            row |= {"router_gradient_ratio": ratio, "router_row_similarity": outcome.row_similarity}
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        often = step % self.recipe.train.log_every == 0 or step == self.recipe.train.steps
         if often:
             row["expert_load"] = load
         self.file.write(json.dumps(row) + "\n")
@@ -104,7 +128,7 @@ class Recorder:
             if isinstance(value, (int, float)) and name != "step":
                 self.board.add_scalar(f"train/{name}", value, step)
         if often:
-            for layer, values in enumerate(outcome.tallies[:, : len(load[0])]):
+            for layer, values in enumerate(Tally.of(outcome.tallies, self.recipe.model.moe).selections):
                 self.board.add_histogram(f"expert_load/layer_{layer}", values / values.sum().clamp(min=1), step)
         speed, active = outcome.tokens / seconds, shares["active_experts_mean"]
         state = f"loss {outcome.loss:.3f} · {speed:,.0f} tokens/s · {active:.2f} active"

@@ -19,7 +19,7 @@ from mmoe.models.multimodal import build_stages
 from mmoe.parallel import cpu_platform, engine, layout
 from mmoe.recipe.load import dump_recipe, load_recipe
 from mmoe.recipe.schema import Recipe
-from mmoe.train.metrics import Recorder
+from mmoe.train.metrics import Recorder, is_logged
 from mmoe.train.schedule import bias_rate, learning_rate
 from mmoe.train.step import Outcome, Stepper
 
@@ -206,7 +206,9 @@ def _loop(
 
         watch = _Watch(loader, show)
         rate = learning_rate(recipe.optimizer, step, steps)
-        outcome: Outcome = stepper.step(watch, rate, lambda: stop.asked, bias_rate(recipe.model.moe, step, steps))
+        bias = bias_rate(recipe.model.moe, step, steps)
+        measure = is_logged(recipe.train, step + 1)
+        outcome: Outcome = stepper.step(watch, rate, lambda: stop.asked, bias, measure)
         progress["step"] = step + 1
         progress["skipped_samples"] += outcome.skipped_samples
         progress["taken"] += outcome.taken

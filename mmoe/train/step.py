@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmoe.layers.router import Tally
 from mmoe.models.multimodal import MultimodalModel
 from mmoe.parallel import cpu_platform, engine
 from mmoe.parallel import optimizer as adam
@@ -34,7 +35,9 @@ class Outcome:
     skipped_samples: int
     interrupted: bool
     tallies: Tensor
-    """fp64 [layers, N + Z + 4], summed over ranks: see ZeroExpertRouter."""
+    """fp64 [layers, Tally.width], summed over ranks: see mmoe.layers.router."""
+    row_similarity: float
+    """Mean cosine of two rows of a router, where the step measured; else 0."""
     suspects: list[str]
     """The samples of this rank's micro-batches whose loss was not finite."""
 
@@ -93,9 +96,11 @@ class Stepper:
         rate: float,
         interrupted: Callable[[], bool] = lambda: False,
         bias_rate: float | None = None,
+        measure: bool = False,
     ) -> Outcome:
         """Consumes this rank's micro-batches of one global batch and updates the weights with learning rate ``rate``,
-        the routers' selection bias with ``bias_rate`` (the recipe's, if None).
+        the routers' selection bias with ``bias_rate`` (the recipe's, if None). ``measure``: gradients of the routers'
+        probabilities go into the tallies too, and their rows are compared.
 
         A loss or a gradient norm that is not finite on any rank makes all ranks skip the update together: weights,
         optimizer and controller stay as they were. ``interrupted`` is asked once the micro-batches are done; True on
@@ -104,6 +109,7 @@ class Stepper:
         suspects: list[str] = []
         for model in self.wrapped:
             model.train()
+        controller.set_measuring(self.models, measure)
         records = engine.forward_backward(
             self.wrapped,
             self.optimizer,
@@ -114,14 +120,15 @@ class Stepper:
             self.recipe.train.micro_batch,
         )
         tallies = controller.take_tallies(self.models)
-        local = tallies.new_zeros(RECORD + 2)
+        local = tallies.new_zeros(RECORD + 3)
         if records:
             local[:RECORD] = torch.stack(records).sum(0)
         local[RECORD] = controller.squared_bias(self.models)
+        local[RECORD + 1] = controller.row_similarity(self.models) if measure else 0.0
         local[-1] = float(interrupted())
         sums = engine.sum_over_world(torch.cat((local, tallies.flatten())))
-        loss_sum, loss_tokens, tokens, samples, skipped, squared_bias, stop = sums[: RECORD + 2].tolist()
-        tallies = sums[RECORD + 2 :].view_as(tallies)
+        loss_sum, loss_tokens, tokens, samples, skipped, squared_bias, similarity, stop = sums[: local.numel()].tolist()
+        tallies = sums[local.numel() :].view_as(tallies)
         loss = loss_sum / loss_tokens if loss_tokens else math.nan
 
         taken, grad_norm = False, math.nan
@@ -132,7 +139,7 @@ class Stepper:
         return Outcome(
             taken=taken,
             loss=loss,
-            balance_loss=float(tallies[:, -1].sum()) / max(loss_tokens, 1),
+            balance_loss=float(Tally.of(tallies, self.recipe.model.moe).balance_loss.sum()) / max(loss_tokens, 1),
             grad_norm=grad_norm,
             bias_norm=math.sqrt(squared_bias),
             tokens=int(tokens),
@@ -140,5 +147,6 @@ class Stepper:
             skipped_samples=int(skipped),
             interrupted=stop > 0,
             tallies=tallies,
+            row_similarity=similarity,
             suspects=suspects,
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmoe.layers.moe import ZeroExpertMoE
 from mmoe.layers.packed import Packed
-from mmoe.layers.router import ZeroExpertRouter, balance_loss
+from mmoe.layers.router import Tally, ZeroExpertRouter, balance_loss
 from mmoe.ops.router import router as route
 
 MOE, D = small.MIXTURE, small.BACKBONE.hidden_size
@@ -32,15 +32,16 @@ def tokens(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(count, D, generator=torch.Generator().manual_seed(3), dtype=dtype)
 
 
-def dense(moe: ZeroExpertMoE, x: Tensor) -> Tensor:
-    """The layer as the report writes it: γ Σ over all slots of weight × expert(x), one token at a time."""
+def dense(moe: ZeroExpertMoE, x: Tensor, shift: Tensor | float = 0.0) -> Tensor:
+    """The layer as the report writes it: γ Σ over all slots of weight × expert(x), one token at a time; with ``shift``
+    [N + Z] added to every token's scores behind the choice."""
     settings = moe.config.moe
     factor = settings.variance_factor * settings.routed_scaling_factor
     identity = {"scaled": (0, factor), "unscaled": (0, 1), "copy": (1, 0), "drop": (0, 0)}
     constant, of_score = identity[settings.identity]
     scores = (x @ moe.router.weight.to(x.dtype).t()).softmax(-1)
     chosen = (scores + moe.router.e_score_correction_bias.to(x.dtype)).topk(MOE.top_k, -1).indices
-    rows = []
+    scores, rows = scores + shift, []
     for token, ids in zip(range(len(x)), chosen.tolist(), strict=True):
         out = torch.zeros_like(x[token])
         for expert in ids:
@@ -218,3 +219,34 @@ def test_balance_gradient_vanishes_at_the_wanted_ratio_and_uniform_load(groups: 
 
     assert gradient(without_zero=0).abs().max() < 1e-16
     assert gradient(without_zero=8).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("identity", ["scaled", "unscaled", "drop"])
+def test_measured_gradients_are_those_of_a_shift_of_all_probabilities(identity: str) -> None:
+    """The mean P moves by δ where every token's probabilities do; padding moves nothing."""
+    moe = layer(identity=identity).train()
+    x = torch.cat((tokens(40), torch.zeros(5, D)))
+    valid = torch.arange(45) < 40
+    weight = torch.randn(45, D, generator=torch.Generator().manual_seed(8)) * valid.unsqueeze(1)
+    moe.router.measures = True
+    (moe(x.clone().requires_grad_(), packed(valid)) * weight).sum().backward()
+    measured = Tally.of(moe.router.tally, MOE)
+
+    shift = torch.zeros(SLOTS, requires_grad=True)
+    (dense(moe, x, shift) * weight).sum().backward()
+    torch.testing.assert_close(measured.loss_gradient.float(), shift.grad, rtol=1e-4, atol=1e-4)
+    assert (measured.loss_gradient[MOE.experts :] == 0).all() == (identity == "drop")
+
+    # L_LB = α Σ_j f_j P_j, so the gradient is α f_j; its group's for every expert.
+    share = measured.selections / 40
+    frequency = [share[:2].sum() / 1.5 * 2, share[2:4].sum() / 1.5 * 2, share[4:].sum() / 1.5]
+    torch.testing.assert_close(measured.balance_gradient, MOE.balance_coefficient * torch.stack(frequency))
+
+
+def test_nothing_is_measured_unasked() -> None:
+    moe = layer().train()
+    moe(tokens(20).requires_grad_(), packed(torch.ones(20, dtype=torch.bool))).sum().backward()
+    counted = Tally.of(moe.router.tally, MOE)
+    assert counted.tokens == 20
+    assert not counted.loss_gradient.any()
+    assert not counted.balance_gradient.any()

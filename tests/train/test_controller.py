@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmoe.layers.config import make_config
-from mmoe.layers.router import ZeroExpertRouter
+from mmoe.layers.router import Tally, ZeroExpertRouter
 from mmoe.models.multimodal import MultimodalModel
 from mmoe.recipe.schema import MoE
 from mmoe.train import controller
@@ -26,7 +26,9 @@ def build(moe: MoE) -> MultimodalModel:
 
 
 def tallies(counts: list[float], tokens: float) -> Tensor:
-    return torch.tensor([[*counts, tokens, 0.0, 0.0, 0.0]] * 2, dtype=torch.float64)
+    numbers = torch.zeros(2, Tally.width(MOE), dtype=torch.float64)
+    numbers[:, : SLOTS + 1] = torch.tensor([*counts, tokens])
+    return numbers
 
 
 def test_the_published_rule() -> None:
