@@ -1,7 +1,7 @@
 """AdamW over the ranks: Megatron-Core's optimizers, where a step is taken or left out on all ranks alike."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,34 +15,47 @@ from megatron.core.dist_checkpointing.optimizer import (
     make_sharded_optimizer_tensor,
     optim_state_to_sharding_state,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamKey,
+    ParamWithNamePredicate,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 
 def build(
-    settings: Optimizer, models: Sequence[DistributedDataParallel], config: TransformerConfig, *, distributed: bool
+    settings: Optimizer,
+    models: Sequence[DistributedDataParallel],
+    config: TransformerConfig,
+    *,
+    distributed: bool,
+    lr_multiplier: Callable[[str], float] = lambda name: 1.0,
 ) -> MegatronOptimizer:
     """AdamW on fp32 main weights with clipping by the global norm; apex's or TE's fused Adam where installed.
 
-    Norms, biases and everything else with one dimension take no weight decay.
+    Norms, biases and everything else with one dimension take no weight decay. ``lr_multiplier`` gives the factor on the
+    learning rate for a parameter's name in the model.
     """
+    adam = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_grad,
+        bf16=config.params_dtype == torch.bfloat16,
+        params_dtype=config.params_dtype,
+        use_distributed_optimizer=distributed,
+    )
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=settings.lr,
-            min_lr=settings.min_lr,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.betas[0],
-            adam_beta2=settings.betas[1],
-            adam_eps=settings.eps,
-            clip_grad=settings.clip_grad,
-            bf16=config.params_dtype == torch.bfloat16,
-            params_dtype=config.params_dtype,
-            use_distributed_optimizer=distributed,
-        ),
-        list(models),
+        adam, list(models), {**get_standard_config_overrides(adam), **_rates(models, lr_multiplier)}
     )
     config.grad_scale_func = optimizer.scale_loss
     for group in optimizer.param_groups:
@@ -53,6 +66,22 @@ def build(
         part.__class__ = mended.get(type(part), type(part))
     begin_state(optimizer)
     return optimizer
+
+
+def _rates(
+    models: Sequence[DistributedDataParallel], lr_multiplier: Callable[[str], float]
+) -> dict[ParamKey, ParamGroupOverride]:
+    """Upstream's description of the groups of parameters whose multiplier is not 1."""
+
+    def factor_of(wrapped_name: str) -> float:
+        return lr_multiplier(wrapped_name.removeprefix("module."))
+
+    def group(factor: float) -> ParamKey:
+        has_factor = ParamWithNamePredicate(f"lr_mult {factor:g}", lambda _, name: factor_of(name) == factor)
+        return ParamKey(with_name_predicate=has_factor)
+
+    factors = {factor_of(name) for model in models for name, _ in model.named_parameters()} - {1.0}
+    return {group(factor): {"lr_mult": factor} for factor in sorted(factors)}  # type: ignore[misc]
 
 
 def parts(optimizer: MegatronOptimizer) -> list[Any]:

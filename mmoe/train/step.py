@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmoe.layers.roles import lr_multiplier, role_of
 from mmoe.layers.router import Tally
 from mmoe.models.multimodal import MultimodalModel
 from mmoe.parallel import cpu_platform, engine
@@ -87,7 +88,13 @@ class Stepper:
         for model in self.models:
             model.config = config
         self.wrapped = engine.prepare(self.models, config, distributed_optimizer=sharded)
-        self.optimizer: Any = adam.build(recipe.optimizer, self.wrapped, config, distributed=sharded)
+        self.optimizer: Any = adam.build(
+            recipe.optimizer,
+            self.wrapped,
+            config,
+            distributed=sharded,
+            lr_multiplier=lambda name: lr_multiplier(role_of(name), recipe),
+        )
         self.micro_batches = recipe.train.global_batch // (recipe.train.micro_batch * engine.ranks().data_size)
 
     def step(

@@ -6,8 +6,10 @@ import pytest
 import small
 import torch
 
+from mmoe.layers.roles import role_of
 from mmoe.models.multimodal import build
-from mmoe.recipe.schema import Optimizer
+from mmoe.parallel import optimizer as adam
+from mmoe.recipe.schema import Optimizer, Transfer
 from mmoe.train.step import Stepper
 
 pytestmark = pytest.mark.latest
@@ -58,3 +60,36 @@ def test_interruption_is_asked_after_the_micro_batches() -> None:
 
     outcome = run.step(data(), 0.1, lambda: bool(asked))
     assert outcome.interrupted
+
+
+def test_transfer_divides_the_rate_of_all_but_embedding_and_norms() -> None:
+    """Four times the proxy's width, the same first weights and batch: Adam's first step is the rate times the same."""
+
+    def change(transfer: Transfer | None) -> dict[str, torch.Tensor]:
+        small.config()
+        settings = Optimizer(lr=0.1, weight_decay=0.0)
+        run = Stepper(dataclasses.replace(small.RECIPE, optimizer=settings, transfer=transfer), [build(small.RECIPE)])
+        parameters = dict(run.models[0].named_parameters())
+        before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        assert run.step(iter([batch()]), 0.01).taken
+        return {name: parameter.detach() - before[name] for name, parameter in parameters.items()}
+
+    plain, transferred = change(None), change(Transfer(base_width=8))
+    for name, moved in plain.items():
+        factor = 1.0 if role_of(name) in ("embedding", "vector") else 0.25
+        assert moved.abs().max() > 0.001, name
+        torch.testing.assert_close(transferred[name], factor * moved, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(("eps", "step"), [(1e-16, 0.1), (1e-8, 1e-5)])
+def test_adam_keeps_up_with_gradients_far_above_its_epsilon_alone(eps: float, step: float) -> None:
+    """Gradients of 1e-12, as deep in a large model: the first step is lr · g / (|g| + ε)."""
+    small.config()
+    settings = Optimizer(lr=0.1, eps=eps, weight_decay=0.0)
+    run = Stepper(dataclasses.replace(small.RECIPE, optimizer=settings), [build(small.RECIPE)])
+    weight = run.models[0].language.decoder.layers[0].attention[0].o_proj.weight
+    before = weight.detach().clone()
+    for parameter in run.models[0].parameters():
+        parameter.main_grad.fill_(1e-12)
+    assert adam.update(run.optimizer, 0.1)[0]
+    torch.testing.assert_close(before - weight, torch.full_like(weight, step), rtol=1e-2, atol=1e-7)
