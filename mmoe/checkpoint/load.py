@@ -75,12 +75,21 @@ def load(path: str | Path) -> Loaded:
 
 
 def state_dict(path: str | Path) -> tuple[Recipe, dict[str, Tensor], Path]:
-    """Recipe, every weight under its name (docs/conversion.md), and the tokenizer's path; the controller's state is
-    left out."""
+    """Recipe, weights (:func:`weights`) and the tokenizer's path."""
     loaded = load(path)
-    tensors = {
-        name: tensor.detach()
-        for name, tensor in loaded.network.state_dict().items()
-        if torch.is_tensor(tensor) and not name.endswith(CONTROLLER_STATE)
-    }
-    return loaded.recipe, tensors, loaded.tokenizer_path
+    return loaded.recipe, weights(loaded.network), loaded.tokenizer_path
+
+
+def _tensors(network: MultimodalModel) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in network.state_dict().items() if torch.is_tensor(tensor)}
+
+
+def weights(network: MultimodalModel) -> dict[str, Tensor]:
+    """Every weight under its name (docs/conversion.md): the state without what the controller remembers."""
+    return {name: tensor for name, tensor in _tensors(network).items() if not name.endswith(CONTROLLER_STATE)}
+
+
+def fill(network: MultimodalModel, tensors: dict[str, Tensor]) -> None:
+    """Gives ``network`` all of its :func:`weights`; the controller's memory stays as it is."""
+    kept = {name: tensor for name, tensor in _tensors(network).items() if name.endswith(CONTROLLER_STATE)}
+    network.load_state_dict(kept | tensors)

@@ -73,16 +73,14 @@ def from_hf(directory: Path, out: Path) -> None:
 
 
 def _save(imported: Imported, out: Path) -> None:
+    from mmoe.checkpoint.load import fill
     from mmoe.checkpoint.save import save
-    from mmoe.layers.router import CONTROLLER_STATE
     from mmoe.models.multimodal import build
     from mmoe.parallel import engine
 
     engine.start(Parallel(), imported.recipe.train.seed)
     network = build(imported.recipe)
-    # The controller starts anew: what it remembers is in no export.
-    fresh = {name: tensor for name, tensor in network.state_dict().items() if name.endswith(CONTROLLER_STATE)}
-    network.load_state_dict(fresh | imported.state)
+    fill(network, imported.state)
     save(out, 0, [network], None, {}, imported.recipe, imported.tokenizer)
 
 
