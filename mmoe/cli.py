@@ -135,6 +135,12 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     verify.add_argument("a", type=Path, metavar="A")
     verify.add_argument("b", type=Path, metavar="B")
 
+    example = "convert grow runs/small/checkpoints/step_00001000 runs/deep --factor 2"
+    grow = _command(convert, "grow", _grow, "stack a model's layers: a deeper run that goes on from there", example)
+    grow.add_argument("source", type=Path, metavar="CHECKPOINT")
+    grow.add_argument("out", type=Path, metavar="OUT", help="then: mmoe train OUT/recipe.toml --out OUT --resume")
+    grow.add_argument("--factor", type=int, default=2, metavar="N", help="how many times as deep (default: 2)")
+
     data = _group(commands, "data", "prepare, check and describe data sets")
     example = "data prepare scenes data-cache"
     prepare = _command(data, "prepare", _prepare, "make a data set", example)
@@ -265,6 +271,12 @@ def _verify(options: argparse.Namespace) -> None:
     from mmoe.convert import verify
 
     _print_findings(verify(options.a, options.b), f"{options.a} and {options.b}", "differences")
+
+
+def _grow(options: argparse.Namespace) -> None:
+    from mmoe.convert.grow import grow
+
+    print(grow(options.source, options.out, options.factor))
 
 
 def _prepare(options: argparse.Namespace) -> None:

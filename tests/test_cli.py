@@ -19,6 +19,7 @@ COMMANDS = [
     ["convert", "from-hf"],
     ["convert", "to-hf"],
     ["convert", "verify"],
+    ["convert", "grow"],
     ["data", "prepare"],
     ["data", "lint"],
     ["data", "stats"],

@@ -117,6 +117,20 @@ def begin_state(optimizer: MegatronOptimizer) -> None:
                 state.setdefault("step", torch.tensor(0.0))
 
 
+def adam_state(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+    """What the optimizer keeps for a parameter of the model, on a single process: Adam's moments and step, and as
+    ``param`` the weight that it works on."""
+    for part in parts(optimizer):
+        if isinstance(part, DistributedOptimizer):
+            if parameter in part.model_param_group_index_map:
+                return part._get_main_param_and_optimizer_states(parameter)
+            continue
+        main = getattr(parameter, "main_param", parameter)
+        if main in part.optimizer.state:
+            return {**part.optimizer.state[main], "param": main}
+    raise KeyError("the optimizer does not know this parameter")
+
+
 class ShardedOptimizer(DistributedOptimizer):
     """Megatron's distributed optimizer, with torch's AdamW below it where no fused one is installed."""
 
