@@ -59,6 +59,12 @@ class Loaded:
         )
 
 
+def _plain(recipe: Recipe) -> Recipe:
+    """The recipe's model on one process, with our own layers and its weights as they are: no quantised GEMMs."""
+    precision = dataclasses.replace(recipe.precision, provider="local", fp8="none")
+    return dataclasses.replace(recipe, parallel=Parallel(), precision=precision)
+
+
 def load(path: str | Path) -> Loaded:
     """The model of the checkpoint at ``path``, on one process.
 
@@ -69,7 +75,7 @@ def load(path: str | Path) -> Loaded:
     recipe = load_recipe(str(checkpoint / "recipe.toml"), [])
     with torch.random.fork_rng():  # the caller's random numbers stay as they were
         engine.start(Parallel(), recipe.train.seed, alone=True)
-        network = build(dataclasses.replace(recipe, parallel=Parallel())).to(cpu_platform.device())
+        network = build(_plain(recipe)).to(cpu_platform.device())
         state.load(checkpoint / "state", [network], None)
     return Loaded(recipe, network, checkpoint / "tokenizer.json")
 

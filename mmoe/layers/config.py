@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.functional import silu
 
+from mmoe.layers import providers
 from mmoe.parallel.engine import TransformerConfig, version_settings
-from mmoe.recipe.schema import Backbone, MoE, Recipe
+from mmoe.recipe.schema import Backbone, MoE, Precision, Recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -19,11 +20,14 @@ class LongcatConfig(TransformerConfig):
     moe: MoE = field(default=None)  # type: ignore[assignment]
     recompute: str = "none"
     overlap_moe: bool = True
+    precision: Precision = field(default_factory=Precision)
+    choice: providers.Choice = field(default=None)  # type: ignore[assignment]
 
 
 def make_config(recipe: Recipe) -> LongcatConfig:
     backbone, moe, parallel = recipe.model.backbone, recipe.model.moe, recipe.parallel
     dtype = DTYPES[recipe.precision.dtype]
+    choice = providers.choose(recipe.precision)
     stages = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
@@ -32,6 +36,8 @@ def make_config(recipe: Recipe) -> LongcatConfig:
         moe=moe,
         recompute=parallel.recompute,
         overlap_moe=parallel.overlap_moe,
+        precision=recipe.precision,
+        choice=choice,
         num_layers=backbone.layers,
         hidden_size=backbone.hidden_size,
         num_attention_heads=backbone.heads,
@@ -74,4 +80,5 @@ def make_config(recipe: Recipe) -> LongcatConfig:
         calculate_per_token_loss=True,
         **(full if parallel.recompute == "full" else {}),
         **version_settings(),
+        **providers.megatron_settings(recipe.precision, choice),
     )

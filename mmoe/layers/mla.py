@@ -12,17 +12,14 @@ s: tokens of a pack, q: those of this context-parallel rank, b: packs, D: hidden
 """
 
 import math
-from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from mmoe.layers import providers
 from mmoe.layers.config import LongcatConfig
-from mmoe.layers.modules import ReplicatedLinear
-from mmoe.layers.norms import RMSNorm
 from mmoe.layers.packed import Packed, rotate
 from mmoe.parallel import engine
 from mmoe.parallel.collectives import gather_first, sum_gradient
@@ -41,33 +38,14 @@ class MLA(MegatronModule):
         self.dims_qk = [shape.qk_nope_head_dim, shape.qk_rope_head_dim]
         self.dims_kv = [shape.qk_nope_head_dim, shape.v_head_dim]
         self.latent = [shape.kv_lora_rank, shape.qk_rope_head_dim]
-        init: Any = config.init_method
-        init_output: Any = config.output_layer_init_method
-
-        def column(inputs: int, outputs: int) -> ColumnParallelLinear:
-            return ColumnParallelLinear(
-                inputs, outputs, config=config, init_method=init, bias=False, gather_output=False, skip_bias_add=True
-            )
-
-        self.q_a_proj = ReplicatedLinear(config, hidden, shape.q_lora_rank)
-        self.q_a_layernorm = RMSNorm(
-            config, shape.q_lora_rank, LATENT_NORM_EPS, scale=math.sqrt(hidden / shape.q_lora_rank)
-        )
-        self.q_b_proj = column(shape.q_lora_rank, shape.heads * sum(self.dims_qk))
-        self.kv_a_proj_with_mqa = ReplicatedLinear(config, hidden, sum(self.latent))
-        self.kv_a_layernorm = RMSNorm(
-            config, shape.kv_lora_rank, LATENT_NORM_EPS, scale=math.sqrt(hidden / shape.kv_lora_rank)
-        )
-        self.kv_b_proj = column(shape.kv_lora_rank, shape.heads * sum(self.dims_kv))
-        self.o_proj = RowParallelLinear(
-            shape.heads * shape.v_head_dim,
-            hidden,
-            config=config,
-            init_method=init_output,
-            bias=False,
-            input_is_parallel=True,
-            skip_bias_add=True,
-        )
+        kind, latent_q, latent_kv = "attention", shape.q_lora_rank, shape.kv_lora_rank
+        self.q_a_proj = providers.replicated(config, hidden, latent_q, kind)
+        self.q_a_layernorm = providers.Norm(config, latent_q, LATENT_NORM_EPS, scale=math.sqrt(hidden / latent_q))
+        self.q_b_proj = providers.column(config, latent_q, shape.heads * sum(self.dims_qk), kind)
+        self.kv_a_proj_with_mqa = providers.replicated(config, hidden, sum(self.latent), kind)
+        self.kv_a_layernorm = providers.Norm(config, latent_kv, LATENT_NORM_EPS, scale=math.sqrt(hidden / latent_kv))
+        self.kv_b_proj = providers.column(config, latent_kv, shape.heads * sum(self.dims_kv), kind)
+        self.o_proj = providers.row(config, shape.heads * shape.v_head_dim, hidden, kind)
 
     def forward(self, x: Tensor, packed: Packed) -> Tensor:
         """[t, b, D] → [t, b, D]; t: the tokens of the packs that this rank holds."""

@@ -17,8 +17,9 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
-from torch.nn.functional import grouped_mm, silu
+from torch.nn.functional import silu
 
+from mmoe.layers import providers
 from mmoe.layers.config import LongcatConfig
 from mmoe.layers.packed import Packed
 from mmoe.layers.router import ZeroExpertRouter
@@ -40,16 +41,18 @@ class GroupedExperts(MegatronModule):
         width, dtype = moe.expert_hidden_size // here.expert_tensor_size, config.params_dtype
         self.w1 = torch.nn.Parameter(torch.empty(self.local, 2, width, hidden, dtype=dtype))
         self.w2 = torch.nn.Parameter(torch.empty(self.local, hidden, width, dtype=dtype))
+        self.grouped1 = providers.grouped_linear(config, self.local, hidden, 2 * width)
+        self.grouped2 = providers.grouped_linear(config, self.local, width, hidden)
 
     def forward(self, rows_RD: Tensor, ends: Tensor) -> Tensor:
         """Rows sorted by expert; ``ends`` int32 [n] is where each expert's rows end. Under expert tensor parallelism
         the result is this rank's part of a sum."""
-        gate, up = grouped_mm(rows_RD, self.w1.flatten(1, 2).transpose(1, 2), offs=ends).chunk(2, dim=-1)
-        return grouped_mm(silu(gate) * up, self.w2.transpose(1, 2), offs=ends)
+        gate, up = self.grouped1(rows_RD, self.w1.flatten(1, 2), ends).chunk(2, dim=-1)
+        return self.grouped2(silu(gate) * up, self.w2, ends)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         here, axis = engine.ranks(), len(sharded_offsets)
-        return {
+        state: dict = {
             f"{prefix}{name}": ShardedTensor.from_rank_offsets(
                 f"{prefix}{name}",
                 weight,
@@ -61,6 +64,9 @@ class GroupedExperts(MegatronModule):
             )
             for name, weight in (("w1", self.w1), ("w2", self.w2))
         }
+        for name, grouped in self.named_children():
+            state.update(grouped.sharded_state_dict(f"{prefix}{name}.", sharded_offsets))  # type: ignore[operator]
+        return state
 
 
 @dataclass

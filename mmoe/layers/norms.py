@@ -1,5 +1,6 @@
 """Root-mean-square norm that Megatron can build anywhere."""
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -24,4 +25,15 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight if self.scale == 1.0 else self.weight * self.scale
+        return self.norm(x, weight)
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return torch.nn.functional.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+class ApexRMSNorm(RMSNorm):
+    """The same by apex's fused kernel (apex/normalization/fused_layer_norm.py, fused_rms_norm_affine); CUDA only."""
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        fused = import_module("apex.normalization.fused_layer_norm").fused_rms_norm_affine
+        return fused(x, weight, self.normalized_shape, eps=self.eps)

@@ -40,6 +40,8 @@ _BY_MODULE: dict[str, Role] = {
     "input_layernorm": "vector",
     "post_attention_layernorm": "vector",
     "final_layernorm": "vector",
+    # Scales of FP8, which no draw must touch.
+    "fp8": "vector",
 }
 
 

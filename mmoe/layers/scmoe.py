@@ -9,18 +9,16 @@ y  = h3 + FFN_1(norm(h3)) + m
 
 from typing import Any
 
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
 from torch import Tensor
 
+from mmoe.layers import providers
 from mmoe.layers.config import LongcatConfig
 from mmoe.layers.mla import MLA
 from mmoe.layers.modules import ShardedList
 from mmoe.layers.moe import ZeroExpertMoE
-from mmoe.layers.norms import RMSNorm
 from mmoe.layers.packed import Packed
 from mmoe.parallel import engine
 
@@ -41,16 +39,12 @@ class ScMoELayer(MegatronModule, BaseTransformerLayer):
         self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank())
 
         def norms() -> ShardedList:
-            return ShardedList(RMSNorm(config, config.hidden_size, config.layernorm_epsilon) for _ in range(2))
-
-        def mlp() -> MLP:
-            parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-            return MLP(config, parts, ffn_hidden_size=config.ffn_hidden_size, tp_group=pg_collection.tp)
+            return ShardedList(providers.Norm(config, config.hidden_size, config.layernorm_epsilon) for _ in range(2))
 
         self.input_layernorm = norms()
         self.attention = ShardedList(MLA(config) for _ in range(2))
         self.post_attention_layernorm = norms()
-        self.mlp = ShardedList(mlp() for _ in range(2))
+        self.mlp = ShardedList(providers.mlp(config, pg_collection.tp) for _ in range(2))
         self.moe = ZeroExpertMoE(config)
 
     def forward(self, hidden_states: Tensor, packed_seq_params: Packed, **_: Any) -> tuple[Tensor, None]:

@@ -207,6 +207,21 @@ def sum_over_world(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def max_over_replicas(tensor: torch.Tensor, *, expert: bool = False) -> torch.Tensor:
+    """The maximum, in place, over the ranks that compute with the same weights or with slices of them; with ``expert``
+    with those of experts."""
+    if expert:
+        groups = [
+            parallel_state.get_expert_data_parallel_group(),
+            parallel_state.get_expert_tensor_parallel_group(),
+        ]
+    else:
+        groups = [parallel_state.get_amax_reduction_group(with_context_parallel=True)]
+    for group in groups:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group)
+    return tensor
+
+
 def from_first(value: Any) -> Any:
     """``value`` as the first rank has it, on every rank."""
     box = [value]

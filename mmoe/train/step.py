@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmoe.layers import fp8
 from mmoe.layers.roles import lr_multiplier, role_of
 from mmoe.layers.router import Tally
 from mmoe.models.multimodal import MultimodalModel
@@ -141,6 +142,7 @@ class Stepper:
         taken, grad_norm = False, math.nan
         if math.isfinite(loss):
             taken, grad_norm = adam.update(self.optimizer, rate)
+        fp8.end_step(self.models, taken)
         if taken:
             controller.steer(self.models, tallies, self.recipe.model.moe.bias_rate if bias_rate is None else bias_rate)
         return Outcome(

@@ -19,8 +19,8 @@ from megatron.core.transformer.transformer_block import (
 from torch import Tensor
 
 from mmoe.layers.config import LongcatConfig
-from mmoe.layers.norms import RMSNorm
 from mmoe.layers.packed import Packed, additive, key_places, query_places, rotary, visibility
+from mmoe.layers.providers import Norm
 from mmoe.layers.scmoe import layer_spec
 from mmoe.parallel import engine
 
@@ -48,7 +48,7 @@ class LongcatModel(LanguageModule):
                 position_embedding_type="none",
                 scatter_to_sequence_parallel=False,
             )
-        norm: Any = RMSNorm
+        norm: Any = Norm
         layers = get_num_layers_to_build(config, stage, self.here.pipeline_rank)
         block = TransformerBlockSubmodules(layer_specs=[layer_spec()] * layers, layer_norm=norm)
         self.decoder = TransformerBlock(

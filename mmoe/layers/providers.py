@@ -1,0 +1,385 @@
+"""Whose linears, norms and grouped GEMM the backbone is made of: ours on Megatron-Core and torch, Transformer Engine's,
+or apex's norm. Parameters have the same names and shapes whatever is chosen.
+
+Ours are Megatron-Core's parallel linears, torch's rms_norm and grouped_mm; in FP8 the same linears and our grouped GEMM
+with the emulated arithmetic of :mod:`mmoe.layers.fp8`. Dispatch is always ours: Transformer Engine's fused permute
+returns its empty input for zeros where all tokens of a rank chose zero experts (2.8, pytorch/permutation.py,
+_moe_unpermute_mask_map.forward and _moe_permute_mask_map.backward), and knows no identity weight.
+
+Written against Transformer Engine 2.8 and apex of 2025; neither was run here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from torch import Tensor
+from torch.nn.functional import grouped_mm
+
+from mmoe.errors import UserError
+from mmoe.layers import fp8
+from mmoe.layers.modules import ReplicatedLinear
+from mmoe.layers.norms import ApexRMSNorm, RMSNorm
+from mmoe.parallel import cpu_platform, engine
+from mmoe.parallel.collectives import sum_gradient
+from mmoe.recipe.schema import Precision
+
+if TYPE_CHECKING:
+    from mmoe.layers.config import LongcatConfig
+
+GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(rows [R, K] by expert, weight [n, N, K], ends int32 [n]) → [R, N]."""
+
+_FP8_CAPABILITY = {
+    "delayed": ((8, 9), (99, 0)),
+    "tensorwise": ((8, 9), (99, 0)),
+    "blockwise": ((9, 0), (10, 0)),
+    "mxfp8": ((10, 0), (12, 0)),
+}
+"""Compute capabilities, from and up to but without, of Transformer Engine 2.8: pytorch/fp8.py, check_fp8_support,
+check_fp8_block_scaling_support (which also wants CUDA 12.9) and check_mxfp8_support."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a recipe's [precision] comes to on this machine."""
+
+    transformer_engine: bool
+    """Linears, norms and grouped GEMM are Transformer Engine's."""
+    apex_norms: bool
+    fp8: str
+    """The FP8 recipe, or "none"."""
+    why: str
+
+    @property
+    def emulates(self) -> bool:
+        return self.fp8 != "none" and not self.transformer_engine
+
+
+def capability() -> tuple[int, int] | None:
+    """The GPU's compute capability; None on the CPU."""
+    return torch.cuda.get_device_capability() if cpu_platform.device().type == "cuda" else None
+
+
+def transformer_engine_missing() -> str:
+    """Why Transformer Engine cannot be used; empty if it can. Its Python part imports only with the compiled one."""
+    if find_spec("transformer_engine") is None:
+        return "Transformer Engine is not installed"
+    try:
+        import_module("transformer_engine.pytorch")
+    except (ImportError, OSError) as error:
+        return f"transformer_engine.pytorch does not import: {error}"
+    return ""
+
+
+def apex_missing() -> str:
+    """Why apex's fused norm cannot be used; empty if it can. What PyPI calls apex is another package."""
+    for name in ("apex", "apex.optimizers", "apex.normalization", "fused_layer_norm_cuda"):
+        if find_spec(name) is None:
+            return f"{name} is not installed"
+    return ""
+
+
+def choose(precision: Precision) -> Choice:
+    """Decides for this machine.
+
+    Raises:
+        UserError: Transformer Engine is asked for where it cannot run, or an FP8 recipe that this machine has no
+            arithmetic for.
+    """
+    device = capability()
+    missing = "no CUDA device" if device is None else transformer_engine_missing()
+    if precision.provider == "transformer_engine" and missing:
+        where = 'precision.provider = "transformer_engine"'
+        raise UserError(f"Transformer Engine cannot be used: {missing}", where, 'set it to "local" or "auto"')
+    upstream = precision.provider != "local" and not missing
+    why = f'provider = "{precision.provider}"'
+    if precision.provider == "auto":
+        why += f": {missing or 'CUDA and Transformer Engine are there'}"
+    apex = precision.provider == "auto" and device is not None and not upstream and not apex_missing()
+    if precision.fp8 != "none" and device is not None:
+        refusal = fp8_refusal(precision.fp8, device) or ("" if upstream else missing or "the provider is our own")
+        if refusal:
+            fix = 'use another recipe or "none"' if upstream else 'use "none", or provider = "auto" with it installed'
+            raise UserError(f"FP8 on CUDA: {refusal}", f'precision.fp8 = "{precision.fp8}"', fix)
+    return Choice(upstream, apex, precision.fp8, why)
+
+
+def fp8_refusal(recipe: str, device: tuple[int, int]) -> str:
+    """Why a GPU of this compute capability cannot run ``recipe``; empty if it can."""
+    first, end = _FP8_CAPABILITY[recipe]
+    if not first <= device < end:
+        below = f" and below {end[0]}.{end[1]}" if end[0] < 99 else ""
+        return f"{recipe} needs compute capability {first[0]}.{first[1]}{below}, this GPU has {device[0]}.{device[1]}"
+    if recipe == "blockwise" and tuple(map(int, (torch.version.cuda or "0.0").split("."))) < (12, 9):
+        return f"blockwise needs CUDA 12.9, torch is built for {torch.version.cuda}"
+    return ""
+
+
+def megatron_settings(precision: Precision, choice: Choice) -> dict[str, Any]:
+    """What makes Megatron's TransformerBlock enter Transformer Engine's FP8 around the layers."""
+    if precision.fp8 == "none" or not choice.transformer_engine:
+        return {}
+    return {
+        "fp8": "hybrid",
+        "fp8_recipe": precision.fp8,
+        "fp8_amax_history_len": precision.fp8_amax_history,
+        "fp8_amax_compute_algo": "max",
+    }
+
+
+class _Fp8ParallelLinear:
+    """Megatron's linear with its collectives around our FP8 GEMMs; ``kind`` is what they are counted as."""
+
+    kind = "mlp"
+
+    def __init__(self, *args: Any, config: "LongcatConfig", **kwargs: Any) -> None:
+        super().__init__(*args, config=config, **kwargs)
+        self.fp8 = fp8.make_scaling(config.choice.fp8, config.precision.fp8_amax_history)
+
+    def _forward_impl(
+        self, *, weight: Tensor, allreduce_dgrad: bool, sequence_parallel: bool, tp_group: Any, **others: Any
+    ) -> Tensor:
+        """In place of LinearWithGradAccumulationAndAsyncCommunication (tensor_parallel/layers.py:443)."""
+        x = others["input"]
+        if sequence_parallel:
+            x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=tp_group)
+        elif allreduce_dgrad:
+            x = sum_gradient(x, tp_group)
+        return fp8.linear(x, weight, self.fp8, self.kind)
+
+
+class Fp8ColumnParallelLinear(_Fp8ParallelLinear, ColumnParallelLinear):
+    pass
+
+
+class Fp8RowParallelLinear(_Fp8ParallelLinear, RowParallelLinear):
+    pass
+
+
+class Fp8ReplicatedLinear(ReplicatedLinear):
+    def __init__(self, config: "LongcatConfig", inputs: int, outputs: int, kind: str) -> None:
+        super().__init__(config, inputs, outputs)
+        self.kind = kind
+        self.fp8 = fp8.make_scaling(config.choice.fp8, config.precision.fp8_amax_history)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fp8.linear(x, self.weight, self.fp8, self.kind)
+
+
+class Fp8GroupedLinear(torch.nn.Module):
+    def __init__(self, config: "LongcatConfig", experts: int) -> None:
+        super().__init__()
+        self.fp8 = fp8.make_scaling(config.choice.fp8, config.precision.fp8_amax_history, experts)
+
+    def forward(self, rows_RK: Tensor, weight_nNK: Tensor, ends_n: Tensor) -> Tensor:
+        return fp8.grouped_linear(rows_RK, weight_nNK, ends_n, self.fp8, "experts")
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Delayed scales, an expert each."""
+        here, axis = engine.ranks(), len(sharded_offsets)
+        return {
+            f"{prefix}{name}": ShardedTensor.from_rank_offsets(
+                f"{prefix}{name}",
+                tensor,
+                *sharded_offsets,
+                (axis, here.expert_rank, here.expert_size),
+                replica_id=(0, here.expert_tensor_rank, engine.expert_replica()),
+                prepend_axis_num=axis,
+            )
+            for name, tensor in self.state_dict().items()
+        }
+
+
+def column(config: "LongcatConfig", inputs: int, outputs: int, kind: str) -> Any:
+    """Outputs cut over the tensor-parallel ranks; called with [t, b, inputs], it returns ([…, outputs], None)."""
+    linear = _parallel_linears(config)[0](
+        inputs,
+        outputs,
+        config=config,
+        init_method=config.init_method,
+        gather_output=False,
+        bias=False,
+        skip_bias_add=True,
+        is_expert=False,
+    )
+    linear.kind = kind
+    return linear
+
+
+def row(config: "LongcatConfig", inputs: int, outputs: int, kind: str) -> Any:
+    """Inputs cut over the tensor-parallel ranks, their products summed; returns ([t, b, outputs], None)."""
+    linear = _parallel_linears(config)[1](
+        inputs,
+        outputs,
+        config=config,
+        init_method=config.output_layer_init_method,
+        bias=False,
+        input_is_parallel=True,
+        skip_bias_add=True,
+        is_expert=False,
+    )
+    linear.kind = kind
+    return linear
+
+
+def mlp(config: "LongcatConfig", group: Any) -> MLP:
+    """Megatron's gated MLP over ``group``; its GEMMs count as "mlp"."""
+    first, second = _parallel_linears(config)
+    parts = MLPSubmodules(linear_fc1=first, linear_fc2=second)
+    return MLP(config, parts, ffn_hidden_size=config.ffn_hidden_size, tp_group=group)
+
+
+def _parallel_linears(config: "LongcatConfig") -> tuple[Any, Any]:
+    if config.choice.transformer_engine:
+        upstream = import_module("megatron.core.extensions.transformer_engine")
+        return upstream.TEColumnParallelLinear, upstream.TERowParallelLinear
+    if config.choice.emulates:
+        return Fp8ColumnParallelLinear, Fp8RowParallelLinear
+    return ColumnParallelLinear, RowParallelLinear
+
+
+def replicated(config: "LongcatConfig", inputs: int, outputs: int, kind: str) -> torch.nn.Module:
+    """The same on all tensor-parallel ranks: [t, b, inputs] → [t, b, outputs]."""
+    if config.choice.emulates:
+        return Fp8ReplicatedLinear(config, inputs, outputs, kind)
+    if not config.choice.transformer_engine:
+        return ReplicatedLinear(config, inputs, outputs)
+    upstream = import_module("megatron.core.extensions.transformer_engine")
+    linear = _one_output(upstream.TELinear)
+    return (linear if config.choice.fp8 == "delayed" else _stateless(linear))(
+        inputs,
+        outputs,
+        parallel_mode="duplicated",
+        config=config,
+        init_method=config.init_method,
+        bias=False,
+        skip_bias_add=True,
+        skip_weight_param_allocation=False,
+    )
+
+
+@lru_cache
+def _stateless(upstream: type) -> type:
+    """``upstream`` without Transformer Engine's extra state, which our modules have not: keys in a checkpoint agree.
+    Only delayed scaling keeps anything in it."""
+    plain = torch.nn.Module
+    return type(
+        upstream.__name__,
+        (upstream,),
+        {"get_extra_state": plain.get_extra_state, "set_extra_state": plain.set_extra_state},
+    )
+
+
+@lru_cache
+def _one_output(upstream: type) -> type:
+    """Megatron's TELinear returns (output, None)."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return upstream.forward(self, x)[0]  # type: ignore[attr-defined]
+
+    return type("TEReplicatedLinear", (upstream,), {"forward": forward})
+
+
+class Norm:
+    """Builds the chosen norm; a class, like Megatron's TENorm, because a spec has to be one."""
+
+    def __new__(
+        cls, config: "LongcatConfig", hidden_size: int, eps: float = 1e-5, scale: float = 1.0, **_: Any
+    ) -> torch.nn.Module:
+        # Transformer Engine's has no constant factor: the latent norms of MLA stay ours.
+        if config.choice.transformer_engine and scale == 1.0:
+            norm = import_module("megatron.core.extensions.transformer_engine").TENorm(config, hidden_size, eps)
+            norm.__class__ = _stateless(type(norm))
+            return norm
+        return (ApexRMSNorm if config.choice.apex_norms else RMSNorm)(config, hidden_size, eps, scale)
+
+
+def grouped_linear(config: "LongcatConfig", experts: int, inputs: int, outputs: int) -> GroupedLinear:
+    """The grouped GEMM of ``experts`` experts; a module where it has a state."""
+    if config.choice.emulates:
+        return Fp8GroupedLinear(config, experts)
+    if config.choice.transformer_engine:
+        kind = TEDelayedGroupedLinear if config.choice.fp8 == "delayed" else TEGroupedLinear
+        return kind(config, experts, inputs, outputs)
+    return local_grouped_linear
+
+
+def local_grouped_linear(rows_RK: Tensor, weight_nNK: Tensor, ends_n: Tensor) -> Tensor:
+    return grouped_mm(rows_RK, weight_nNK.transpose(1, 2), offs=ends_n)
+
+
+class TEGroupedLinear(torch.nn.Module):
+    """Transformer Engine's GroupedLinear on the experts' stacked weight, which stays the caller's parameter.
+
+    Upstream's own are called weight0, weight1, … (2.8, pytorch/module/grouped_linear.py, GroupedLinear.__init__), so
+    its module is no child of this one. The numbers of rows go to the host; in FP8 each expert's rows are padded, as in
+    Megatron's TEGroupedMLP (moe/experts.py).
+    """
+
+    def __init__(self, config: "LongcatConfig", experts: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        upstream = import_module("transformer_engine.pytorch")
+        linear = _stacked(upstream.GroupedLinear)(
+            experts, inputs, outputs, bias=False, params_dtype=config.params_dtype, device="meta"
+        )
+        for expert in range(experts):
+            delattr(linear, f"weight{expert}")
+        self.upstream = (linear,)
+        self.padding = self.unpadding = None
+        if config.choice.fp8 != "none":
+            self.padding, self.unpadding = upstream.Fp8Padding(experts), upstream.Fp8Unpadding(experts)
+
+    def forward(self, rows_RK: Tensor, weight_nNK: Tensor, ends_n: Tensor) -> Tensor:
+        (linear,) = self.upstream
+        linear.train(self.training)
+        linear.stacked = weight_nNK
+        # forward() asks its first parameter for the device.
+        linear.weight0 = torch.nn.Parameter(weight_nNK[0].detach(), requires_grad=False)
+        sizes = ends_n.diff(prepend=ends_n.new_zeros(1)).tolist()
+        if self.padding is None or self.unpadding is None:
+            return linear(rows_RK, sizes)
+        padded, padded_sizes = self.padding(rows_RK, sizes)
+        return self.unpadding(linear(padded, padded_sizes), sizes)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        return {}
+
+
+class TEDelayedGroupedLinear(TEGroupedLinear):
+    """With the scales of all this rank's experts as its extra state."""
+
+    def get_extra_state(self) -> Any:
+        return self.upstream[0].get_extra_state()
+
+    def set_extra_state(self, state: Any) -> None:
+        self.upstream[0].set_extra_state(state)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """One object a rank: it loads at the expert-parallel size that wrote it."""
+        here, name = engine.ranks(), f"{prefix}_extra_state"
+        places, sizes = [here.expert_rank], [here.expert_size]
+        for _, place, size in sharded_offsets:
+            places.append(place)
+            sizes.append(size)
+        replica = (0, here.expert_tensor_rank, engine.expert_replica())
+        return {name: ShardedObject(name, self.get_extra_state(), tuple(sizes), tuple(places), replica)}
+
+
+@lru_cache
+def _stacked(upstream: type) -> type:
+    """GroupedLinear with the slices of ``stacked`` as its weights; autograd stacks their gradients again."""
+
+    def weights(self: Any) -> list[Tensor]:
+        return list(self.stacked.unbind())
+
+    return type("StackedGroupedLinear", (upstream,), {"_get_weight_tensors": weights})
