@@ -51,9 +51,10 @@ def rows() -> Iterator[tuple[str, str]]:
         yield package, _version(package) if importlib.util.find_spec(module) else "absent (optional)"
     # The package that PyPI calls apex is another one; NVIDIA's has fused optimizers.
     apex = importlib.util.find_spec("apex") and importlib.util.find_spec("apex.optimizers")
-    yield "apex", "present" if apex else "absent (optional), torch's optimizers are used"
+    yield "apex", "present" if apex else "absent (optional)"
     yield from _kernels()
     yield from _devices()
+    yield from _precision()
     for command, arguments in COMMANDS.items():
         yield command, _answer(command, arguments)
     yield "cores", str(len(os.sched_getaffinity(0)))
@@ -92,6 +93,29 @@ def _devices() -> Iterator[tuple[str, str]]:
     for index in range(torch.cuda.device_count()):
         memory = torch.cuda.get_device_properties(index).total_memory / 2**30
         yield f"CUDA {index}", f"{torch.cuda.get_device_name(index)}, {memory:.0f} GiB"
+
+
+def _precision() -> Iterator[tuple[str, str]]:
+    """What `precision.provider = "auto"` comes to, the FP8 recipes, and the optimizer."""
+    from mmoe.errors import UserError
+    from mmoe.layers import providers
+    from mmoe.parallel.optimizer import adam
+    from mmoe.recipe.schema import Precision
+
+    choice = providers.choose(Precision(provider="auto"))
+    upstream = choice.transformer_engine
+    linears = "Transformer Engine's" if upstream else "Megatron-Core's"
+    yield "linears", f"{linears} ({choice.why})"
+    yield "grouped GEMM", "Transformer Engine's" if upstream else "torch's grouped_mm"
+    apex = "apex's" if choice.apex_norms else f"torch's rms_norm (apex: {providers.apex_missing() or 'needs CUDA'})"
+    yield "norms", "Transformer Engine's, those with a constant factor torch's" if upstream else apex
+    for recipe in providers.FP8_CAPABILITY:
+        try:
+            chosen = providers.choose(Precision(provider="auto", fp8=recipe))
+            yield f"FP8 {recipe}", "emulated on the CPU" if chosen.emulates else "Transformer Engine's"
+        except UserError as error:
+            yield f"FP8 {recipe}", f"refused: {error.what}"
+    yield "optimizer", f"{adam().__module__}.{adam().__qualname__}"
 
 
 def _answer(command: str, arguments: list[str]) -> str:

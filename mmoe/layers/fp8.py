@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm, pad
 
 from mmoe.parallel import engine
+from mmoe.recipe.schema import Fp8
 
 Role = Literal["input", "weight", "grad"]
 FORMAT: dict[str, torch.dtype] = {
@@ -107,7 +108,8 @@ def multiply(a: Scaled, b: Scaled, ends: Tensor | None) -> Tensor:
     if ends is not None:
         return grouped_mm(a.dequantised(), b.dequantised(), offs=ends)
     if a.inverse.dim() == b.inverse.dim() == 0:
-        return torch._scaled_mm(a.stored(), b.stored(), a.inverse, b.inverse, out_dtype=torch.float32)
+        product = torch._scaled_mm  # type: ignore[reportPrivateImportUsage]
+        return product(a.stored(), b.stored(), a.inverse, b.inverse, out_dtype=torch.float32)
     return a.dequantised() @ b.dequantised()
 
 
@@ -224,7 +226,7 @@ class BlockScaling:
         return before[expert] + (row - (ends - sizes)[expert]) // self.size, rows // self.size + len(ends)
 
 
-def make_scaling(recipe: str, history: int, experts: int | None = None) -> Any:
+def make_scaling(recipe: Fp8, history: int, experts: int | None = None) -> Any:
     """The scaling of one linear, or of a grouped GEMM of ``experts``. Any: a Scaling that may be a module."""
     if recipe == "delayed":
         return DelayedScaling(history, experts)

@@ -31,7 +31,7 @@ from mmoe.layers.modules import ReplicatedLinear
 from mmoe.layers.norms import ApexRMSNorm, RMSNorm
 from mmoe.parallel import cpu_platform, engine
 from mmoe.parallel.collectives import sum_gradient
-from mmoe.recipe.schema import Precision
+from mmoe.recipe.schema import Fp8, Precision
 
 if TYPE_CHECKING:
     from mmoe.layers.config import LongcatConfig
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(rows [R, K] by expert, weight [n, N, K], ends int32 [n]) → [R, N]."""
 
-_FP8_CAPABILITY = {
+FP8_CAPABILITY: dict[Fp8, tuple[tuple[int, int], tuple[int, int]]] = {
     "delayed": ((8, 9), (99, 0)),
     "tensorwise": ((8, 9), (99, 0)),
     "blockwise": ((9, 0), (10, 0)),
@@ -56,8 +56,7 @@ class Choice:
     transformer_engine: bool
     """Linears, norms and grouped GEMM are Transformer Engine's."""
     apex_norms: bool
-    fp8: str
-    """The FP8 recipe, or "none"."""
+    fp8: Fp8
     why: str
 
     @property
@@ -114,9 +113,9 @@ def choose(precision: Precision) -> Choice:
     return Choice(upstream, apex, precision.fp8, why)
 
 
-def fp8_refusal(recipe: str, device: tuple[int, int]) -> str:
+def fp8_refusal(recipe: Fp8, device: tuple[int, int]) -> str:
     """Why a GPU of this compute capability cannot run ``recipe``; empty if it can."""
-    first, end = _FP8_CAPABILITY[recipe]
+    first, end = FP8_CAPABILITY[recipe]
     if not first <= device < end:
         below = f" and below {end[0]}.{end[1]}" if end[0] < 99 else ""
         return f"{recipe} needs compute capability {first[0]}.{first[1]}{below}, this GPU has {device[0]}.{device[1]}"
@@ -137,13 +136,13 @@ def megatron_settings(precision: Precision, choice: Choice) -> dict[str, Any]:
     }
 
 
-class _Fp8ParallelLinear:
+class _Fp8ParallelLinear(torch.nn.Module):
     """Megatron's linear with its collectives around our FP8 GEMMs; ``kind`` is what they are counted as."""
 
     kind = "mlp"
 
     def __init__(self, *args: Any, config: "LongcatConfig", **kwargs: Any) -> None:
-        super().__init__(*args, config=config, **kwargs)
+        super().__init__(*args, config=config, **kwargs)  # Megatron's, which comes next in the order of resolution
         self.fp8 = fp8.make_scaling(config.choice.fp8, config.precision.fp8_amax_history)
 
     def _forward_impl(

@@ -10,6 +10,7 @@ from mmoe.parallel.engine import DistributedDataParallel, TransformerConfig
 from mmoe.recipe.schema import Optimizer
 
 # isort: split
+from megatron.core import optimizer as megatron_optimizer
 from megatron.core.dist_checkpointing.optimizer import (
     get_param_id_to_sharded_param_map,
     make_sharded_optimizer_tensor,
@@ -82,6 +83,12 @@ def _rates(
 
     factors = {factor_of(name) for model in models for name, _ in model.named_parameters()} - {1.0}
     return {group(factor): {"lr_mult": factor} for factor in sorted(factors)}  # type: ignore[misc]
+
+
+def adam() -> type:
+    """The AdamW in use: Transformer Engine's FusedAdam, else apex's, else torch's, as Megatron-Core found them when it
+    was imported (optimizer/__init__.py)."""
+    return megatron_optimizer.Adam
 
 
 def parts(optimizer: MegatronOptimizer) -> list[Any]:

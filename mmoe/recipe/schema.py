@@ -154,6 +154,9 @@ class Transfer:
     """Hidden size of the proxy that they were tuned at; 768 in the report."""
 
 
+Fp8 = Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Precision:
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -161,7 +164,7 @@ class Precision:
     provider: Literal["auto", "local", "transformer_engine"] = "local"
     """Whose linears, norms and grouped GEMM the language model has. "auto": Transformer Engine's on CUDA where it is
     installed, else ours, there with apex's norm if that is."""
-    fp8: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
+    fp8: Fp8 = "none"
     """Scaling recipe of the linears' three GEMMs in FP8, E4M3 forward and E5M2 for gradients; emulated on the CPU."""
     fp8_amax_history: int = 1024
     """Steps whose largest magnitude sets a scale of "delayed"."""
