@@ -1,12 +1,13 @@
 """A small backbone on this process and batches for it."""
 
+import dataclasses
 from typing import TypeVar
 
 import torch
 
 from mmoe.layers.config import LongcatConfig, make_config
 from mmoe.parallel import engine
-from mmoe.recipe.schema import Backbone, Data, Model, MoE, Optimizer, Parallel, Recipe, Train
+from mmoe.recipe.schema import Backbone, Data, Fp8, Model, MoE, Optimizer, Parallel, Precision, Recipe, Train
 
 BACKBONE = Backbone(
     vocab_size=64,
@@ -41,6 +42,11 @@ RECIPE = Recipe(
     train=Train(steps=1, global_batch=2, micro_batch=2),
     optimizer=Optimizer(lr=1e-3),
 )
+
+
+def with_fp8(recipe: Fp8) -> Recipe:
+    """RECIPE with FP8 GEMMs and a history of four steps."""
+    return dataclasses.replace(RECIPE, precision=Precision(fp8=recipe, fp8_amax_history=4))
 
 
 def config() -> LongcatConfig:
