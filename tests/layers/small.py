@@ -45,7 +45,7 @@ RECIPE = Recipe(
 
 
 def with_fp8(recipe: Fp8) -> Recipe:
-    """RECIPE with FP8 GEMMs and a history of four steps."""
+    """RECIPE with FP8 GEMMs, whose delayed scales look back four steps."""
     return dataclasses.replace(RECIPE, precision=Precision(fp8=recipe, fp8_amax_history=4))
 
 
