@@ -286,9 +286,10 @@ def grouped_linear(rows_RK: Tensor, weight_nNK: Tensor, ends_n: Tensor, scaling:
 def end_step(models: Iterable[torch.nn.Module], taken: bool) -> None:
     """Moves the models' delayed scales on by the step that ends, on all ranks together; one that was not taken leaves no trace.
 
-    The amax is that of all micro-batches, tensor- and data-parallel ranks, so that no layout changes a scale.
-    Transformer Engine reduces over the same ranks (Megatron-Core, fp8_utils.py, get_fp8_context) but moves on with
-    every micro-batch, and takes the maximum over whatever experts lie at the same place of different ranks.
+    The amax is that of all micro-batches, tensor-, context- and data-parallel ranks, so that layouts agree; but
+    context-parallel ranks, which expand keys and values each for themselves, round parts of those gradients instead of
+    their sum. Transformer Engine reduces over the same ranks (Megatron-Core, fp8_utils.py, get_fp8_context), moves on
+    with every micro-batch, and takes one maximum over whatever experts lie at the same place of different ranks.
     """
     scalings = [part for model in models for part in model.modules() if isinstance(part, DelayedScaling)]
     for expert in (False, True):

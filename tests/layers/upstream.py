@@ -51,7 +51,7 @@ class Upstream:
     def count(self, name: str) -> int:
         return sum(built == name for built, _, _ in self.built)
 
-    def _record(self, name: str, method: str, *args: Any, **kwargs: Any) -> None:
+    def _record(self, name: str, method: str, /, *args: Any, **kwargs: Any) -> None:
         signature(name, method).bind(None, *args, **kwargs)
         self.built.append((name, args, kwargs))
 
