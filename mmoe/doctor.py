@@ -98,20 +98,20 @@ def _devices() -> Iterator[tuple[str, str]]:
 def _precision() -> Iterator[tuple[str, str]]:
     """What `precision.provider = "auto"` comes to, the FP8 recipes, and the optimizer."""
     from mmoe.errors import UserError
-    from mmoe.layers import providers
+    from mmoe.layers import choice
     from mmoe.parallel.optimizer import adam
     from mmoe.recipe.schema import Precision
 
-    choice = providers.choose(Precision(provider="auto"))
-    upstream = choice.transformer_engine
+    auto = choice.choose(Precision(provider="auto"))
+    upstream = auto.transformer_engine
     linears = "Transformer Engine's" if upstream else "Megatron-Core's"
-    yield "linears", f"{linears} ({choice.why})"
+    yield "linears", f"{linears} ({auto.why})"
     yield "grouped GEMM", "Transformer Engine's" if upstream else "torch's grouped_mm"
-    apex = "apex's" if choice.apex_norms else f"torch's rms_norm (apex: {providers.apex_missing() or 'needs CUDA'})"
+    apex = "apex's" if auto.apex_norms else f"torch's rms_norm (apex: {choice.apex_missing() or 'needs CUDA'})"
     yield "norms", "Transformer Engine's, those with a constant factor torch's" if upstream else apex
-    for recipe in providers.FP8_CAPABILITY:
+    for recipe in choice.FP8_CAPABILITY:
         try:
-            chosen = providers.choose(Precision(provider="auto", fp8=recipe))
+            chosen = choice.choose(Precision(provider="auto", fp8=recipe))
             yield f"FP8 {recipe}", "emulated on the CPU" if chosen.emulates else "Transformer Engine's"
         except UserError as error:
             yield f"FP8 {recipe}", f"refused: {error.what}"

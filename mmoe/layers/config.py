@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.functional import silu
 
-from mmoe.layers import providers
+from mmoe.layers.choice import Choice, choose, megatron_settings
 from mmoe.parallel.engine import TransformerConfig, version_settings
 from mmoe.recipe.schema import Backbone, MoE, Precision, Recipe
 
@@ -21,13 +21,13 @@ class LongcatConfig(TransformerConfig):
     recompute: str = "none"
     overlap_moe: bool = True
     precision: Precision = field(default_factory=Precision)
-    choice: providers.Choice = field(default=None)  # type: ignore[assignment]
+    choice: Choice = field(default=None)  # type: ignore[assignment]
 
 
 def make_config(recipe: Recipe) -> LongcatConfig:
     backbone, moe, parallel = recipe.model.backbone, recipe.model.moe, recipe.parallel
     dtype = DTYPES[recipe.precision.dtype]
-    choice = providers.choose(recipe.precision)
+    choice = choose(recipe.precision)
     stages = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
@@ -80,5 +80,5 @@ def make_config(recipe: Recipe) -> LongcatConfig:
         calculate_per_token_loss=True,
         **(full if parallel.recompute == "full" else {}),
         **version_settings(),
-        **providers.megatron_settings(recipe.precision, choice),
+        **megatron_settings(recipe, choice),
     )

@@ -284,7 +284,8 @@ def grouped_linear(rows_RK: Tensor, weight_nNK: Tensor, ends_n: Tensor, scaling:
 
 
 def end_step(models: Iterable[torch.nn.Module], taken: bool) -> None:
-    """Moves the models' delayed scales on by the step that ends, on all ranks together; one that was not taken leaves no trace.
+    """Moves the models' delayed scales on by the step that ends, on all ranks together; a step that was not taken
+    leaves no trace.
 
     The amax is that of all micro-batches, tensor-, context- and data-parallel ranks, so that layouts agree; but
     context-parallel ranks, which expand keys and values each for themselves, round parts of those gradients instead of

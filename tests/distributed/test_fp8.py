@@ -50,7 +50,7 @@ def test_scales_are_those_of_one_process(ranks: pool.Pools, single: Result, name
     assert seen == scales.keys()
 
 
-@pytest.mark.parametrize("name", ["ep2", "dp2"])
+@pytest.mark.parametrize("name", ["ep2", "tp2"])
 def test_scales_saved_by_one_process_are_gone_on_from(ranks: pool.Pools, tmp_path: Path, name: str) -> None:
     whole, _ = fp8_jobs.train(saved=str(tmp_path))
     _, expected = fp8_jobs.train(resumed=str(tmp_path))

@@ -14,27 +14,31 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 
 from mmoe import doctor
 from mmoe.errors import UserError
-from mmoe.layers import providers
+from mmoe.layers import choice, providers
+from mmoe.layers.config import make_config
 from mmoe.layers.modules import ReplicatedLinear
 from mmoe.layers.norms import ApexRMSNorm, RMSNorm
 from mmoe.models import multimodal
 from mmoe.models.multimodal import MultimodalModel
 from mmoe.parallel import engine
-from mmoe.recipe.schema import Fp8, Parallel, Precision
+from mmoe.recipe.schema import Data, Fp8, Model, Parallel, Precision
 
 pytestmark = pytest.mark.latest
 
+NARROW = dataclasses.replace(small.MIXTURE, expert_hidden_size=24)
+# Sizes that Transformer Engine's FP8 takes: 8 + 4 columns of compressed keys and values are too few.
+MODEL = Model(backbone=dataclasses.replace(small.BACKBONE, kv_lora_rank=16, qk_rope_head_dim=16), moe=small.MIXTURE)
 A100, L40, H100, B200 = (8, 0), (8, 9), (9, 0), (10, 0)
 
 
 def on(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None, cuda: str = "13.0") -> None:
-    monkeypatch.setattr(providers, "capability", lambda: capability)
+    monkeypatch.setattr(choice, "capability", lambda: capability)
     monkeypatch.setattr(torch.version, "cuda", cuda)
 
 
 def build(precision: Precision) -> MultimodalModel:
     engine.start(Parallel(), 0)
-    return multimodal.build(dataclasses.replace(small.RECIPE, precision=precision))
+    return multimodal.build(dataclasses.replace(small.RECIPE, model=MODEL, precision=precision))
 
 
 def loss(network: MultimodalModel) -> torch.Tensor:
@@ -113,14 +117,14 @@ def test_transformer_engines_layers_have_our_names_and_arithmetic(monkeypatch: p
 
 def test_auto_takes_transformer_engine_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     auto = Precision(provider="auto")
-    assert providers.choose(auto) == providers.Choice(False, False, "none", 'provider = "auto": no CUDA device')
+    assert choice.choose(auto) == choice.Choice(False, False, "none", 'provider = "auto": no CUDA device')
     on(monkeypatch, A100)
-    absent = providers.choose(auto)
+    absent = choice.choose(auto)
     assert not absent.transformer_engine
     assert "Transformer Engine is not installed" in absent.why
     upstream.install_transformer_engine(monkeypatch)
-    assert providers.choose(auto).transformer_engine
-    assert not providers.choose(Precision(provider="local")).transformer_engine
+    assert choice.choose(auto).transformer_engine
+    assert not choice.choose(Precision(provider="local")).transformer_engine
 
 
 def test_a_transformer_engine_without_its_compiled_part_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,17 +132,17 @@ def test_a_transformer_engine_without_its_compiled_part_is_absent(monkeypatch: p
     on(monkeypatch, H100)
     upstream.install_transformer_engine(monkeypatch)
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)
-    choice = providers.choose(Precision(provider="auto"))
-    assert not choice.transformer_engine
-    assert "does not import" in choice.why
+    made = choice.choose(Precision(provider="auto"))
+    assert not made.transformer_engine
+    assert "does not import" in made.why
 
 
 def test_apexs_norm_is_used_where_there_is_no_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = build(Precision())
     seen = upstream.install_apex(monkeypatch)
-    assert not providers.choose(Precision(provider="auto")).apex_norms, "it needs CUDA"
+    assert not choice.choose(Precision(provider="auto")).apex_norms, "it needs CUDA"
     on(monkeypatch, A100)
-    assert not providers.choose(Precision(provider="local")).apex_norms
+    assert not choice.choose(Precision(provider="local")).apex_norms
     theirs = build(Precision(provider="auto"))
     norms = [module for module in theirs.modules() if isinstance(module, RMSNorm)]
     assert norms
@@ -150,13 +154,13 @@ def test_apexs_norm_is_used_where_there_is_no_transformer_engine(monkeypatch: py
 
 def test_what_pypi_calls_apex_is_not_apex(monkeypatch: pytest.MonkeyPatch) -> None:
     upstream.install_apex(monkeypatch)
-    assert providers.apex_missing() == ""
+    assert choice.apex_missing() == ""
     other = types.ModuleType("apex")
     other.__spec__ = sys.modules["apex"].__spec__
     other.__path__ = []
     monkeypatch.setitem(sys.modules, "apex", other)
     monkeypatch.delitem(sys.modules, "apex.optimizers")
-    assert providers.apex_missing() == "apex.optimizers is not installed"
+    assert choice.apex_missing() == "apex.optimizers is not installed"
 
 
 @pytest.mark.parametrize(
@@ -176,12 +180,12 @@ def test_fp8_is_refused_where_the_hardware_has_none(
 ) -> None:
     on(monkeypatch, capability, cuda)
     upstream.install_transformer_engine(monkeypatch)
-    for recipe in providers.FP8_CAPABILITY:
+    for recipe in choice.FP8_CAPABILITY:
         if recipe in allowed:
-            assert providers.choose(Precision(provider="auto", fp8=recipe)).emulates == (capability is None)
+            assert choice.choose(Precision(provider="auto", fp8=recipe)).emulates == (capability is None)
         else:
             with pytest.raises(UserError, match=f'FP8 on CUDA: {recipe} needs .*precision.fp8 = "{recipe}"'):
-                providers.choose(Precision(provider="auto", fp8=recipe))
+                choice.choose(Precision(provider="auto", fp8=recipe))
 
 
 Provider = Literal["auto", "local", "transformer_engine"]
@@ -208,7 +212,30 @@ def test_what_cannot_be_is_refused_in_one_line(
     if installed:
         upstream.install_transformer_engine(monkeypatch)
     with pytest.raises(UserError, match=what):
-        providers.choose(Precision(provider=provider, fp8=fp8))
+        choice.choose(Precision(provider=provider, fp8=fp8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"data": Data(mixture="none", sequence_length=36)}, "takes multiples of 16, not 72.*sequence_length"),
+        (
+            {"model": dataclasses.replace(MODEL, moe=dataclasses.replace(small.MIXTURE, expert_hidden_size=24))},
+            "not 24",
+        ),
+        ({"parallel": Parallel(recompute="selective")}, "selective recompute"),
+    ],
+)
+def test_what_transformer_engines_fp8_cannot_have_is_refused(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], what: str
+) -> None:
+    on(monkeypatch, H100)
+    upstream.install_transformer_engine(monkeypatch)
+    precision = Precision(provider="auto", fp8="delayed")
+    recipe = dataclasses.replace(small.RECIPE, model=MODEL, precision=precision)
+    make_config(recipe)
+    with pytest.raises(UserError, match=what):
+        make_config(dataclasses.replace(recipe, **changes))
 
 
 def test_doctor_says_what_was_chosen_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
