@@ -221,6 +221,13 @@ def test_no_tokens_one_token_and_nan(recipe: Fp8) -> None:
     assert fp8.linear(x, w, fp8.make_scaling(recipe, 1), "mlp")[1].isnan().all()
 
 
+@pytest.mark.parametrize("role", fp8.ROLES)
+def test_what_a_scale_is_too_large_for_saturates(role: fp8.Role) -> None:
+    """torch's own cast of E5M2 overflows to infinity."""
+    got = fp8.Scaled.of(torch.tensor([1e9, -1e9, 0.5]), torch.tensor(2.0), role)
+    assert got.dequantised().tolist() == [LARGEST[role] / 2, -LARGEST[role] / 2, 0.5]
+
+
 def test_delayed_scales_follow_the_largest_of_the_last_steps() -> None:
     engine.start(Parallel(), 0)
     scaling = fp8.DelayedScaling(2)
