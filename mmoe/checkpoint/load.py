@@ -13,11 +13,12 @@ from torch import Tensor
 from mmoe.checkpoint import layout
 from mmoe.layers.router import CONTROLLER_STATE
 from mmoe.models.multimodal import MultimodalModel, build
-from mmoe.parallel import cpu_platform, engine, state
+from mmoe.parallel import calls, cpu_platform, engine, state
 from mmoe.recipe.load import load_recipe
 from mmoe.recipe.schema import Parallel, Recipe
 
 
+@calls.phase("loading a checkpoint")
 def resume(checkpoint: Path, models: Sequence[Any], optimizer: Any) -> dict:
     """Fills the pipeline chunks ``models``, ``optimizer`` and the random states; returns the progress beside them."""
     state.load(checkpoint / "state", models, optimizer)

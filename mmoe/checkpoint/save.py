@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from mmoe.checkpoint import layout
-from mmoe.parallel import engine, state
+from mmoe.parallel import calls, engine, state
 from mmoe.recipe.load import dump_recipe
 from mmoe.recipe.schema import Recipe
 
 
+@calls.phase("saving a checkpoint")
 def save(
     run: Path, step: int, models: Sequence[Any], optimizer: Any, progress: dict, recipe: Recipe, tokenizer: Path
 ) -> Path:

@@ -20,10 +20,11 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from mmoe.errors import UserError
-from mmoe.parallel import cpu_platform
+from mmoe.parallel import calls, cpu_platform, watchdog
 from mmoe.recipe.schema import Parallel
 
 cpu_platform.install()
+calls.install()
 
 with warnings.catch_warnings():
     # What is missing and what stands in for it is for `mmoe doctor` to say, not for every import.
@@ -100,10 +101,18 @@ def announced() -> tuple[int, int]:
     return 0, 1
 
 
-def start(parallel: Parallel, seed: int, *, alone: bool = False, timeout_seconds: int = 600) -> Ranks:
+def start(
+    parallel: Parallel,
+    seed: int,
+    *,
+    alone: bool = False,
+    timeout_seconds: int = 600,
+    stall_warning_seconds: float = 30.0,
+) -> Ranks:
     """Joins the process group that the launcher announced, or one of this process ``alone``, and builds the grid.
 
-    Random generators start from ``seed``, the same on every data-parallel rank.
+    Random generators start from ``seed``, the same on every data-parallel rank. A collective that a rank waits for
+    longer than ``stall_warning_seconds`` is named (:mod:`mmoe.parallel.watchdog`).
     """
     if parallel.tensor > 1:
         # Megatron's linears launch a collective and count on the kernel behind it not to overtake it on the GPU.
@@ -117,6 +126,7 @@ def start(parallel: Parallel, seed: int, *, alone: bool = False, timeout_seconds
         store = None if world > 1 else HashStore()
         options: dict[str, Any] = {"store": store, "rank": rank, "world_size": world} if store else {}
         dist.init_process_group(cpu_platform.backend(), timeout=timedelta(seconds=timeout_seconds), **options)
+        watchdog.start(stall_warning_seconds, blocking=cpu_platform.backend() == "gloo")
         atexit.register(stop)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
@@ -137,6 +147,7 @@ def start(parallel: Parallel, seed: int, *, alone: bool = False, timeout_seconds
 
 def stop() -> None:
     """Leaves the process groups; safe to call twice."""
+    watchdog.stop()
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

@@ -130,6 +130,8 @@ class Train:
     max_skipped_in_a_row: int = 10
     """Steps skipped for a loss that is not finite, one after another, before the run stops."""
     log_every: int = 10
+    stall_warning_seconds: float = 30.0
+    """Seconds a rank waits in one collective before the watchdog names it and the ranks that hold it up."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ def _neutral(recipe: Recipe) -> Recipe:
     """The recipe without what may change between a run and its continuation: none of it changes the curve."""
     # Where the data lies does not matter: the loader compares what it holds.
     data = dataclasses.replace(recipe.data, root="", workers=1, prefetch=1, max_bad_in_a_row=1)
-    train = dataclasses.replace(recipe.train, log_every=1, max_skipped_in_a_row=1)
+    train = dataclasses.replace(recipe.train, log_every=1, max_skipped_in_a_row=1, stall_warning_seconds=1.0)
     # The distributed optimizer's state has a form of its own.
     parallel = type(recipe.parallel)(distributed_optimizer=recipe.parallel.distributed_optimizer)
     plain = {"parallel": parallel, "checkpoint": type(recipe.checkpoint)()}
@@ -142,7 +142,7 @@ def train(recipe: Recipe, out: Path, resume: bool = False) -> None:
     layout.check(recipe, world)
     lock = _claim(out) if rank == 0 else None
     start = _starting_point(recipe, out, resume) if rank == 0 else None
-    here = engine.start(recipe.parallel, recipe.train.seed)
+    here = engine.start(recipe.parallel, recipe.train.seed, stall_warning_seconds=recipe.train.stall_warning_seconds)
     start = engine.from_first(start)
     torch.use_deterministic_algorithms(True)
     stepper = Stepper(recipe, build_stages(recipe))
