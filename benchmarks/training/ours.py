@@ -1,0 +1,161 @@
+"""The model whose step is measured, with its weights, one batch and the two routings: as drawn, and balanced."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmoe.models.multimodal import MultimodalModel, build
+from mmoe.parallel import engine
+from mmoe.recipe.schema import Backbone, Data, Model, MoE, Optimizer, Parallel, Precision, Recipe, Train
+from mmoe.train import controller
+from mmoe.train.step import Outcome, Stepper
+
+DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+ROUTINGS = ("balanced", "real")
+
+
+def recipe(
+    *,
+    quick: bool,
+    dtype: str = "float32",
+    packs: int = 4,
+    sequence: int | None = None,
+    zero_experts: int | None = None,
+    parallel: Parallel | None = None,
+) -> Recipe:
+    """A proxy of LongCat-Flash: half as many zero experts as FFN experts, a third of the selections for them.
+
+    ``packs`` sequences are a micro-batch of a rank, and the step's only one.
+    """
+    if quick:
+        width, heads, experts, expert_width, vocab, length = 64, 2, 8, 32, 128, 32
+    else:
+        width, heads, experts, expert_width, vocab, length = 512, 8, 64, 256, 8192, 512
+    backbone = Backbone(
+        vocab_size=vocab,
+        hidden_size=width,
+        layers=2,
+        heads=heads,
+        q_lora_rank=width // 4,
+        kv_lora_rank=width // 8,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=32,
+        v_head_dim=64,
+        ffn_hidden_size=2 * width,
+    )
+    zeros = experts // 2 if zero_experts is None else zero_experts
+    moe = MoE(
+        experts=experts,
+        zero_experts=zeros,
+        top_k=6 if zeros else 4,
+        expert_hidden_size=expert_width,
+        routed_scaling_factor=6.0,
+        active_experts=4.0,
+        bias_rate=0.0,
+    )
+    layout = parallel or Parallel()
+    return Recipe(
+        name="bench",
+        model=Model(backbone=backbone, moe=moe),
+        data=Data(mixture="none", sequence_length=sequence or length),
+        train=Train(steps=1, global_batch=packs * layout.expert, micro_batch=packs),
+        optimizer=Optimizer(lr=1e-4, weight_decay=0.1),
+        precision=Precision(dtype="bf16" if dtype == "bfloat16" else "fp32"),
+        parallel=layout,
+    )
+
+
+def batch(settings: Recipe, seed: int = 0) -> dict[str, Any]:
+    """A micro-batch of plain sequences of random tokens, all of which carry loss."""
+    b, s = settings.train.micro_batch, settings.data.sequence_length
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(4, settings.model.backbone.vocab_size, (b, s + 1), generator=generator)
+    return {
+        "tokens": tokens[:, :-1],
+        "labels": tokens[:, 1:],
+        "loss_mask": torch.ones(b, s),
+        "position": torch.arange(s).expand(b, s),
+        "document": torch.ones(b, s, dtype=torch.int32),
+        "branch": torch.zeros(b, s, dtype=torch.int32),
+        "images": torch.zeros(0, 3, 8, 8),
+        "samples": [["random"]] * b,
+        "skipped": [],
+    }
+
+
+class Ours:
+    """Model, optimizer and batch of a recipe, ready to step again and again on the same batch.
+
+    ``bias_rate`` is 0: the routing stays what it is while it is measured, but for what the weights' updates do.
+    """
+
+    def __init__(self, settings: Recipe, *, balanced: bool) -> None:
+        here = engine.start(settings.parallel, settings.train.seed)
+        self.recipe = settings
+        self.model = build(settings)
+        self.batch = batch(settings, seed=here.rank)
+        self.tokens = self.batch["tokens"].numel()
+        if balanced:
+            balance(self.model, self.batch)
+        self.stepper = Stepper(settings, self.model)
+
+    def step(self) -> Outcome:
+        return self.stepper.step(self._once(), self.recipe.optimizer.lr)
+
+    def _once(self) -> Iterator[dict[str, Any]]:
+        return itertools.repeat(self.batch, 1)
+
+    def active_experts(self) -> float:
+        """Mean FFN experts a token of the batch, over layers, without a change to the weights."""
+        moe = self.recipe.model.moe
+        chosen = [scores.add(bias).topk(moe.top_k).indices < moe.experts for scores, bias in _routings(self.model, self.batch)]
+        return float(torch.stack([ids.sum(1).double().mean() for ids in chosen]).mean())
+
+
+@torch.no_grad()
+def _routings(model: MultimodalModel, data: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """Of every layer: scores [T, N + Z] and selection bias."""
+    routers = controller.routers(model)
+    seen: dict[int, Tensor] = {}
+
+    def look(router: Any, arguments: tuple[Tensor, Tensor]) -> None:
+        seen[id(router)] = torch.nn.functional.linear(arguments[0].float(), router.weight).softmax(-1)
+
+    hooks = [router.register_forward_pre_hook(look) for router in routers]
+    try:
+        model.eval()
+        model.hidden(data)
+    finally:
+        model.train()
+        for hook in hooks:
+            hook.remove()
+    return [(seen[id(router)], router.e_score_correction_bias) for router in routers]
+
+
+@torch.no_grad()
+def balance(model: MultimodalModel, data: dict[str, Any], rounds: int = 400) -> None:
+    """Sets the selection biases so that every FFN expert gets K_e T / N of the batch's selections, in every layer.
+
+    The controller's rule with a rate that falls to nothing, on the scores of one batch; a layer's scores depend on the
+    biases of the layers below it, so the layers are done in turn.
+    """
+    for layer in range(len(controller.routers(model))):
+        scores, bias = _routings(model, data)[layer]
+        moe = controller.routers(model)[layer].config.moe
+        slots = moe.experts + moe.zero_experts
+        wanted = moe.active_experts / (moe.top_k * moe.experts)
+        spread = float(scores.std())
+        for turn in range(rounds):
+            ids = scores.add(bias).topk(moe.top_k).indices
+            share = ids.view(-1).bincount(minlength=slots)[: moe.experts] / ids.numel()
+            rate = 2.0 * spread / wanted * (1 - turn / rounds) ** 2
+            bias[: moe.experts] += (rate * (wanted - share)).clamp(-spread, spread)
+
+
+def at(settings: Recipe, dtype: str) -> Recipe:
+    """The same in another dtype."""
+    return dataclasses.replace(settings, precision=Precision(dtype="bf16" if dtype == "bfloat16" else "fp32"))
