@@ -19,7 +19,8 @@ TARGETS = Path(__file__).with_name("targets.toml")
 class Row:
     """One number of ours beside a peer's or a ceiling. ``ratio`` is made so that more is better:
 
-    time (ms) and memory (MiB): peer ÷ ours; rates (GB/s, GFLOP/s): ours ÷ ceiling. ``met`` says whether it reaches
+    time (ms), memory (MiB) and waiting (%): peer ÷ ours; rates: ours ÷ peer (tokens/s), ours ÷ ceiling (GB/s, GFLOP/s).
+    ``met`` says whether it reaches
     ``target``; both are None where nothing was asked. ``spread`` is the interquartile range of our samples ÷ median.
     """
 

@@ -161,8 +161,9 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     report = _command(commands, "report", _report, "write report.html and report.png of a run", example)
     report.add_argument("run_directory", type=Path, metavar="DIR")
     example = "bench ops --only router --json router.json"
-    bench = _command(commands, "bench", _bench, "time the operators against their peers", example)
-    bench.add_argument("suite", choices=["ops"], help="what to time; needs a checkout of mmoe")
+    bench = _command(commands, "bench", _bench, "time operators or training steps against their peers", example)
+    text = "the operators, or a whole training step; needs a checkout of mmoe"
+    bench.add_argument("suite", choices=["ops", "step"], help=text)
     bench.add_argument("--json", type=Path, metavar="FILE", help="write every row here")
     bench.add_argument("--only", action="extend", nargs="+", default=[], metavar="NAME", help="these operators alone")
     bench.add_argument("--skip", action="extend", nargs="+", default=[], metavar="PEER", help="leave these peers out")
@@ -175,6 +176,11 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     text = "keep the pages of freed tensors, as in a steady training run (default), or the system's"
     bench.add_argument("--allocator", choices=["pool", "system"], default="pool", help=text)
     bench.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    text = "step: its cost over tokens and over the number of zero experts, as a figure"
+    bench.add_argument("--sweep", action="store_true", help=text)
+    bench.add_argument("--profile", action="store_true", help="step: where its time goes, as a page")
+    text = "where --sweep and --profile write (default: docs)"
+    bench.add_argument("--out", type=Path, default=Path("docs"), metavar="DIR", help=text)
     _command(commands, "doctor", _doctor, "what is installed and which kernels are in use", "doctor")
     return parser
 
@@ -318,7 +324,7 @@ def _bench(options: argparse.Namespace) -> None:
     if not (checkout / "benchmarks").is_dir():
         raise UserError("benchmarks are not part of the installed package", "", "run this from a checkout of mmoe")
     sys.path.insert(0, str(checkout))
-    importlib.import_module("benchmarks.ops").run(options)
+    importlib.import_module(f"benchmarks.{options.suite}").run(options)
 
 
 def _doctor(options: argparse.Namespace) -> None:

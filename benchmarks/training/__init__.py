@@ -1,1 +1,1 @@
-"""Whole training steps: ours and the peers', their floating-point work, and where the time goes (``mmoe bench step``)."""
+"""Whole training steps: ours and the peers', their arithmetic, and where the time goes (``mmoe bench step``)."""

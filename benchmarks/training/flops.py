@@ -1,17 +1,17 @@
 """Floating-point operations of a training step: the model's, not the implementation's.
 
-A matrix of n weights costs a token 2n operations forward and 4n backward. Per token and ScMoE layer, with hidden size D,
-H heads, latent ranks q and c, head widths n (nope), r (rope), v, dense width F, expert width f, N FFN and Z zero experts,
-K FFN experts for the mean token (measured, not the target) and s tokens a sequence:
+A matrix of n weights costs a token 2n operations forward and 4n backward. Per token and ScMoE layer, with hidden size
+D, H heads, latent ranks q and c, head widths n (nope), r (rope), v, dense width F, expert width f, N FFN and Z zero
+experts, K FFN experts for the mean token (measured, not the target) and s tokens a sequence:
 
-    2 MLA         D q + q H (n + r) + D (c + r) + c H (n + v) + H v D            weights each
-    2 dense FFN   3 D F                                                          weights each
-    router        D (N + Z)                                                      weights
-    experts       K · 3 D f                                                      weights
-    2 attentions  H (n + r + v) · (s + 1)/2                                      products each, what a causal mask allows
+    2 MLA         D q + q H (n + r) + D (c + r) + c H (n + v) + H v D    weights each
+    2 dense FFN   3 D F                                                  weights each
+    router        D (N + Z)                                              weights
+    experts       K · 3 D f                                              weights
+    2 attentions  H (n + r + v) · (s + 1)/2                              products each: those a causal mask allows
 
-and D V weights of the output layer. Not counted: norms, softmax, activations, rotary embedding, the embedding's look-up,
-the optimizer, and whatever is computed twice or for nothing.
+and D V weights of the output layer. Not counted: norms, softmax, activations, rotary embedding, the embedding's
+look-up, the optimizer, and whatever is computed twice or for nothing.
 """
 
 from mmoe.recipe.schema import Backbone, Model

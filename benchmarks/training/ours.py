@@ -1,6 +1,5 @@
 """The model whose step is measured, with its weights, one batch and the two routings: as drawn, and balanced."""
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -8,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmoe.models.multimodal import MultimodalModel, build
+from mmoe.models.multimodal import MultimodalModel, build_stages
 from mmoe.parallel import engine
 from mmoe.recipe.schema import Backbone, Data, Model, MoE, Optimizer, Parallel, Precision, Recipe, Train
 from mmoe.train import controller
 from mmoe.train.step import Outcome, Stepper
 
-DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 ROUTINGS = ("balanced", "real")
 
 
@@ -27,14 +25,15 @@ def recipe(
     zero_experts: int | None = None,
     parallel: Parallel | None = None,
 ) -> Recipe:
-    """A proxy of LongCat-Flash: half as many zero experts as FFN experts, a third of the selections for them.
+    """A proxy in LongCat-Flash's proportions: dense FFN 2 D, experts D / 3, half as many zero experts as FFN experts, 8
+    of 12 selections for FFN experts; a quarter of its experts and a twelfth of its width.
 
     ``packs`` sequences are a micro-batch of a rank, and the step's only one.
     """
     if quick:
-        width, heads, experts, expert_width, vocab, length = 64, 2, 8, 32, 128, 32
+        width, heads, experts, active, expert_width, vocab, length = 64, 2, 8, 4, 32, 128, 32
     else:
-        width, heads, experts, expert_width, vocab, length = 512, 8, 64, 256, 8192, 512
+        width, heads, experts, active, expert_width, vocab, length = 512, 8, 128, 8, 168, 8192, 512
     backbone = Backbone(
         vocab_size=vocab,
         hidden_size=width,
@@ -51,10 +50,10 @@ def recipe(
     moe = MoE(
         experts=experts,
         zero_experts=zeros,
-        top_k=6 if zeros else 4,
+        top_k=active * 3 // 2,
         expert_hidden_size=expert_width,
         routed_scaling_factor=6.0,
-        active_experts=4.0,
+        active_experts=float(active),
         bias_rate=0.0,
     )
     layout = parallel or Parallel()
@@ -63,7 +62,8 @@ def recipe(
         model=Model(backbone=backbone, moe=moe),
         data=Data(mixture="none", sequence_length=sequence or length),
         train=Train(steps=1, global_batch=packs * layout.expert, micro_batch=packs),
-        optimizer=Optimizer(lr=1e-4, weight_decay=0.1),
+        # So small that the routing stays what it is however many steps are measured; the work does not depend on it.
+        optimizer=Optimizer(lr=1e-7, weight_decay=0.1),
         precision=Precision(dtype="bf16" if dtype == "bfloat16" else "fp32"),
         parallel=layout,
     )
@@ -88,20 +88,17 @@ def batch(settings: Recipe, seed: int = 0) -> dict[str, Any]:
 
 
 class Ours:
-    """Model, optimizer and batch of a recipe, ready to step again and again on the same batch.
-
-    ``bias_rate`` is 0: the routing stays what it is while it is measured, but for what the weights' updates do.
-    """
+    """Model, optimizer and batch of a recipe, ready to step again and again on the same batch."""
 
     def __init__(self, settings: Recipe, *, balanced: bool) -> None:
         here = engine.start(settings.parallel, settings.train.seed)
         self.recipe = settings
-        self.model = build(settings)
+        (self.model,) = build_stages(settings)
         self.batch = batch(settings, seed=here.rank)
         self.tokens = self.batch["tokens"].numel()
         if balanced:
             balance(self.model, self.batch)
-        self.stepper = Stepper(settings, self.model)
+        self.stepper = Stepper(settings, [self.model])
 
     def step(self) -> Outcome:
         return self.stepper.step(self._once(), self.recipe.optimizer.lr)
@@ -112,14 +109,14 @@ class Ours:
     def active_experts(self) -> float:
         """Mean FFN experts a token of the batch, over layers, without a change to the weights."""
         moe = self.recipe.model.moe
-        chosen = [scores.add(bias).topk(moe.top_k).indices < moe.experts for scores, bias in _routings(self.model, self.batch)]
-        return float(torch.stack([ids.sum(1).double().mean() for ids in chosen]).mean())
+        ids = [scores.add(bias).topk(moe.top_k).indices for scores, bias in routings(self.model, self.batch)]
+        return float((torch.stack(ids) < moe.experts).sum(-1).double().mean())
 
 
 @torch.no_grad()
-def _routings(model: MultimodalModel, data: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+def routings(model: MultimodalModel, data: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
     """Of every layer: scores [T, N + Z] and selection bias."""
-    routers = controller.routers(model)
+    routers = list(controller.routers([model]).values())
     seen: dict[int, Tensor] = {}
 
     def look(router: Any, arguments: tuple[Tensor, Tensor]) -> None:
@@ -143,9 +140,10 @@ def balance(model: MultimodalModel, data: dict[str, Any], rounds: int = 400) -> 
     The controller's rule with a rate that falls to nothing, on the scores of one batch; a layer's scores depend on the
     biases of the layers below it, so the layers are done in turn.
     """
-    for layer in range(len(controller.routers(model))):
-        scores, bias = _routings(model, data)[layer]
-        moe = controller.routers(model)[layer].config.moe
+    config: Any = model.config
+    moe = config.moe
+    for layer in range(config.num_layers):
+        scores, bias = routings(model, data)[layer]
         slots = moe.experts + moe.zero_experts
         wanted = moe.active_experts / (moe.top_k * moe.experts)
         spread = float(scores.std())
@@ -154,8 +152,3 @@ def balance(model: MultimodalModel, data: dict[str, Any], rounds: int = 400) -> 
             share = ids.view(-1).bincount(minlength=slots)[: moe.experts] / ids.numel()
             rate = 2.0 * spread / wanted * (1 - turn / rounds) ** 2
             bias[: moe.experts] += (rate * (wanted - share)).clamp(-spread, spread)
-
-
-def at(settings: Recipe, dtype: str) -> Recipe:
-    """The same in another dtype."""
-    return dataclasses.replace(settings, precision=Precision(dtype="bf16" if dtype == "bfloat16" else "fp32"))

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import warnings
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 from benchmarks.training import flops
 from benchmarks.training.ours import Ours
 from mmoe.convert.families import longcat
-from mmoe.layers.config import make_config
+from mmoe.layers.router import CONTROLLER_STATE
 from mmoe.parallel import engine, optimizer
-from mmoe.recipe.schema import Recipe
+from mmoe.recipe.schema import Backbone, Recipe
 
 
 class Transformers:
@@ -27,7 +28,11 @@ class Transformers:
         shape, moe = ours.recipe.model.backbone, ours.recipe.model.moe
         fields = longcat.to_config(shape, moe, "float32")
         self.model: Any = LongcatFlashForCausalLM(LongcatFlashConfig(**fields))
-        state = {name: value for name, value in ours.model.state_dict().items() if torch.is_tensor(value)}
+        state = {
+            name: value
+            for name, value in ours.model.state_dict().items()
+            if torch.is_tensor(value) and not name.endswith(CONTROLLER_STATE)
+        }
         table = longcat.table(shape, moe, fused=True)
         self.model.load_state_dict(table.write({name: value.float() for name, value in state.items()}))
         router = {name: value.clone() for name, value in self.model.state_dict().items() if ".mlp.router." in name}
@@ -54,7 +59,12 @@ class Transformers:
         loss = self.loss()
         loss.backward()
         self.optimizer.step()
-        return float(loss)
+        return float(loss.detach())
+
+
+def head_width(shape: Backbone) -> int:
+    """Of a plain attention with as many weights (4 D H w) as one MLA; even, for the rotary pairs."""
+    return max(2, 2 * round(flops.attention_weights(shape) / (8 * shape.hidden_size * shape.heads)))
 
 
 class Megatron:
@@ -67,8 +77,10 @@ class Megatron:
     """
 
     def __init__(self, settings: Recipe, data: dict[str, Any], *, balanced: bool) -> None:
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-        from megatron.core.models.gpt.gpt_model import GPTModel
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Apex is not installed")
+            from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+            from megatron.core.models.gpt.gpt_model import GPTModel
         from megatron.core.transformer.module import Float16Module
 
         moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
@@ -77,24 +89,40 @@ class Megatron:
             moe_utils.te_general_gemm = None
         engine.start(settings.parallel, settings.train.seed)
         shape, moe = settings.model.backbone, settings.model.moe
-        plain = make_config(settings)
-        names = engine.TransformerConfig.__dataclass_fields__
-        options = {name: value for name, value in vars(plain).items() if name in names}
         self.active = round(moe.active_experts)
-        options |= {
-            "num_layers": 2 * shape.layers,
-            "kv_channels": max(2, round(flops.attention_weights(shape) / (4 * shape.hidden_size * shape.heads) / 2) * 2),
-            "moe_router_topk": self.active,
-            "moe_layer_freq": [0, 1] * shape.layers,
-            "moe_shared_expert_intermediate_size": shape.ffn_hidden_size,
-            "moe_token_dispatcher_type": "allgather",
-            "moe_router_dtype": "fp32",
-            "moe_router_force_load_balancing": balanced,
-            "moe_grouped_gemm": False,
-            "finalize_model_grads_func": None,
-            "grad_scale_func": None,
-        }
-        config = engine.TransformerConfig(**{name: options[name] for name in options if names[name].init})
+        dtype = torch.bfloat16 if settings.precision.dtype == "bf16" else torch.float32
+        config = engine.TransformerConfig(
+            num_layers=2 * shape.layers,
+            hidden_size=shape.hidden_size,
+            num_attention_heads=shape.heads,
+            kv_channels=head_width(shape),
+            ffn_hidden_size=shape.ffn_hidden_size,
+            num_moe_experts=moe.experts,
+            moe_ffn_hidden_size=moe.expert_hidden_size,
+            moe_layer_freq=[0, 1] * shape.layers,
+            moe_shared_expert_intermediate_size=shape.ffn_hidden_size,
+            moe_router_topk=self.active,
+            moe_router_dtype="fp32",
+            moe_router_load_balancing_type="none",
+            moe_router_force_load_balancing=balanced,
+            moe_token_dispatcher_type="allgather",
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            bf16=dtype is torch.bfloat16,
+            normalization="RMSNorm",
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            add_bias_linear=False,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            bias_activation_fusion=False,
+            bias_dropout_fusion=False,
+            masked_softmax_fusion=False,
+            gradient_accumulation_fusion=False,
+            use_cpu_initialization=True,
+            calculate_per_token_loss=True,
+            **engine.version_settings(),
+        )
         spec: Any = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
         model: Any = GPTModel(
             config,
@@ -108,8 +136,8 @@ class Megatron:
         if config.bf16:
             model = Float16Module(config, model)
         self.settings, self.data = settings, data
-        self.wrapped = engine.prepare(model, config)
-        self.optimizer = optimizer.build(settings.optimizer, self.wrapped, config)
+        self.wrapped = engine.prepare([model], config, distributed_optimizer=False)
+        self.optimizer = optimizer.build(settings.optimizer, self.wrapped, config, distributed=False)
         s = settings.data.sequence_length
         self.mask = torch.ones(s, s, dtype=torch.bool).triu(1).view(1, 1, s, s)
 
@@ -118,7 +146,9 @@ class Megatron:
         total = 0.0
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and "embedding" not in name:
-                total += parameter.numel() * (self.active / experts if ".experts." in name and "shared" not in name else 1)
+                total += parameter.numel() * (
+                    self.active / experts if ".experts." in name and "shared" not in name else 1
+                )
         return total
 
     def _forward(self, batches: Any, model: Any) -> Any:

@@ -16,6 +16,7 @@ import os
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,13 +75,13 @@ waiting: dict[int, tuple[Call, float]] = {}
 """By thread: the call that it waits for, and since when (``time.perf_counter``)."""
 _groups: dict[str, Group] = {}
 _asynchronous: WeakKeyDictionary[Any, Call] = WeakKeyDictionary()
-_seconds = 0.0
+_seconds: defaultdict[str, float] = defaultdict(float)
 _phases: list[tuple[str, float]] = []
 
 
-def seconds_waited() -> float:
-    """Seconds that this process's threads have spent in collectives, since the start."""
-    return _seconds
+def seconds_waited() -> dict[str, float]:
+    """Seconds that this process's threads have spent in collectives since the start, by the function's name."""
+    return dict(_seconds)
 
 
 @contextmanager
@@ -134,14 +135,13 @@ def _replace(name: str, function: Callable[..., Any]) -> None:
 
 
 def _timed(call: Call, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    global _seconds
     thread, start = threading.get_ident(), time.perf_counter()
     waiting[thread] = call, start
     try:
         return function(*args, **kwargs)
     finally:
         waiting.pop(thread, None)
-        _seconds += time.perf_counter() - start
+        _seconds[call.name] += time.perf_counter() - start
 
 
 def _entered(

@@ -34,7 +34,7 @@ STEPS: dict[str, tuple[tuple[list[int], int], tuple[list[int], int]]] = {
 def packs(stepper: Stepper, step: int, plan: tuple, mine: list[int]) -> Iterator[dict]:
     for pack in mine:
         away, images = plan[pack]
-        for router in controller.routers(stepper.model):
+        for router in controller.routers(stepper.models).values():
             bias = router.e_score_correction_bias
             bias.zero_()
             bias[away] = AWAY
@@ -48,7 +48,7 @@ def main() -> None:
         ["train.global_batch=2", "train.micro_batch=1", f"parallel.expert={ranks}", "data.sequence_length=24"],
     )
     here = engine.start(recipe.parallel, 0)
-    stepper = Stepper(recipe, build(recipe))
+    stepper = Stepper(recipe, [build(recipe)])
     mine = [here.rank] if ranks == 2 else [0, 1]
     seen = {}
     for step, (name, plan) in enumerate(STEPS.items()):
