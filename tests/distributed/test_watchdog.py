@@ -26,10 +26,11 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     with log.open("a") as file:
         ranks = [subprocess.Popen(command, env=shared | {"RANK": str(r)}, stderr=file) for r in (0, 1)]
         try:
-            codes = [process.wait(timeout=120) for process in ranks]
+            codes = [process.wait(timeout=300) for process in ranks]
         finally:
             for process in ranks:
                 process.kill()
+                process.wait()
     assert codes == [0, 0], log.read_text()
     parts = re.split(r"^== (\w+)\n", log.read_text(), flags=re.MULTILINE)
     return {
@@ -40,35 +41,35 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 
 STALLS = {
     "never_enters": (
-        r"mmoe: watchdog: rank 0 has waited 1 s in all_to_all_single #2 float32 \[4, 3\] of experts \(ranks 0, 1\) "
+        r"mmoe: watchdog: rank 0 has waited \d+ s in all_to_all_single #2 float32 \[4, 3\] of experts \(ranks 0, 1\) "
         r"at .*stalling\.py:\d+ never_enters; rank 1 has not entered it: at .*stalling\.py:\d+ told"
     ),
     "never_enters_before_wait": (
-        r"mmoe: watchdog: rank 1 has waited 1 s in all_reduce #\d+ float32 \[2\] of default_pg \(ranks 0, 1\) "
+        r"mmoe: watchdog: rank 1 has waited \d+ s in all_reduce #\d+ float32 \[2\] of default_pg \(ranks 0, 1\) "
         r"at .*stalling\.py:\d+ never_enters_before_wait; rank 0 has not entered it: at .*stalling\.py:\d+ told"
     ),
     "nothing_sent": (
-        r"mmoe: watchdog: rank 1 has waited 1 s in send/receive #1 float32 \[3\] of default_pg 0 → 1 \(ranks 0, 1\) "
+        r"mmoe: watchdog: rank 1 has waited \d+ s in send/receive #1 float32 \[3\] of default_pg 0 → 1 \(ranks 0, 1\) "
         r"at .*stalling\.py:\d+ nothing_sent; rank 0 has not entered it: at .*stalling\.py:\d+ told"
     ),
     "batch_not_sent": (
-        r"mmoe: watchdog: rank 0 has waited 1 s in send/receive #\d float32 \[3\] of default_pg (0 → 1|1 → 0) .*"
+        r"mmoe: watchdog: rank 0 has waited \d+ s in send/receive #\d float32 \[3\] of default_pg (0 → 1|1 → 0) .*"
         r"batch_not_sent; rank 1 has not entered it: at .*stalling\.py:\d+ told"
     ),
     "stopped": (
-        r"mmoe: watchdog: rank 0 has waited 1 s in barrier #\d+ of default_pg \(ranks 0, 1\) at .*stalling\.py:\d+ "
-        r"stopped; rank 1 is stopped or dead: not heard of for [1-9] s, was at .*"
+        r"mmoe: watchdog: rank 0 has waited \d+ s in barrier #\d+ of default_pg \(ranks 0, 1\) at .*stalling\.py:\d+ "
+        r"stopped; rank 1 is stopped or dead: not heard of for \d+ s, was at .*"
     ),
     "stopped_with_the_store": (
-        r"mmoe: watchdog: rank 1 has waited 1 s in barrier #\d+ of default_pg \(ranks 0, 1\) at .*stalling\.py:\d+ "
+        r"mmoe: watchdog: rank 1 has waited \d+ s in barrier #\d+ of default_pg \(ranks 0, 1\) at .*stalling\.py:\d+ "
         r"stopped_with_the_store; of the others nothing is known: the job's store does not answer, .*"
     ),
     "standing_still": (
-        r"mmoe: watchdog: rank 0 has waited 1 s in all_reduce #1 float32 \[2\] of default_pg \(ranks 0, 1\) "
+        r"mmoe: watchdog: rank 0 has waited \d+ s in all_reduce #1 float32 \[2\] of default_pg \(ranks 0, 1\) "
         r"at .*stalling\.py:\d+ standing_still; rank 1 has not entered it: at .*stalling\.py:\d+ told"
     ),
     "different_collectives": (
-        r"mmoe: watchdog: rank (0|1) has waited 1 s in (all_reduce|all_to_all_single) #1 float32 \[4\] of confused "
+        r"mmoe: watchdog: rank (0|1) has waited \d+ s in (all_reduce|all_to_all_single) #1 float32 \[4\] of confused "
         r"\(ranks 0, 1\) at .*different_collectives; rank (?!\1)\d entered (?!\2)\w+ #1 float32 \[4\] instead, at .*"
     ),
 }
@@ -77,7 +78,7 @@ STALLS = {
 @pytest.mark.parametrize("scenario", STALLS)
 def test_a_stall_is_one_line(lines: dict[str, list[str]], scenario: str) -> None:
     assert len(lines[scenario]) == 1, lines[scenario]
-    assert re.fullmatch(STALLS[scenario].replace("waited 1 s", r"waited [12] s"), lines[scenario][0])
+    assert re.fullmatch(STALLS[scenario], lines[scenario][0])
 
 
 @pytest.mark.parametrize("scenario", ["healthy", "saving"])
