@@ -52,7 +52,9 @@ def to_hf(checkpoint: Path, out: Path, dtype: str | None = None, load: Load | No
     model, wanted = recipe.model, DTYPES[dtype] if dtype else None
     whole = multimodal.table(model).write(state) if model.encoders else None
     language_state = {n: t for n, t in state.items() if n.startswith("language.") or whole is None}
-    language_tensors = longcat.table(model.backbone, model.moe, fused=False).write(language_state)
+    language_tensors = longcat.table(model.backbone, model.moe, fused=False, mtp=model.mtp is not None).write(
+        language_state
+    )
     _make_room(out)
 
     # The recipe comes first: it marks what a broken-off export leaves behind as one that may be written over.
@@ -61,6 +63,8 @@ def to_hf(checkpoint: Path, out: Path, dtype: str | None = None, load: Load | No
     language.mkdir(exist_ok=True)
     kept = _save(language_tensors, language, wanted)
     config = longcat.to_config(model.backbone, model.moe, kept)
+    if model.mtp:
+        config["num_nextn_predict_layers"] = 1
     _write_json(language / "config.json", config)
     _write_tokenizer(language, tokenizer, model.backbone.max_position)
     _write_readme(out, recipe)

@@ -1,5 +1,6 @@
 """From a Hugging Face directory to a checkpoint."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +12,7 @@ from mmoe.convert.export import RECIPE
 from mmoe.convert.families import longcat, multimodal
 from mmoe.errors import UserError
 from mmoe.recipe.load import load_recipe
-from mmoe.recipe.schema import Data, Model, Optimizer, Parallel, Recipe, Train
-
-MTP = "model.mtp."
-"""Multi-token prediction weights of published checkpoints, which transformers does not read either."""
+from mmoe.recipe.schema import MTP, Data, Model, Optimizer, Parallel, Recipe, Train
 
 
 class Imported(NamedTuple):
@@ -36,23 +34,19 @@ def read_hf(directory: Path) -> Imported:
     """
     config = _config(directory)
     tensors = _tensors(directory)
-    predicted = [name for name in tensors if name.startswith(MTP)]
-    notes = [f"{len(predicted)} tensors of multi-token prediction are not read"] if predicted else []
-    for name in predicted:
-        del tensors[name]
-
+    mtp = MTP() if any(longcat.MTP in name for name in tensors) else None
     fused = any(name.endswith("experts.gate_up_proj") for name in tensors)
     where = str(directory / "config.json")
     if config.get("model_type") == "mmoe":
-        model = multimodal.from_config(config, where)
+        model = dataclasses.replace(multimodal.from_config(config, where), mtp=mtp)
         table = multimodal.table(model, fused=fused)
     else:
         backbone, moe = longcat.from_config(config, where)
-        model = Model(backbone=backbone, moe=moe)
-        table = longcat.table(backbone, moe, fused=fused)
+        model = Model(backbone=backbone, moe=moe, mtp=mtp)
+        table = longcat.table(backbone, moe, fused=fused, mtp=mtp is not None)
     recipe = load_recipe(directory / RECIPE) if (directory / RECIPE).is_file() else _recipe(directory, model)
-    if model.moe.zero_experts:
-        notes.append("gate and up projections of zero experts are not read: no computation uses them")
+    unread = "gate and up projections of zero experts are not read: no computation uses them"
+    notes = [unread] if model.moe.zero_experts else []
     return Imported(recipe, table.read(tensors, str(directory)), directory / "tokenizer.json", notes)
 
 

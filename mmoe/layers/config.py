@@ -7,7 +7,7 @@ from torch.nn.functional import silu
 
 from mmoe.layers.choice import Choice, choose, megatron_settings
 from mmoe.parallel.engine import TransformerConfig, version_settings
-from mmoe.recipe.schema import Backbone, MoE, Precision, Recipe
+from mmoe.recipe.schema import MTP, Backbone, MoE, Precision, Recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -18,6 +18,7 @@ class LongcatConfig(TransformerConfig):
 
     backbone: Backbone = field(default=None)  # type: ignore[assignment]
     moe: MoE = field(default=None)  # type: ignore[assignment]
+    mtp: MTP | None = None
     recompute: str = "none"
     overlap_moe: bool = True
     precision: Precision = field(default_factory=Precision)
@@ -34,6 +35,7 @@ def make_config(recipe: Recipe) -> LongcatConfig:
     return LongcatConfig(
         backbone=backbone,
         moe=moe,
+        mtp=recipe.model.mtp,
         recompute=parallel.recompute,
         overlap_moe=parallel.overlap_moe,
         precision=recipe.precision,

@@ -24,7 +24,9 @@ Role = Literal[
 
 _BY_MODULE: dict[str, Role] = {
     "word_embeddings": "embedding",
+    "embed_tokens": "embedding",
     "output_layer": "unembedding",
+    "eh_proj": "hidden",
     "q_a_proj": "hidden",
     "q_b_proj": "hidden",
     "kv_a_proj_with_mqa": "hidden",
@@ -42,6 +44,8 @@ _BY_MODULE: dict[str, Role] = {
     "final_layernorm": "vector",
     # Scales of FP8, which no draw must touch.
     "fp8": "vector",
+    "enorm": "vector",
+    "hnorm": "vector",
 }
 
 

@@ -67,13 +67,8 @@ class MultimodalModel(MegatronModule):
 
     def hidden(self, batch: dict[str, Any]) -> Tensor:
         """This stage's output (:meth:`LongcatModel.forward`)."""
-        return self.language(
-            self._splice(batch["tokens"], batch["images"]) if self.pre_process else None,
-            batch["position"],
-            batch["document"],
-            batch["branch"],
-            batch["loss_mask"].sum(),
-        )
+        hidden = self._splice(batch["tokens"], batch["images"]) if self.pre_process else None
+        return self.language(hidden, batch)
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """Cross-entropy, fp32 [n], of this rank's n positions with loss_mask 1, in the order of the flattened batch;

@@ -14,6 +14,7 @@ _MAY_BE_ZERO = {
     "bias_rate",
     "bias_rate_min",
     "clip_grad",
+    "hidden_z_coefficient",
     "min_lr",
     "router_init_std",
     "seed",

@@ -29,6 +29,8 @@ class Backbone:
     embedding_init_std: float = 0.02
     residual_init_std: float = 0.02
     """Of the projections that write into the residual stream."""
+    hidden_z_coefficient: float = 0.0
+    """λ of the hidden z-loss λ · mean (log Σ exp|z|)² on what enters the final norm; about 1e-7 where wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,14 @@ class MoE:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MTP:
+    """Multi-token prediction by one dense layer (arXiv 2509.01322; arXiv 2412.19437, section 2.2)."""
+
+    loss_weight: float = 0.1
+    """Of the loss on the token after the next, a mean over the tokens that have one, beside the model's own loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Encoder:
     """A vision encoder; ``type`` decides which of the sizes it reads."""
 
@@ -95,6 +105,7 @@ class Connector:
 class Model:
     backbone: Backbone
     moe: MoE
+    mtp: MTP | None = None
     encoders: tuple[Encoder, ...] = ()
     connector: Connector | None = None
 

@@ -116,6 +116,10 @@ class Recorder:
             "skipped_samples": outcome.skipped_samples,
             "skipped_step": not outcome.taken,
         }
+        if self.recipe.model.backbone.hidden_z_coefficient:
+            row["hidden_z_loss"] = outcome.hidden_z_loss
+        if self.recipe.model.mtp:
+            row["mtp_loss"] = outcome.mtp_loss
         often = is_logged(self.recipe.train, step)
         if often:
             ratio = gradient_ratio(outcome.tallies, self.recipe.model.moe)

@@ -29,6 +29,9 @@ class Outcome:
     taken: bool
     loss: float
     balance_loss: float
+    hidden_z_loss: float
+    mtp_loss: float
+    """Per token that has one; not weighted. NaN without."""
     grad_norm: float
     bias_norm: float
     """Of the selection bias of all routers, as it stood during the step."""
@@ -128,14 +131,16 @@ class Stepper:
             self.recipe.train.micro_batch,
         )
         tallies = controller.take_tallies(self.models)
-        local = tallies.new_zeros(RECORD + 3)
+        local = tallies.new_zeros(RECORD + 6)
         if records:
             local[:RECORD] = torch.stack(records).sum(0)
         local[RECORD] = controller.squared_bias(self.models)
         local[RECORD + 1] = controller.row_similarity(self.models) if measure else 0.0
+        local[RECORD + 2 : RECORD + 5] = sum(model.language.take_auxiliary() for model in self.models)
         local[-1] = float(interrupted())
         sums = engine.sum_over_world(torch.cat((local, tallies.flatten())))
-        loss_sum, loss_tokens, tokens, samples, skipped, squared_bias, similarity, stop = sums[: local.numel()].tolist()
+        loss_sum, loss_tokens, tokens, samples, skipped = sums[:RECORD].tolist()
+        squared_bias, similarity, hidden_z, ahead_sum, ahead_tokens, stop = sums[RECORD : local.numel()].tolist()
         tallies = sums[local.numel() :].view_as(tallies)
         loss = loss_sum / loss_tokens if loss_tokens else math.nan
 
@@ -149,6 +154,8 @@ class Stepper:
             taken=taken,
             loss=loss,
             balance_loss=float(Tally.of(tallies, self.recipe.model.moe).balance_loss.sum()) / max(loss_tokens, 1),
+            hidden_z_loss=hidden_z / max(loss_tokens, 1),
+            mtp_loss=ahead_sum / ahead_tokens if ahead_tokens else math.nan,
             grad_norm=grad_norm,
             bias_norm=math.sqrt(squared_bias),
             tokens=int(tokens),

@@ -22,13 +22,35 @@ ATTENTION = (
 )
 
 
-def table(backbone: Backbone, moe: MoE, *, fused: bool, prefix: str = "") -> Table:
+MTP = "model.mtp."
+"""Multi-token prediction: published with the checkpoints, read by those who serve them, left aside by transformers."""
+
+
+def _mtp(prefix: str) -> list[Entry]:
+    ours, theirs = "language.mtp", f"{prefix}{MTP}"
+    layer = f"{theirs}layers.0"
+    mlp = f"{layer}.transformer_layer.mlp"
+    same = ("eh_proj", "input_layernorm", "post_attention_layernorm")
+    return [
+        Entry(f"{ours}.embed_tokens.weight", (f"{theirs}embed_tokens.weight",)),
+        Entry(f"{ours}.final_layernorm.weight", (f"{theirs}norm.weight",)),
+        *(Entry(f"{ours}.{name}.weight", (f"{layer}.{name}.weight",)) for name in same),
+        *(Entry(f"{ours}.{name}.weight", (f"{layer}.{name}.m.weight",)) for name in ("enorm", "hnorm")),
+        *(Entry(f"{ours}.attention.{name}", (f"{layer}.self_attn.{name}",)) for name in ATTENTION),
+        Entry(f"{ours}.mlp.linear_fc1.weight", (f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight")),
+        Entry(f"{ours}.mlp.linear_fc2.weight", (f"{mlp}.down_proj.weight",)),
+    ]
+
+
+def table(backbone: Backbone, moe: MoE, *, fused: bool, prefix: str = "", mtp: bool = False) -> Table:
     """Names of the language model; ``prefix`` goes in front of theirs."""
     entries = [
         Entry("language.embedding.word_embeddings.weight", (f"{prefix}model.embed_tokens.weight",)),
         Entry("language.decoder.final_layernorm.weight", (f"{prefix}model.norm.weight",)),
         Entry("language.output_layer.weight", (f"{prefix}lm_head.weight",)),
     ]
+    if mtp:
+        entries += _mtp(prefix)
     padding: dict[str, str] = {}
     for layer in range(backbone.layers):
         ours, theirs = f"language.decoder.layers.{layer}", f"{prefix}model.layers.{layer}"

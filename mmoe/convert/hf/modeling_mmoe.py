@@ -27,6 +27,7 @@ class MmoeForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _no_split_modules = ["LongcatFlashDecoderLayer"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"model\.mtp\..*"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["classifier.weight", "e_score_correction_bias"]  # noqa: RUF012
 
     def __init__(self, config: MmoeConfig) -> None:

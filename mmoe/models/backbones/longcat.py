@@ -1,5 +1,6 @@
 """The LongCat-Flash shaped language model: embedding, ScMoE layers, final norm, untied output layer."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -19,9 +20,11 @@ from megatron.core.transformer.transformer_block import (
 from torch import Tensor
 
 from mmoe.layers.config import LongcatConfig
+from mmoe.layers.mtp import MTPLayer, look_ahead
 from mmoe.layers.packed import Packed, additive, key_places, query_places, rotary, visibility
 from mmoe.layers.providers import Norm
 from mmoe.layers.scmoe import layer_spec
+from mmoe.ops.hidden_z_loss import hidden_z_loss
 from mmoe.parallel import engine
 
 
@@ -65,7 +68,10 @@ class LongcatModel(LanguageModule):
                 bias=False,
                 disable_grad_reduce=config.sequence_parallel,
             )
+            self.mtp = MTPLayer(config) if config.mtp else None
         self.setup_embeddings_and_output_layer()
+        self.register_buffer("auxiliary", torch.zeros(3, dtype=torch.float64), persistent=False)
+        self.auxiliary: Tensor
 
     def mine(self, size: int, device: torch.device) -> Tensor:
         """int64 [size / context-parallel ranks]: this rank's places in a pack of ``size`` tokens."""
@@ -75,24 +81,66 @@ class LongcatModel(LanguageModule):
         """int64 [b, s] → [s, b, D]."""
         return self.embedding(input_ids=tokens, position_ids=None)
 
-    def forward(
-        self, hidden: Tensor | None, position: Tensor, document: Tensor, branch: Tensor, loss_tokens: Tensor
-    ) -> Tensor:
+    def forward(self, hidden: Tensor | None, batch: dict[str, Any]) -> Tensor:
         """One stage of the layers.
 
         hidden: embeddings [s / context ranks, b, D] on the first stage; None on the others, which have the stage before
-        them as input. position, document, branch: int [b, s] as in a batch. Returns [t, b, D] to the next stage; on the
-        last one behind the final norm, [s / context ranks, b, D].
+        them as input. batch: whole packs (docs/architecture.md). Returns [t, b, D] to the next stage; on the last one
+        behind the final norm, [s / context ranks, b, D]. In training the last stage attaches its auxiliary losses.
         """
         if hidden is not None and self.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden)
-        packed = self._packed(position, document, branch, loss_tokens)
-        hidden_out: Tensor = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=packed)
-        if self.post_process and self.config.sequence_parallel:
-            return gather_from_sequence_parallel_region(hidden_out)
-        return hidden_out
+        packed = self._packed(batch)
+        attaches = self.post_process and self.training and torch.is_grad_enabled()
+        with contextlib.ExitStack() as stack:
+            if attaches and self.config.backbone.hidden_z_coefficient:
+                norm: Any = self.decoder.final_layernorm
+                handle = norm.register_forward_pre_hook(lambda _, inputs: self._penalised(inputs[0], batch))
+                stack.callback(handle.remove)
+            hidden_out: Tensor = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=packed)
+        if not self.post_process:
+            return hidden_out
+        ahead = self._loss_ahead(hidden_out, packed, batch) if attaches and self.mtp else None
+        if self.config.sequence_parallel:
+            hidden_out = gather_from_sequence_parallel_region(hidden_out)
+        return hidden_out if ahead is None else engine.attach_loss(hidden_out, ahead)
 
-    def _packed(self, position: Tensor, document: Tensor, branch: Tensor, loss_tokens: Tensor) -> Packed:
+    def _penalised(self, z: Tensor, batch: dict[str, Any]) -> Tensor:
+        """z [t, b, D] with the hidden z-loss of this rank's tokens attached, as a part of the micro-batch's mean."""
+        sequence, valid = self.config.sequence_parallel, batch["document"] > 0
+        places = self.mine(valid.size(1), z.device)
+        if sequence:
+            places = places.view(self.here.tensor_size, -1)[self.here.tensor_rank]
+        mine = valid[:, places].t()
+        loss = hidden_z_loss(z.flatten(0, 1), self.config.backbone.hidden_z_coefficient, valid=mine.reshape(-1))
+        weighted = loss * mine.sum() / valid.sum().clamp(min=1) * batch["loss_mask"].sum()
+        if sequence or self.here.tensor_rank == 0:
+            self.auxiliary[0] += weighted.detach()
+        return engine.attach_loss(z, weighted)
+
+    def _loss_ahead(self, hidden: Tensor, packed: Packed, batch: dict[str, Any]) -> Tensor:
+        """This rank's part of the weighted multi-token-prediction loss, a mean over the micro-batch's tokens that have
+        one, times loss tokens."""
+        assert self.mtp is not None
+        assert self.config.mtp is not None
+        mine, ahead = self.mine(batch["tokens"].size(1), hidden.device), look_ahead(batch)
+        out = self.mtp(hidden, ahead.tokens[:, mine], ahead.follows[:, mine], packed)
+        counts = ahead.counts[:, mine]
+        losses_n = self.losses(out.transpose(0, 1)[counts], ahead.labels[:, mine][counts])
+        if self.here.tensor_rank == 0:
+            self.auxiliary[1:] += self.auxiliary.new_tensor([losses_n.detach().double().sum(), losses_n.numel()])
+        mean = losses_n.sum() / ahead.counts.sum().clamp(min=1)
+        return self.config.mtp.loss_weight * mean * packed.loss_tokens
+
+    def take_auxiliary(self) -> Tensor:
+        """fp64 [3], of this rank's tokens since the last call: hidden z-loss × loss tokens, the sum of the losses of
+        multi-token prediction, and how many they are. Summed over all ranks they are the global batch's."""
+        taken = self.auxiliary.clone()
+        self.auxiliary.zero_()
+        return taken
+
+    def _packed(self, batch: dict[str, Any]) -> Packed:
+        position, document, branch = batch["position"], batch["document"], batch["branch"]
         shape, here, size = self.config.backbone, self.here, position.size(1)
         queries = self.mine(size, position.device)
         shards = here.tensor_size if self.config.sequence_parallel else 1
@@ -105,7 +153,7 @@ class LongcatModel(LanguageModule):
             rotary_q=(cos[queries], sin[queries]),
             rotary_k=(cos[keys], sin[keys]),
             valid=(document[:, routed] > 0).t(),
-            loss_tokens=loss_tokens,
+            loss_tokens=batch["loss_mask"].sum(),
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
