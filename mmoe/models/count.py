@@ -19,9 +19,12 @@ class Count:
     expert: int
     experts: int
     vision: int
+    mtp: int
+    """Of the layer for multi-token prediction, which only training and speculative decoding use."""
 
     @property
     def total(self) -> int:
+        """Without multi-token prediction, as in arXiv 2509.01322's 560B."""
         return self.embedding + self.dense + self.experts * self.expert + self.vision
 
     def active(self, experts: float) -> float:
@@ -39,6 +42,13 @@ def _attention(shape: Backbone) -> int:
     return shape.hidden_size * down + heads + shape.q_lora_rank + shape.kv_lora_rank
 
 
+def _mtp(shape: Backbone) -> int:
+    hidden = shape.hidden_size
+    return (
+        shape.vocab_size * hidden + _attention(shape) + 2 * hidden**2 + 3 * hidden * shape.ffn_hidden_size + 5 * hidden
+    )
+
+
 def count(model: Model) -> Count:
     """The parameters of ``model``; zero experts have none but their rows of the router."""
     shape, moe = model.backbone, model.moe
@@ -53,6 +63,7 @@ def count(model: Model) -> Count:
     return Count(
         embedding=embedding,
         dense=shape.layers * layer + hidden + embedding,
+        mtp=_mtp(shape) if model.mtp else 0,
         expert=shape.layers * 3 * hidden * moe.expert_hidden_size,
         experts=moe.experts,
         vision=sum(p.numel() for module in vision_modules(model).values() for p in module.parameters()),
@@ -83,6 +94,7 @@ def describe(model: Model) -> str:
             f"{counted.experts} in each of {model.backbone.layers} layers",
         ),
         ("vision", counted.vision, ""),
+        ("MTP", counted.mtp, "not in the total"),
         ("active, least", counted.active(least), f"a token with {least} FFN experts"),
         ("active, mean", counted.active(moe.active_experts), f"{moe.active_experts:g} FFN experts"),
         ("active, most", counted.active(most), f"{most} FFN experts"),

@@ -9,9 +9,13 @@ from exporting import MODEL, RECIPE
 from safetensors.torch import load_file, save_file
 from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
-from mmoe.convert import read_hf, verify
+from mmoe.checkpoint.load import fill, weights
+from mmoe.convert import read_hf, to_hf, verify
 from mmoe.convert.families import longcat
 from mmoe.errors import UserError
+from mmoe.models.multimodal import build
+from mmoe.parallel import engine
+from mmoe.recipe.schema import Parallel
 
 
 def language_of(state):
@@ -70,12 +74,52 @@ def test_zero_experts_projections_are_written_as_zeros_and_never_read(exported, 
     assert same(read_hf(tmp_path / "hf").state, language_of(exported.state))
 
 
-def test_multi_token_prediction_is_left_out_and_said(exported, tmp_path):
+def published_mtp(backbone) -> dict[str, torch.Tensor]:
+    """Random tensors with the names and shapes that vLLM and SGLang read from the released checkpoints."""
+    d, h = backbone.hidden_size, backbone.heads
+    qk, kv = backbone.qk_nope_head_dim + backbone.qk_rope_head_dim, backbone.qk_nope_head_dim + backbone.v_head_dim
+    layer = {
+        "eh_proj": (d, 2 * d), "enorm.m": (d,), "hnorm.m": (d,), "input_layernorm": (d,),
+        "post_attention_layernorm": (d,), "self_attn.q_a_proj": (backbone.q_lora_rank, d),
+        "self_attn.q_a_layernorm": (backbone.q_lora_rank,), "self_attn.q_b_proj": (h * qk, backbone.q_lora_rank),
+        "self_attn.kv_a_proj_with_mqa": (backbone.kv_lora_rank + backbone.qk_rope_head_dim, d),
+        "self_attn.kv_a_layernorm": (backbone.kv_lora_rank,), "self_attn.kv_b_proj": (h * kv, backbone.kv_lora_rank),
+        "self_attn.o_proj": (d, h * backbone.v_head_dim),
+        "transformer_layer.mlp.gate_proj": (backbone.ffn_hidden_size, d),
+        "transformer_layer.mlp.up_proj": (backbone.ffn_hidden_size, d),
+        "transformer_layer.mlp.down_proj": (d, backbone.ffn_hidden_size),
+    }  # fmt: skip
+    shapes = {f"layers.0.{name}": shape for name, shape in layer.items()}
+    shapes |= {"embed_tokens": (backbone.vocab_size, d), "norm": (d,)}
+    generator = torch.Generator().manual_seed(3)
+    return {f"model.mtp.{name}.weight": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def test_multi_token_prediction_survives_the_round_trip(exported, tmp_path):
     shutil.copytree(exported.out / "language", tmp_path / "hf")
-    save_file({"model.mtp.layers.0.weight": torch.zeros(2)}, tmp_path / "hf/more.safetensors")
+    published = published_mtp(MODEL.backbone)
+    save_file(published, tmp_path / "hf/more.safetensors")
     imported = read_hf(tmp_path / "hf")
-    assert imported.notes[0] == "1 tensors of multi-token prediction are not read"
-    assert same(imported.state, language_of(exported.state))
+    assert imported.recipe.model.mtp is not None
+    assert same({k: v for k, v in imported.state.items() if ".mtp." not in k}, language_of(exported.state))
+
+    engine.start(Parallel(), seed=0, alone=True)
+    network = build(imported.recipe)
+    fill(network, imported.state)
+    to_hf(tmp_path, tmp_path / "again", load=lambda _: (imported.recipe, weights(network), exported.tokenizer))
+    tensors = load_file(tmp_path / "again/model.safetensors")
+    assert same({name: tensor for name, tensor in tensors.items() if name in published}, published)
+    assert json.loads((tmp_path / "again/config.json").read_text())["num_nextn_predict_layers"] == 1
+    _, info = LongcatFlashForCausalLM.from_pretrained(tmp_path / "again", output_loading_info=True)
+    assert not info["unexpected_keys"]
+    assert not info["missing_keys"]
+
+
+def test_half_a_multi_token_prediction_layer_is_an_error(exported, tmp_path):
+    shutil.copytree(exported.out / "language", tmp_path / "hf")
+    save_file({"model.mtp.norm.weight": torch.zeros(32)}, tmp_path / "hf/more.safetensors")
+    with pytest.raises(UserError, match=r"lacks tensor model\.mtp\."):
+        read_hf(tmp_path / "hf")
 
 
 def test_verify(exported, tmp_path):

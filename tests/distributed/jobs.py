@@ -24,7 +24,7 @@ def recipe(**parallel: Any) -> schema.Recipe:
     """A model with everything that a layout can cut: 4 layers, 4 heads, 4 experts beside 2 zero experts, images."""
     backbone = schema.Backbone(
         vocab_size=64, hidden_size=32, layers=4, heads=4, q_lora_rank=16, kv_lora_rank=8, qk_nope_head_dim=8,
-        qk_rope_head_dim=4, v_head_dim=8, ffn_hidden_size=48, init_std=0.1, residual_init_std=0.1,
+        qk_rope_head_dim=4, v_head_dim=8, ffn_hidden_size=48, init_std=0.1, residual_init_std=0.1, hidden_z_coefficient=1e-3,
     )  # fmt: skip
     moe = schema.MoE(
         experts=4, zero_experts=2, top_k=3, expert_hidden_size=16, routed_scaling_factor=2.0, active_experts=1.5,
@@ -34,7 +34,7 @@ def recipe(**parallel: Any) -> schema.Recipe:
     connector = schema.Connector(grid=GRID, width=16, heads=2)
     return schema.Recipe(
         name="layouts",
-        model=schema.Model(backbone=backbone, moe=moe, encoders=(vit,), connector=connector),
+        model=schema.Model(backbone=backbone, moe=moe, mtp=schema.MTP(), encoders=(vit,), connector=connector),
         data=schema.Data(mixture="none", sequence_length=PACK),
         train=schema.Train(steps=10, global_batch=GLOBAL, micro_batch=MICRO),
         optimizer=schema.Optimizer(lr=1e-3, eps=1e-5),

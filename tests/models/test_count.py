@@ -34,7 +34,9 @@ def test_transformers_has_as_many(name: str) -> None:
 def test_the_model_has_as_many(name: str) -> None:
     recipe = load_recipe(name)
     engine.start(Parallel(), seed=0, alone=True)
-    assert count(recipe.model).total == sum(parameter.numel() for parameter in build(recipe).parameters())
+    counted = count(recipe.model)
+    assert counted.total + counted.mtp == sum(parameter.numel() for parameter in build(recipe).parameters())
+    assert bool(counted.mtp) == (name == "longcat_small")
     assert count(MODEL).vision > 0
 
 
