@@ -10,6 +10,7 @@ from mmoe.parallel import engine, layout, state
 from mmoe.parallel import optimizer as adam
 from mmoe.recipe import schema
 from mmoe.recipe.tokens import IMAGE
+from mmoe.train.metrics import gradient_ratio
 from mmoe.train.step import Outcome, Stepper
 
 # isort: split
@@ -24,7 +25,8 @@ def recipe(**parallel: Any) -> schema.Recipe:
     """A model with everything that a layout can cut: 4 layers, 4 heads, 4 experts beside 2 zero experts, images."""
     backbone = schema.Backbone(
         vocab_size=64, hidden_size=32, layers=4, heads=4, q_lora_rank=16, kv_lora_rank=8, qk_nope_head_dim=8,
-        qk_rope_head_dim=4, v_head_dim=8, ffn_hidden_size=48, init_std=0.1, residual_init_std=0.1, hidden_z_coefficient=1e-3,
+        qk_rope_head_dim=4, v_head_dim=8, ffn_hidden_size=48, init_std=0.1, residual_init_std=0.1,
+        hidden_z_coefficient=1e-3,
     )  # fmt: skip
     moe = schema.MoE(
         experts=4, zero_experts=2, top_k=3, expert_hidden_size=16, routed_scaling_factor=2.0, active_experts=1.5,
@@ -120,7 +122,7 @@ def train(
     try:
         outcomes: list[Outcome] = []
         for step in range(first, first + steps):
-            outcomes.append(stepper.step(iter(batches(step)), settings.optimizer.lr))
+            outcomes.append(stepper.step(iter(batches(step)), settings.optimizer.lr, measure=True))
             if save and save[0] == step + 1:
                 if here.first:
                     Path(save[1]).mkdir()
@@ -133,6 +135,10 @@ def train(
         "loss": [outcome.loss for outcome in outcomes],
         "grad_norm": [outcome.grad_norm for outcome in outcomes],
         "balance_loss": [outcome.balance_loss for outcome in outcomes],
+        "hidden_z_loss": [outcome.hidden_z_loss for outcome in outcomes],
+        "mtp_loss": [outcome.mtp_loss for outcome in outcomes],
+        "gradient_ratio": [gradient_ratio(outcome.tallies, settings.model.moe) for outcome in outcomes],
+        "row_similarity": [outcome.row_similarity for outcome in outcomes],
         "tallies": [outcome.tallies for outcome in outcomes],
         "counts": [(outcome.tokens, outcome.samples) for outcome in outcomes],
         "gradients": gradients,
