@@ -77,6 +77,7 @@ _groups: dict[str, Group] = {}
 _asynchronous: WeakKeyDictionary[Any, Call] = WeakKeyDictionary()
 _seconds: defaultdict[str, float] = defaultdict(float)
 _phases: list[tuple[str, float]] = []
+_ended: list[tuple[str, float, float]] = []
 
 
 def seconds_waited() -> dict[str, float]:
@@ -91,12 +92,14 @@ def phase(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _phases.pop()
+        _ended[:] = [(*_phases.pop(), time.perf_counter())]
 
 
-def current_phase() -> tuple[str, float] | None:
-    """The outermost phase and since when."""
-    return _phases[0] if _phases else None
+def current_phase(after: float) -> tuple[str, float] | None:
+    """The outermost phase and since when, or the last one if it ended later than ``after`` (``time.perf_counter``)."""
+    if _phases:
+        return _phases[0]
+    return next(((name, since) for name, since, end in _ended if end > after), None)
 
 
 def reset() -> None:

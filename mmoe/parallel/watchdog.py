@@ -7,7 +7,8 @@ rank prints one line on stderr: the collective, its group, who waits, since when
 do instead. Nothing is stopped: the run goes on if the wait ends, and ends by the group's timeout if not.
 
 Long and legitimate: while a checkpoint is written or read, ranks are in a phase
-(:func:`mmoe.parallel.calls.phase`). A wait for ranks that are all in one is reported after ``10 * limit`` only.
+(:func:`mmoe.parallel.calls.phase`). A wait for ranks that are all in one, or left it less than ``limit`` ago, is
+reported after ``10 * limit`` only.
 A rank that is stopped or dead does not publish, phase or not, and is named after ``limit``.
 
 On CUDA a collective returns at once, and a rank that is held up stands still at the next synchronisation with the
@@ -122,17 +123,19 @@ def stalls(records: dict[int, Record], silent: dict[int, float]) -> list[Stall]:
     """Every call that a rank waits for, the ones waited for longest first."""
     found: dict[tuple[str, int], Stall] = {}
     for rank, record in records.items():
-        for entry, seconds in record.waits:
-            known = found.get((entry.group, entry.sequence))
-            if known is not None and not known.others:
-                waiting, seconds = [*known.waiting, rank], max(seconds, known.seconds)
-            else:
-                waiting = [rank]
+        for entry, _ in record.waits:
+            key = entry.group, entry.sequence
+            known = found.get(key)
+            waiting = [*(known.waiting if known is not None and not known.others else []), rank]
             members = {member: records[member] for member in entry.ranks if member in records}
             behind = [member for member, other in members.items() if other.sequence(entry.group) < entry.sequence]
             others = [member for member, other in members.items() if _differs(other, entry)]
             stopped = [member for member in entry.ranks if member in silent]
-            found[entry.group, entry.sequence] = Stall(entry, waiting, seconds, behind, others, stopped)
+            times = [t for m in members.values() for e, t in m.waits if (e.group, e.sequence) == key]
+            # One that all have entered runs since the last did so; who does not wait for it any more has its result.
+            running = min(times) if len(times) == len(members) else 0.0
+            seconds = max(times) if behind or others or stopped else running
+            found[key] = Stall(entry, waiting, seconds, behind, others, stopped)
     return sorted(found.values(), key=lambda stall: -stall.seconds)
 
 
@@ -268,7 +271,7 @@ class Watchdog(threading.Thread):
         standing = self._standing(frame, now)
         if not self.blocking and not waits and entered:
             waits = [(entry, standing) for entry in entered.values()]
-        phase = calls.current_phase()
+        phase = calls.current_phase(now - self.limit)
         return Record(
             entered,
             waits,

@@ -143,8 +143,13 @@ def test_a_wait_below_the_limit_is_none_of_its_business() -> None:
 def test_all_have_entered_it() -> None:
     verdict = judge({0: record(PAIR, wait=31), 1: record(PAIR, wait=32)}, {}, 30)
     assert verdict is not None
-    assert verdict[0].startswith("ranks 0, 1 have waited 32 s in all_reduce #5 of pair")
+    assert verdict[0].startswith("ranks 0, 1 have waited 31 s in all_reduce #5 of pair")
     assert verdict[0].endswith("all of them have entered it")
+
+
+@pytest.mark.parametrize("last", [record(PAIR, wait=1), record(PAIR)])
+def test_one_that_has_just_entered_or_has_its_result_holds_nobody_up(last: Record) -> None:
+    assert judge({0: record(PAIR, wait=300), 1: last}, {}, 30) is None
 
 
 def test_a_record_survives_the_store() -> None:
