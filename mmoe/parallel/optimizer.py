@@ -65,6 +65,9 @@ def build(
     for part in parts(optimizer):
         mended = {Float16OptimizerWithFloat16Params: MixedDtypeOptimizer, DistributedOptimizer: ShardedOptimizer}
         part.__class__ = mended.get(type(part), type(part))
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                group["fused"], group["foreach"] = True, False  # one pass over a parameter, on the CPU too
     begin_state(optimizer)
     return optimizer
 
@@ -120,8 +123,8 @@ def begin_state(optimizer: MegatronOptimizer) -> None:
     for part in parts(optimizer):
         if isinstance(part.optimizer, torch.optim.AdamW):
             part.init_state_fn(part.optimizer, part.config)
-            for state in part.optimizer.state.values():
-                state.setdefault("step", torch.tensor(0.0))
+            for parameter, state in part.optimizer.state.items():
+                state.setdefault("step", torch.zeros((), device=parameter.device))
 
 
 def adam_state(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
