@@ -17,7 +17,7 @@ from mmoe.errors import UserError
 from mmoe.models.multimodal import build
 from mmoe.parallel.optimizer import adam_state
 from mmoe.recipe import load_recipe
-from mmoe.recipe.schema import Precision, Recipe
+from mmoe.recipe.schema import Parallel, Precision, Recipe
 from mmoe.train import controller
 from mmoe.train.step import Stepper
 
@@ -39,9 +39,10 @@ def trained(folder: Path, recipe: Recipe) -> tuple[Stepper, Path]:
     return run, save(folder / "run", 2, run.wrapped, run.optimizer, PROGRESS, recipe, folder / "tokenizer.json")
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_layers_controller_and_moments_are_stacked(tmp_path: Path, dtype: Any) -> None:
-    recipe = dataclasses.replace(small.RECIPE, precision=Precision(dtype=dtype))
+@pytest.mark.parametrize(("dtype", "distributed"), [("fp32", False), ("bf16", False), ("fp32", True)])
+def test_layers_controller_and_moments_are_stacked(tmp_path: Path, dtype: Any, distributed: bool) -> None:
+    parallel = Parallel(distributed_optimizer=distributed)
+    recipe = dataclasses.replace(small.RECIPE, precision=Precision(dtype=dtype), parallel=parallel)
     run, checkpoint = trained(tmp_path, recipe)
     assert grow(checkpoint, tmp_path / "deep", 3) == tmp_path / "deep/checkpoints/step_00000002"
     grown = load_recipe(tmp_path / "deep/recipe.toml")
