@@ -126,10 +126,8 @@ def _gemm_sizes(recipe: Recipe) -> Iterator[tuple[str, int]]:
     """Rows and columns of the GEMMs of one rank, with where they come from."""
     shape, parallel, heads = recipe.model.backbone, recipe.parallel, "model.backbone.heads × head dimension"
     local = shape.heads // parallel.tensor
-    yield (
-        "data.sequence_length × train.micro_batch",
-        (recipe.data.sequence_length * recipe.train.micro_batch // parallel.context),
-    )
+    shards = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    yield "data.sequence_length × train.micro_batch", recipe.data.sequence_length * recipe.train.micro_batch // shards
     yield "model.backbone.hidden_size", shape.hidden_size
     yield "model.backbone.q_lora_rank", shape.q_lora_rank
     yield "model.backbone.kv_lora_rank", shape.kv_lora_rank

@@ -73,10 +73,14 @@ class MTPLayer(MegatronModule):
     def forward(self, hidden: Tensor, tokens: Tensor, follows: Tensor, packed: Packed) -> Tensor:
         """hidden [t, b, D], the tokens that this rank holds; tokens int64 and follows bool [b, s / context ranks].
         Returns [s / context ranks, b, D]."""
+
+        def attend(x: Tensor) -> Tensor:
+            return x + self.attention(self.input_layernorm(x), packed)
+
         embedded = (self.embed_tokens(tokens) * follows.unsqueeze(-1)).transpose(0, 1).contiguous()
         if self.config.sequence_parallel:
             embedded = scatter_to_sequence_parallel_region(embedded)
         x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
-        x = x + self.attention(self.input_layernorm(x), packed)
+        x = engine.recompute(attend, x) if self.config.recompute != "none" and self.training else attend(x)
         x = self.final_layernorm(x + self.mlp(self.post_attention_layernorm(x))[0])
         return gather_from_sequence_parallel_region(x) if self.config.sequence_parallel else x

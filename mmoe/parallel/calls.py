@@ -28,15 +28,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-# Each with the parameter whose shape tells most.
+# Each with the parameter whose shape tells most. The "single" ones also serve all_gather_into_tensor and
+# reduce_scatter_tensor, their names of before.
 _COLLECTIVES = {
     "all_reduce": "tensor",
     "reduce": "tensor",
     "broadcast": "tensor",
     "all_gather": "tensor",
-    "all_gather_into_tensor": "input_tensor",
+    "all_gather_single": "input_tensor",
     "reduce_scatter": "output",
-    "reduce_scatter_tensor": "input",
+    "reduce_scatter_single": "input",
     "all_to_all": "",
     "all_to_all_single": "input",
     "gather": "tensor",

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from mmoe.errors import UserError
+from mmoe.recipe.checks import row_unit
 from mmoe.recipe.schema import Parallel, Recipe
 
 
@@ -35,6 +36,10 @@ def check(recipe: Recipe, ranks: int) -> None:
         if of % value:
             near = ", ".join(str(size) for size in range(1, of + 1) if of % size == 0)
             raise UserError(f"{value} does not divide {what} = {of}", f"parallel.{key}", f"possible: {near}")
+    width, unit = recipe.model.moe.expert_hidden_size // parallel.expert_tensor, row_unit(recipe)
+    if width % unit:
+        what = f"{width} columns of each expert on a rank are no multiple of {unit}, 16 bytes of the grouped GEMM"
+        raise UserError(what, f"parallel.expert_tensor = {parallel.expert_tensor}", "lower it")
     sizes = possible_expert_sizes(recipe.model.moe.experts, parallel, ranks)
     if parallel.expert not in sizes:
         raise UserError(

@@ -42,7 +42,7 @@ SILENT_INTERVALS = 3
 """A rank that has not published for so many intervals is silent."""
 NAMED = 8
 """Ranks that a line names one by one."""
-UNIFORM = {"all_reduce", "reduce", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor"}
+UNIFORM = {"all_reduce", "reduce", "broadcast", "all_gather_single", "reduce_scatter_single"}
 """Every member's tensor has the same shape and dtype."""
 
 

@@ -32,11 +32,16 @@ def encoder_grid(encoder: Encoder) -> int:
     return encoder.image_size // (encoder.patch_size if encoder.type == "vit" else 2 ** len(encoder.widths))
 
 
+def row_unit(recipe: Recipe) -> int:
+    """Numbers in the 16 bytes that a grouped GEMM reads at a time."""
+    return 4 if recipe.precision.dtype == "fp32" else 8
+
+
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Everything wrong with the values of a well-typed recipe, in the order of its tables."""
     yield from _ranges(recipe, "", "")
     yield from _model(recipe.model)
-    unit = 4 if recipe.precision.dtype == "fp32" else 8
+    unit = row_unit(recipe)
     sizes = {"backbone.hidden_size": recipe.model.backbone.hidden_size}
     for name, size in {**sizes, "moe.expert_hidden_size": recipe.model.moe.expert_hidden_size}.items():
         if size % unit:

@@ -122,7 +122,8 @@ class _Watch:
 def _not_finite(step: int, row: int, outcome: Outcome, names: list[str]) -> UserError:
     """Names the samples of the micro-batches whose loss was not finite; all, where only the gradient was not."""
     parts = engine.gather((outcome.suspects, names))
-    shown = [name for suspects, _ in parts for name in suspects] or [name for _, part in parts for name in part]
+    found = [name for suspects, _ in parts for name in suspects] or [name for _, part in parts for name in part]
+    shown = list(dict.fromkeys(found))  # the ranks of a replica all read its samples
     return UserError(
         f"the loss was not finite for {row} steps in a row, the last one with samples {', '.join(shown[:8])}"
         f"{f' and {len(shown) - 8} more' if len(shown) > 8 else ''}",
@@ -202,7 +203,8 @@ def _loop(
         def show(batch: dict[str, Any], step: int = step, first: bool = first) -> None:
             if first:
                 recorder.pictures(step + 1, batch["images"], [name for pack in batch["samples"] for name in pack])
-            recorder.skipped(step + 1, batch["skipped"])
+            if engine.ranks().has_batch:
+                recorder.skipped(step + 1, batch["skipped"])
 
         watch = _Watch(loader, show)
         rate = learning_rate(recipe.optimizer, step, steps)

@@ -32,6 +32,7 @@ def test_possible(expert: int, ranks: int) -> None:
         (Parallel(virtual_pipeline=2), 1, "need more than one pipeline stage"),
         (Parallel(context=3), 3, "6 does not divide data.sequence_length = 256"),
         (Parallel(expert_tensor=2), 1, "pipeline × expert_tensor = 2 does not divide 1"),
+        (Parallel(expert_tensor=64), 64, "2 columns of each expert on a rank are no multiple of 4"),
         (Parallel(expert_tensor=3), 3, "3 does not divide model.moe.expert_hidden_size = 128"),
         (Parallel(sequence=True), 1, "needs tensor parallelism"),
     ],
