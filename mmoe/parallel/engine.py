@@ -5,6 +5,7 @@ this package. Its other modules import this one first: it prepares torch for the
 """
 
 import atexit
+import gc
 import importlib
 import logging
 import os
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+from torch.distributed import distributed_c10d
 
 from mmoe.errors import UserError
 from mmoe.parallel import calls, cpu_platform, watchdog
@@ -128,8 +130,8 @@ def start(
         dist.init_process_group(cpu_platform.backend(), timeout=timedelta(seconds=timeout_seconds), **options)
         watchdog.start(stall_warning_seconds, blocking=cpu_platform.backend() == "gloo")
         atexit.register(stop)
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    _leave_grid()
+    before = set(distributed_c10d._world.pg_map)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -138,11 +140,29 @@ def start(
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
     )
+    _grid.extend(set(distributed_c10d._world.pg_map) - before)
     # moe_utils.py:286 copies every later scale into the first one, of whatever shape another model left it.
     MoEAuxLossAutoScaler.main_loss_backward_scale = None  # type: ignore[assignment]
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
     return ranks()
+
+
+_grid: list[Any] = []
+"""The process groups of the present grid."""
+
+
+def _leave_grid() -> None:
+    """Ends the groups of the grid that was. Upstream's destroy_model_parallel only forgets them: gloo's keep their
+    threads and connections then, in which a process that changes its layout often drowns."""
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    parallel_state.destroy_model_parallel()
+    gc.collect()  # models and optimizers in cycles hold groups too
+    for group in _grid:
+        if group in distributed_c10d._world.pg_map:  # upstream ends some of them
+            dist.destroy_process_group(group)
+    _grid.clear()
 
 
 def stop() -> None:

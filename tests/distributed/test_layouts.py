@@ -137,7 +137,17 @@ def test_goes_on_from_one_process_and_is_gone_on_from(
     compare(back, alone[0], first=2)
 
 
-@pytest.mark.parametrize("layout", MATRIX)
+REPEATED = ("pp2 vpp2", "cp2", "dp2 distributed optimizer", "tp2 sp etp2")
+"""The layouts that `make test` runs twice, `make test-full` all."""
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(layout, id=name, marks=[] if name in REPEATED else pytest.mark.slow)
+        for name, layout in {**ONE_OF_A_KIND, **TOGETHER}.items()
+    ],
+)
 def test_two_runs_are_equal_bit_by_bit(ranks: pool.Pools, layout: Layout) -> None:
     world, parallel = layout
     once, again = (ranks(world).run("jobs", "train", steps=3, **parallel) for _ in range(2))
