@@ -145,16 +145,18 @@ class ZeroExpertRouter(MegatronModule):
         """
         moe = self.config.moe
         tally, scaling = Tally.of(self.tally, moe), moe.routed_scaling_factor * moe.variance_factor
+        # A hook that held ``routed`` would hold its own tensor, and through it the whole graph, for ever.
+        ids = routed.ids.detach()
         score_in_identity = {"scaled": scaling, "unscaled": 1.0, "copy": 0.0, "drop": 0.0}[moe.identity]
 
         def by_expert(grad_Tk: Tensor) -> None:
-            tally.loss_gradient.index_add_(0, routed.ids.flatten(), grad_Tk.flatten().double())
+            tally.loss_gradient.index_add_(0, ids.flatten(), grad_Tk.flatten().double())
 
         def of_weights(grad_Tk: Tensor) -> None:
             by_expert(grad_Tk * scaling)
 
         def of_identity(grad_T: Tensor) -> None:
-            by_expert(grad_T.unsqueeze(1) * (routed.ids >= moe.experts) * score_in_identity)
+            by_expert(grad_T.unsqueeze(1) * (ids >= moe.experts) * score_in_identity)
 
         def of_groups(grad: Tensor) -> None:
             tally.balance_gradient.add_(grad.double() * valid_T.sum())

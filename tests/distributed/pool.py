@@ -42,7 +42,7 @@ class Pool:
 
     def __init__(self, world: int) -> None:
         context, port = get_context("spawn"), _free_port()
-        self.world, self.jobs = world, 0
+        self.world = world
         ends = [context.Pipe() for _ in range(world)]
         self.connections = [here for here, _ in ends]
         self.processes = [
@@ -59,7 +59,6 @@ class Pool:
             AssertionError: a rank raised (with its traceback), ended, or did not answer in ``seconds``. The ranks are
                 gone then.
         """
-        self.jobs += 1
         for connection in self.connections:
             connection.send((module, name, arguments))
         results: dict[int, Any] = {}
@@ -95,22 +94,14 @@ class Pool:
         return all(process.is_alive() for process in self.processes)
 
 
-JOBS = 6
-"""After so many a pool is made anew: something still keeps each job's process groups, and gloo's threads of them slow
-everything down."""
-
-
 class Pools:
-    """The pools of a test session by their number of ranks; a broken or a worn one is made anew."""
+    """The pools of a test session by their number of ranks; a broken one is made anew."""
 
     def __init__(self) -> None:
         self.pools: dict[int, Pool] = {}
 
     def __call__(self, world: int) -> Pool:
-        pool = self.pools.get(world)
-        if pool is not None and pool.jobs >= JOBS:
-            pool.close()
-        if pool is None or not pool.alive:
+        if world not in self.pools or not self.pools[world].alive:
             self.pools[world] = Pool(world)
         return self.pools[world]
 

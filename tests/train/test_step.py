@@ -1,6 +1,8 @@
 """The optimizer step: what decays, and what a step that must not be taken leaves behind."""
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import small
@@ -39,6 +41,16 @@ def test_matrices_decay_and_norms_do_not() -> None:
     before = unused[63].clone()
     run.step(iter([batch()]), 0.1)
     torch.testing.assert_close(unused[63], before * (1 - 0.1 * 0.5))
+
+
+@pytest.mark.parametrize("measure", [False, True])
+def test_a_step_leaves_no_graph_behind(measure: bool) -> None:
+    run = stepper()
+    assert run.step(iter([batch()]), 0.1, measure=measure).taken
+    model = weakref.ref(run.models[0])
+    del run
+    gc.collect()
+    assert model() is None
 
 
 def test_a_step_without_loss_tokens_is_not_taken() -> None:
