@@ -25,7 +25,11 @@ Result = tuple[list[float], dict[str, torch.Tensor]]
 
 @pytest.mark.parametrize("sequence", [False, True], ids=["tp2", "tp2 sp"])
 def test_a_parallel_linears_gemms_are_its_slices(ranks: pool.Pools, sequence: bool) -> None:
-    ranks(2).run("fp8_jobs", "linears", sequence=sequence)
+    for found in ranks(2).run("fp8_jobs", "linears", sequence=sequence):
+        assert len(found) == 6
+        for name, (ours, expected) in found.items():
+            assert ours is not None, name
+            assert torch.equal(ours, expected), name
 
 
 @pytest.fixture(scope="module")
