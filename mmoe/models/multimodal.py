@@ -85,10 +85,10 @@ class MultimodalModel(MegatronModule):
         return self.language.logits(self.hidden(batch)).transpose(0, 1)
 
 
-def build(recipe: Recipe, stage: int | None = None) -> MultimodalModel:
+def build(recipe: Recipe, stage: int | None = None, config: LongcatConfig | None = None) -> MultimodalModel:
     """The model of ``recipe``, or this rank's (virtual) pipeline ``stage`` of it, with its first weights, in the
     recipe's dtype (the routers stay in fp32)."""
-    config = make_config(recipe)
+    config = config or make_config(recipe)
     model = MultimodalModel(recipe, config, stage)
     if config.params_dtype != torch.float32:
         model.encoders.to(config.params_dtype)
@@ -98,5 +98,7 @@ def build(recipe: Recipe, stage: int | None = None) -> MultimodalModel:
 
 
 def build_stages(recipe: Recipe) -> list[MultimodalModel]:
-    """The pipeline stages that this rank trains: one, or several with virtual pipelining."""
-    return [build(recipe, stage) for stage in engine.stages()]
+    """The pipeline stages that this rank trains: one, or several with virtual pipelining, on one configuration, in
+    which Megatron's schedule finds the functions that a training step sets."""
+    config = make_config(recipe)
+    return [build(recipe, stage, config) for stage in engine.stages()]

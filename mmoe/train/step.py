@@ -88,9 +88,6 @@ class Stepper:
         self.recipe = recipe
         self.models = list(models)
         config, sharded = self.models[0].config, recipe.parallel.distributed_optimizer
-        # One configuration for all stages: the schedule reads the first one's.
-        for model in self.models:
-            model.config = config
         self.wrapped = engine.prepare(self.models, config, distributed_optimizer=sharded)
         self.optimizer: Any = adam.build(
             recipe.optimizer,
