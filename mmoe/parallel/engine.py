@@ -12,7 +12,7 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -130,17 +130,20 @@ def start(
         dist.init_process_group(cpu_platform.backend(), timeout=timedelta(seconds=timeout_seconds), **options)
         watchdog.start(stall_warning_seconds, blocking=cpu_platform.backend() == "gloo")
         atexit.register(stop)
-    _leave_grid()
-    before = set(distributed_c10d._world.pg_map)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        context_parallel_size=parallel.context,
-        expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=parallel.expert_tensor,
-    )
-    _grid.extend(set(distributed_c10d._world.pg_map) - before)
+    sizes = {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        "context_parallel_size": parallel.context,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor,
+    }
+    # A grid of the same sizes stays: models of this process may still use its groups.
+    if sizes != _grid.sizes:
+        _leave_grid()
+        before = set(distributed_c10d._world.pg_map)
+        parallel_state.initialize_model_parallel(**sizes)
+        _grid.sizes, _grid.groups = sizes, list(set(distributed_c10d._world.pg_map) - before)
     # moe_utils.py:286 copies every later scale into the first one, of whatever shape another model left it.
     MoEAuxLossAutoScaler.main_loss_backward_scale = None  # type: ignore[assignment]
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -148,8 +151,15 @@ def start(
     return ranks()
 
 
-_grid: list[Any] = []
-"""The process groups of the present grid."""
+@dataclass
+class _Grid:
+    """What Megatron-Core's process groups are at present."""
+
+    sizes: dict[str, int | None] = field(default_factory=dict)
+    groups: list[Any] = field(default_factory=list)
+
+
+_grid = _Grid()
 
 
 def _leave_grid() -> None:
@@ -159,10 +169,10 @@ def _leave_grid() -> None:
         return
     parallel_state.destroy_model_parallel()
     gc.collect()  # models and optimizers in cycles hold groups too
-    for group in _grid:
+    for group in _grid.groups:
         if group in distributed_c10d._world.pg_map:  # upstream ends some of them
             dist.destroy_process_group(group)
-    _grid.clear()
+    _grid.groups, _grid.sizes = [], {}
 
 
 def stop() -> None:
@@ -171,6 +181,7 @@ def stop() -> None:
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        _grid.groups, _grid.sizes = [], {}
 
 
 def ranks() -> Ranks:
