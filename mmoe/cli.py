@@ -161,9 +161,9 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     report = _command(commands, "report", _report, "write report.html and report.png of a run", example)
     report.add_argument("run_directory", type=Path, metavar="DIR")
     example = "bench ops --only router --json router.json"
-    bench = _command(commands, "bench", _bench, "time operators or training steps against their peers", example)
-    text = "the operators, or a whole training step; needs a checkout of mmoe"
-    bench.add_argument("suite", choices=["ops", "step"], help=text)
+    bench = _command(commands, "bench", _bench, "measure operators, training steps and choices of the model", example)
+    text = "the operators, a whole training step, or choices of LongCat-Flash in training; needs a checkout"
+    bench.add_argument("suite", choices=["ops", "step", "ablations"], help=text)
     bench.add_argument("--json", type=Path, metavar="FILE", help="write every row here")
     bench.add_argument("--only", action="extend", nargs="+", default=[], metavar="NAME", help="these operators alone")
     bench.add_argument("--skip", action="extend", nargs="+", default=[], metavar="PEER", help="leave these peers out")
@@ -179,7 +179,10 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     text = "step: its cost over tokens and over the number of zero experts, as a figure"
     bench.add_argument("--sweep", action="store_true", help=text)
     bench.add_argument("--profile", action="store_true", help="step: where its time goes, as a page")
-    text = "where --sweep and --profile write (default: docs)"
+    bench.add_argument("--steps", type=int, default=300, metavar="N", help="ablations: of every run (default: 300)")
+    text = "ablations: the prepared data (default: data-cache)"
+    bench.add_argument("--data", type=Path, default=Path("data-cache"), metavar="DIR", help=text)
+    text = "where --sweep, --profile and ablations write (default: docs)"
     bench.add_argument("--out", type=Path, default=Path("docs"), metavar="DIR", help=text)
     _command(commands, "doctor", _doctor, "what is installed and which kernels are in use", "doctor")
     return parser

@@ -5,6 +5,8 @@ m  = MoE(n1)                   its dispatch runs beside FFN_0, its combine besid
 h2 = h1 + FFN_0(n1)
 h3 = h2 + MLA_1(norm(h2))
 y  = h3 + FFN_1(norm(h3)) + m
+
+With ``moe.order = "sequential"`` the experts read norm(h3) instead, as in a model without the shortcut.
 """
 
 from typing import Any
@@ -52,6 +54,11 @@ class ScMoELayer(MegatronModule, BaseTransformerLayer):
         x, packed = hidden_states, packed_seq_params
         h1 = x + self._attend(0, x, packed)
         n1 = self.post_attention_layernorm[0](h1)
+        if self.config.moe.order == "sequential":
+            h2 = h1 + self.mlp[0](n1)[0]
+            h3 = h2 + self._attend(1, h2, packed)
+            n3 = self.post_attention_layernorm[1](h3)
+            return h3 + self.mlp[1](n3)[0] + self.moe(n3, packed), None
         dispatched = self.moe.dispatch(n1, packed)
         h2 = h1 + self.mlp[0](n1)[0]
         computed = self.moe.compute(dispatched)

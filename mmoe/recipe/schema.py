@@ -66,6 +66,10 @@ class MoE:
     balance_groups: int = 1
     """D: groups of FFN experts in the balance loss; the zero experts are one more group."""
     router_init_std: float = 0.02
+    order: Literal["shortcut", "sequential"] = "shortcut"
+    """What the experts of a layer read: its first attention's output, on a shortcut around the rest (ScMoE), or its
+    second attention's, in the place of an ordinary MoE layer. Parameters and arithmetic are as many; only on the
+    shortcut is there something to communicate beside."""
 
 
 @dataclass(frozen=True, kw_only=True)

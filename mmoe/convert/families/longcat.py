@@ -89,6 +89,9 @@ def table(backbone: Backbone, moe: MoE, *, fused: bool, prefix: str = "", mtp: b
 
 def check_expressible(moe: MoE) -> None:
     """Raises :class:`UserError` where transformers' model computes something else, whatever its configuration."""
+    if moe.order != "shortcut":
+        what = "transformers' LongCat-Flash has its experts on the shortcut"
+        raise UserError(what, f"model.moe.order = {moe.order!r}", "only models trained with 'shortcut' can be exported")
     if moe.zero_experts and moe.identity != "scaled":
         what = f"transformers' LongCat-Flash scales what its zero experts give, this model has {moe.identity!r}"
         raise UserError(what, "model.moe.identity", "only models trained with 'scaled' can be exported")

@@ -1,0 +1,232 @@
+"""``mmoe bench ablations``: choices of LongCat-Flash at equal compute, three seeds each, on the quickstart's data.
+
+Every run is a `mmoe train` of its own under build/ablations, so that a broken-off study goes on where it stopped. What
+is compared is the mean loss of the last tenth of the steps: the stream of samples does not repeat, so these are losses
+on samples that the model has not seen. Written whatever they show: docs/ablations.md and docs/ablations.png.
+"""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+
+from mmoe.errors import UserError
+from mmoe.evaluate.figures import AMBER, BLUE, GREEN, STYLE, smooth
+
+ROOT = Path(__file__).parents[1]
+SEEDS = (0, 1, 2)
+T_95 = {2: 12.706, 3: 4.303}
+"""Student's t for a two-sided 95% interval of the mean of so many runs."""
+COLORS = (BLUE, AMBER, GREEN)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of a study: what it sets in the recipe."""
+
+    name: str
+    settings: tuple[str, ...]
+    rate: float = 0.0
+    """The learning rate, where the study sweeps it."""
+
+
+@dataclass(frozen=True)
+class Study:
+    title: str
+    question: str
+    arms: tuple[Arm, ...]
+    settings: tuple[str, ...] = ()
+    """Common to its arms."""
+
+    @property
+    def sweeps(self) -> bool:
+        return any(arm.rate for arm in self.arms)
+
+
+def _sweep() -> Iterator[Arm]:
+    for name, settings in (
+        ("64 wide", ("model.backbone.hidden_size=64",)),
+        ("128 wide, transferred", ("model.backbone.hidden_size=128", "transfer.base_width=64")),
+        ("128 wide, as it is", ("model.backbone.hidden_size=128",)),
+    ):
+        for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3):
+            yield Arm(name, (*settings, f"optimizer.lr={rate}", f"optimizer.min_lr={rate / 20}"), rate)
+
+
+STUDIES = {
+    "zero_experts": Study(
+        "Zero experts",
+        "Do 3 slots over 8 FFN and 4 zero experts, steered to 2 FFN experts a token, beat always 2 of 8?",
+        (
+            Arm("zero experts, K_e = 2 of 3", ("model.moe.top_k=3", "model.moe.zero_experts=4")),
+            Arm("plain top-2", ("model.moe.top_k=2", "model.moe.zero_experts=0")),
+        ),
+        ("model.moe.active_experts=2.0",),
+    ),
+    "order": Study(
+        "Shortcut",
+        "Does the shortcut (ScMoE), which lets communication hide, cost anything against the ordinary order?",
+        (
+            Arm("shortcut", ("model.moe.order=shortcut",)),
+            Arm("ordinary order", ("model.moe.order=sequential",)),
+        ),
+    ),
+    "transfer": Study(
+        "Transfer of the learning rate",
+        "Is the best learning rate of a narrow proxy the best of a model twice as wide?",
+        tuple(_sweep()),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    arm: Arm
+    finals: list[float]
+    """By seed."""
+    curves: list[list[float]] = field(repr=False)
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.finals)
+
+    @property
+    def half(self) -> float:
+        """Half the width of the mean's 95% interval over seeds."""
+        n = len(self.finals)
+        return T_95[n] * statistics.stdev(self.finals) / math.sqrt(n) if n in T_95 else math.nan
+
+
+def _folder(study: str, index: int, seed: int, steps: int) -> Path:
+    return ROOT / "build" / "ablations" / f"{study}-{steps}" / f"{index:02d}-seed{seed}"
+
+
+def _losses(folder: Path) -> list[float]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line)["loss"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _train(study: str, index: int, seed: int, steps: int, data: str) -> list[float]:
+    """The losses of one run, made where they are not there yet, on one thread."""
+    folder, arm = _folder(study, index, seed, steps), STUDIES[study].arms[index]
+    if len(_losses(folder)) < steps:
+        schedule = (f"train.steps={steps}", f"train.seed={seed}", f"checkpoint.every={steps}", f"data.root={data}")
+        settings = (*schedule, "parallel.expert=1", *STUDIES[study].settings, *arm.settings)
+        command = [sys.executable, "-m", "mmoe", "train", "quickstart", "--out", str(folder), "--resume"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [*command, "--set", *settings], env=environment, capture_output=True, text=True, cwd=ROOT, check=False
+        )
+        if done.returncode:
+            raise UserError(
+                done.stderr.strip().splitlines()[-1], f"{study}, {arm.name}, seed {seed}", "see build/ablations"
+            )
+    return _losses(folder)
+
+
+def _study(name: str, seeds: tuple[int, ...], steps: int, data: str, threads: int, console: Console) -> list[Result]:
+    arms = STUDIES[name].arms
+    jobs = [(index, seed) for seed in seeds for index in range(len(arms))]
+    with ThreadPoolExecutor(threads) as pool:
+        runs = [pool.submit(_train, name, index, seed, steps, data) for index, seed in jobs]
+        waiting = track(runs, description=STUDIES[name].title, console=console)
+        curves = dict(zip(jobs, [run.result() for run in waiting], strict=True))
+    last = max(1, steps // 10)
+    return [
+        Result(
+            arm,
+            [statistics.fmean(curves[index, seed][-last:]) for seed in seeds],
+            [curves[index, seed] for seed in seeds],
+        )
+        for index, arm in enumerate(arms)
+    ]
+
+
+def _draw_curves(axes: Axes, results: list[Result]) -> None:
+    for result, color in zip(results, COLORS, strict=False):
+        curves = np.array([smooth(np.array(curve), max(3, len(curve) // 20)) for curve in result.curves])
+        steps = np.arange(1, curves.shape[1] + 1)
+        axes.plot(steps, curves.mean(0), color=color, label=result.arm.name)
+        axes.fill_between(steps, curves.min(0), curves.max(0), color=color, alpha=0.2, linewidth=0)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, mean and range over seeds")
+
+
+def _draw_sweep(axes: Axes, results: list[Result]) -> None:
+    for name, color in zip(dict.fromkeys(result.arm.name for result in results), COLORS, strict=False):
+        mine = [result for result in results if result.arm.name == name]
+        rates = [result.arm.rate for result in mine]
+        axes.plot(rates, [result.mean for result in mine], "o-", color=color, label=name)
+        low, high = ([pick(result.finals) for result in mine] for pick in (min, max))
+        axes.fill_between(rates, low, high, color=color, alpha=0.2, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate of the recipe")
+    axes.set_ylabel("final loss, mean and range over seeds")
+
+
+def _draw(found: dict[str, list[Result]], path: Path) -> None:
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.2 * len(found), 3.8), layout="constrained")
+        FigureCanvasAgg(figure)
+        for axes, (name, results) in zip(np.atleast_1d(figure.subplots(1, len(found))), found.items(), strict=True):
+            (_draw_sweep if STUDIES[name].sweeps else _draw_curves)(axes, results)
+            axes.set_title(STUDIES[name].title)
+            axes.legend()
+        figure.savefig(path, dpi=110)
+
+
+def _page(found: dict[str, list[Result]], seeds: tuple[int, ...], steps: int) -> str:
+    lines = [
+        "# Ablations",
+        "",
+        f"Written by `mmoe bench ablations`: the quickstart's model and data, {steps} steps, "
+        f"seeds {', '.join(map(str, seeds))}. Final loss: the mean over the last tenth of the steps, on samples not seen "
+        "before; ± is half the 95% interval of the mean over seeds.",
+        "",
+        "![ablations](ablations.png)",
+    ]
+    for name, results in found.items():
+        study = STUDIES[name]
+        lines += ["", f"## {study.title}", "", study.question, "", "| | final loss | by seed |", "|---|---|---|"]
+        for result in results:
+            label = f"{result.arm.name}, {result.arm.rate:g}" if study.sweeps else result.arm.name
+            lines.append(
+                f"| {label} | {result.mean:.4f} ± {result.half:.4f} | {', '.join(f'{x:.4f}' for x in result.finals)} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def run(options: Namespace) -> None:
+    """The command; ``options`` as ``mmoe bench`` reads them: --only names studies, --quick runs each briefly once.
+
+    Raises:
+        UserError: an unknown study, or a run that failed.
+    """
+    console = Console(width=160, soft_wrap=True)
+    names = options.only or list(STUDIES)
+    for name in names:
+        if name not in STUDIES:
+            raise UserError(f"there is no {name!r}", "--only", f"choose from {', '.join(STUDIES)}")
+    steps, seeds = (4, SEEDS[:1]) if options.quick else (options.steps, SEEDS)
+    data = str(Path(options.data).resolve())
+    found = {name: _study(name, seeds, steps, data, options.threads, console) for name in names}
+    options.out.mkdir(parents=True, exist_ok=True)
+    _draw(found, options.out / "ablations.png")
+    page = _page(found, seeds, steps)
+    (options.out / "ablations.md").write_text(page)
+    console.print(page, highlight=False, markup=False)
