@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1, 2)
 T_95 = {2: 12.706, 3: 4.303}
 """Student's t for a two-sided 95% interval of the mean of so many runs."""
+COMMON = ("train.global_batch=8", "parallel.expert=1")
 COLORS = (BLUE, AMBER, GREEN)
 
 
@@ -50,6 +51,7 @@ class Study:
     title: str
     question: str
     arms: tuple[Arm, ...]
+    steps: int
     settings: tuple[str, ...] = ()
     """Common to its arms."""
 
@@ -60,11 +62,11 @@ class Study:
 
 def _sweep() -> Iterator[Arm]:
     for name, settings in (
-        ("64 wide", ("model.backbone.hidden_size=64",)),
-        ("128 wide, transferred", ("model.backbone.hidden_size=128", "transfer.base_width=64")),
+        ("32 wide", ("model.backbone.hidden_size=32",)),
+        ("128 wide, transferred", ("model.backbone.hidden_size=128", "transfer.base_width=32")),
         ("128 wide, as it is", ("model.backbone.hidden_size=128",)),
     ):
-        for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3):
+        for rate in (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2):
             yield Arm(name, (*settings, f"optimizer.lr={rate}", f"optimizer.min_lr={rate / 20}"), rate)
 
 
@@ -76,6 +78,7 @@ STUDIES = {
             Arm("zero experts, K_e = 2 of 3", ("model.moe.top_k=3", "model.moe.zero_experts=4")),
             Arm("plain top-2", ("model.moe.top_k=2", "model.moe.zero_experts=0")),
         ),
+        300,
         ("model.moe.active_experts=2.0",),
     ),
     "order": Study(
@@ -85,11 +88,13 @@ STUDIES = {
             Arm("shortcut", ("model.moe.order=shortcut",)),
             Arm("ordinary order", ("model.moe.order=sequential",)),
         ),
+        300,
     ),
     "transfer": Study(
         "Transfer of the learning rate",
-        "Is the best learning rate of a narrow proxy the best of a model twice as wide?",
+        "Is the best learning rate of a narrow proxy the best of a model four times as wide?",
         tuple(_sweep()),
+        200,
     ),
 }
 
@@ -125,12 +130,12 @@ def _train(study: str, index: int, seed: int, steps: int, data: str) -> list[flo
     """The losses of one run, made where they are not there yet, on one thread."""
     folder, arm = _folder(study, index, seed, steps), STUDIES[study].arms[index]
     if len(_losses(folder)) < steps:
-        schedule = (f"train.steps={steps}", f"train.seed={seed}", f"checkpoint.every={steps}", f"data.root={data}")
-        settings = (*schedule, "parallel.expert=1", *STUDIES[study].settings, *arm.settings)
+        length = (f"train.steps={steps}", f"optimizer.warmup_steps={steps // 10}", f"checkpoint.every={steps}")
+        common = (*length, *COMMON, f"train.seed={seed}", f"data.root={data}", *STUDIES[study].settings)
         command = [sys.executable, "-m", "mmoe", "train", "quickstart", "--out", str(folder), "--resume"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            [*command, "--set", *settings], env=environment, capture_output=True, text=True, cwd=ROOT, check=False
+            [*command, "--set", *common, *arm.settings], env=environment, capture_output=True, text=True, cwd=ROOT, check=False
         )
         if done.returncode:
             raise UserError(
@@ -190,11 +195,11 @@ def _draw(found: dict[str, list[Result]], path: Path) -> None:
         figure.savefig(path, dpi=110)
 
 
-def _page(found: dict[str, list[Result]], seeds: tuple[int, ...], steps: int) -> str:
+def _page(found: dict[str, list[Result]], seeds: tuple[int, ...]) -> str:
     lines = [
         "# Ablations",
         "",
-        f"Written by `mmoe bench ablations`: the quickstart's model and data, {steps} steps, "
+        "Written by `mmoe bench ablations`: the quickstart's model and data, 8 packs a step, "
         f"seeds {', '.join(map(str, seeds))}. Final loss: the mean over the last tenth of the steps, on samples not seen "
         "before; ± is half the 95% interval of the mean over seeds.",
         "",
@@ -202,7 +207,8 @@ def _page(found: dict[str, list[Result]], seeds: tuple[int, ...], steps: int) ->
     ]
     for name, results in found.items():
         study = STUDIES[name]
-        lines += ["", f"## {study.title}", "", study.question, "", "| | final loss | by seed |", "|---|---|---|"]
+        question = f"{study.question} {len(results[0].curves[0])} steps."
+        lines += ["", f"## {study.title}", "", question, "", "| | final loss | by seed |", "|---|---|---|"]
         for result in results:
             label = f"{result.arm.name}, {result.arm.rate:g}" if study.sweeps else result.arm.name
             lines.append(
@@ -222,11 +228,12 @@ def run(options: Namespace) -> None:
     for name in names:
         if name not in STUDIES:
             raise UserError(f"there is no {name!r}", "--only", f"choose from {', '.join(STUDIES)}")
-    steps, seeds = (4, SEEDS[:1]) if options.quick else (options.steps, SEEDS)
+    seeds = SEEDS[:1] if options.quick else SEEDS
+    lengths = {name: 4 if options.quick else options.steps or STUDIES[name].steps for name in names}
     data = str(Path(options.data).resolve())
-    found = {name: _study(name, seeds, steps, data, options.threads, console) for name in names}
+    found = {name: _study(name, seeds, lengths[name], data, options.threads, console) for name in names}
     options.out.mkdir(parents=True, exist_ok=True)
     _draw(found, options.out / "ablations.png")
-    page = _page(found, seeds, steps)
+    page = _page(found, seeds)
     (options.out / "ablations.md").write_text(page)
     console.print(page, highlight=False, markup=False)

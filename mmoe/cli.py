@@ -179,7 +179,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     text = "step: its cost over tokens and over the number of zero experts, as a figure"
     bench.add_argument("--sweep", action="store_true", help=text)
     bench.add_argument("--profile", action="store_true", help="step: where its time goes, as a page")
-    bench.add_argument("--steps", type=int, default=300, metavar="N", help="ablations: of every run (default: 300)")
+    bench.add_argument("--steps", type=int, metavar="N", help="ablations: of every run (default: the study's own)")
     text = "ablations: the prepared data (default: data-cache)"
     bench.add_argument("--data", type=Path, default=Path("data-cache"), metavar="DIR", help=text)
     text = "where --sweep, --profile and ablations write (default: docs)"
