@@ -15,6 +15,10 @@ MMOE_OPERATORS(m) {
   m.def(
       "unpermute_backward(Tensor grad_out, Tensor rows, Tensor row_of_slot, Tensor weights, Tensor x, Tensor identity, "
       "Tensor? slot_of_row) -> (Tensor grad_rows, Tensor grad_weights, Tensor grad_x, Tensor grad_identity)");
+  m.def("grouped_linear(Tensor rows, Tensor weight, Tensor ends) -> Tensor out");
+  m.def("grouped_linear_grad_rows(Tensor grad_out, Tensor rows, Tensor weight, Tensor ends) -> Tensor grad_rows");
+  m.def("grouped_linear_grad_weight(Tensor grad_out, Tensor rows, Tensor weight, Tensor ends) -> Tensor grad_weight");
+  m.def("grouped_linear_add_grad_weight(Tensor(a!) into, Tensor grad_out, Tensor rows, Tensor ends) -> ()");
   m.def("hidden_z_loss(Tensor z, Tensor? valid, float coefficient) -> (Tensor loss, Tensor lse, Tensor count)");
   m.def(
       "hidden_z_loss_backward(Tensor grad_loss, Tensor z, Tensor lse, Tensor count, float coefficient) -> Tensor "

@@ -106,7 +106,7 @@ def _precision() -> Iterator[tuple[str, str]]:
     upstream = auto.transformer_engine
     linears = "Transformer Engine's" if upstream else "Megatron-Core's"
     yield "linears", f"{linears} ({auto.why})"
-    yield "grouped GEMM", "Transformer Engine's" if upstream else "torch's grouped_mm"
+    yield "grouped GEMM", "Transformer Engine's" if upstream else "ours (torch's grouped_mm on CUDA)"
     apex = "apex's" if auto.apex_norms else f"torch's rms_norm (apex: {choice.apex_missing() or 'needs CUDA'})"
     yield "norms", "Transformer Engine's, those with a constant factor torch's" if upstream else apex
     for recipe in choice.FP8_CAPABILITY:

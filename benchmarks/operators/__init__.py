@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-OPERATORS = ("hidden_z_loss", "router", "permute_index", "permute", "unpermute", "sva")
+OPERATORS = ("hidden_z_loss", "router", "permute_index", "permute", "unpermute", "grouped_linear", "sva")
 TOGETHER = ("permute_unpermute", "identity_path", "moe_layer", "sva_layer")
 
 

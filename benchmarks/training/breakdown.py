@@ -27,7 +27,15 @@ PREFIX = "part: "
 REST, BACKWARD = "rest", "backward"
 BACKWARD_SCOPE = 1
 """torch's RecordScope::BACKWARD_FUNCTION."""
-PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm"}
+PRODUCTS = {
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "mmoe::grouped_linear",
+    "mmoe::grouped_linear_grad_rows",
+    "mmoe::grouped_linear_grad_weight",
+    "mmoe::grouped_linear_add_grad_weight",
+}
 ATTENTION = "scaled_dot_product"
 MODULES: dict[type, str] = {
     RMSNorm: "norms",

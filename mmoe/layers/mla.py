@@ -27,6 +27,27 @@ from mmoe.parallel.collectives import gather_first, sum_gradient
 LATENT_NORM_EPS = 1e-6
 """Hard-coded in the released model (LongcatFlashMLA), whatever rms_norm_eps says."""
 
+LEAST_QUERIES = 256
+
+
+def attend(q_bHqk: Tensor, k_bHsk: Tensor, v_bHsv: Tensor, mask: Tensor, *, in_order: bool) -> Tensor:
+    """torch's attention → [b, H, q, v]. ``in_order``: query i is token i of the pack, as key i is.
+
+    On the CPU, where heads of two sizes mean plain products, each quarter of the queries leaves out the keys behind it,
+    which the mask hides anyway: up to 3/8 less work.
+    """
+    size = q_bHqk.size(2)
+    step = max(LEAST_QUERIES, -(-size // 4)) if in_order and q_bHqk.device.type == "cpu" else size
+    if step >= size:
+        return scaled_dot_product_attention(q_bHqk, k_bHsk, v_bHsv, attn_mask=mask)
+    parts = []
+    for begin in range(0, size, step):
+        end = min(begin + step, size)
+        seen = mask[:, :, begin:end, :end]
+        q, k, v = q_bHqk[:, :, begin:end], k_bHsk[:, :, :end], v_bHsv[:, :, :end]
+        parts.append(scaled_dot_product_attention(q, k, v, attn_mask=seen))
+    return torch.cat(parts, dim=2)
+
 
 class MLA(MegatronModule):
     def __init__(self, config: LongcatConfig) -> None:
@@ -65,5 +86,5 @@ class MLA(MegatronModule):
         k_rope = rotate(k_rope.unsqueeze(2), *packed.rotary_k).expand(-1, -1, self.heads, -1)
         q_bHqk = torch.cat((q_nope, q_rope), dim=-1).permute(1, 2, 0, 3)
         k_bHsk = torch.cat((k_nope, k_rope), dim=-1).permute(1, 2, 0, 3)
-        out = scaled_dot_product_attention(q_bHqk, k_bHsk, v.permute(1, 2, 0, 3), attn_mask=packed.mask)
+        out = attend(q_bHqk, k_bHsk, v.permute(1, 2, 0, 3), packed.mask, in_order=engine.context_group().size() == 1)
         return self.o_proj(out.permute(2, 0, 1, 3).flatten(2))[0]

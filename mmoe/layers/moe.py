@@ -47,7 +47,7 @@ class GroupedExperts(MegatronModule):
     def forward(self, rows_RD: Tensor, ends: Tensor) -> Tensor:
         """Rows sorted by expert; ``ends`` int32 [n] is where each expert's rows end. Under expert tensor parallelism
         the result is this rank's part of a sum."""
-        gate, up = self.grouped1(rows_RD, self.w1.flatten(1, 2), ends).chunk(2, dim=-1)
+        gate, up = self.grouped1(rows_RD, self.w1, ends).chunk(2, dim=-1)
         return self.grouped2(silu(gate) * up, self.w2, ends)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:

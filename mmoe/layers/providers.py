@@ -1,7 +1,7 @@
 """Whose linears, norms and grouped GEMM the backbone is made of: ours on Megatron-Core and torch, Transformer Engine's,
 or apex's norm. Parameters have the same names and shapes whatever is chosen.
 
-Ours are Megatron-Core's parallel linears, torch's rms_norm and grouped_mm; in FP8 the same linears and our grouped GEMM
+Ours are Megatron-Core's parallel linears, torch's rms_norm and our grouped linear; in FP8 the same linears and our grouped GEMM
 with the emulated arithmetic of :mod:`mmoe.layers.fp8`. Dispatch is always ours: Transformer Engine's fused permute
 returns its empty input for zeros where all tokens of a rank chose zero experts (2.8, pytorch/permutation.py,
 _moe_unpermute_mask_map.forward and _moe_permute_mask_map.backward), and knows no identity weight.
@@ -21,11 +21,11 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor
-from torch.nn.functional import grouped_mm
 
 from mmoe.layers import fp8
 from mmoe.layers.modules import ReplicatedLinear
 from mmoe.layers.norms import ApexRMSNorm, RMSNorm
+from mmoe.ops.grouped_linear import grouped_linear as local_grouped_linear
 from mmoe.parallel import engine
 from mmoe.parallel.collectives import sum_gradient
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mmoe.layers.config import LongcatConfig
 
 GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(rows [R, K] by expert, weight [n, N, K], ends int32 [n]) → [R, N]."""
+"""(rows [R, K] by expert, weight [n, …, K], ends int32 [n]) → [R, N], as mmoe.ops.grouped_linear."""
 
 
 class _Fp8ParallelLinear(torch.nn.Module):
@@ -80,8 +80,8 @@ class Fp8GroupedLinear(torch.nn.Module):
         super().__init__()
         self.fp8 = fp8.make_scaling(config.choice.fp8, config.precision.fp8_amax_history, experts)
 
-    def forward(self, rows_RK: Tensor, weight_nNK: Tensor, ends_n: Tensor) -> Tensor:
-        return fp8.grouped_linear(rows_RK, weight_nNK, ends_n, self.fp8, "experts")
+    def forward(self, rows_RK: Tensor, weight: Tensor, ends_n: Tensor) -> Tensor:
+        return fp8.grouped_linear(rows_RK, weight.flatten(1, -2), ends_n, self.fp8, "experts")
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Delayed scales, an expert each."""
@@ -213,10 +213,6 @@ def grouped_linear(config: "LongcatConfig", experts: int, inputs: int, outputs: 
     return local_grouped_linear
 
 
-def local_grouped_linear(rows_RK: Tensor, weight_nNK: Tensor, ends_n: Tensor) -> Tensor:
-    return grouped_mm(rows_RK, weight_nNK.transpose(1, 2), offs=ends_n)
-
-
 class TEGroupedLinear(torch.nn.Module):
     """Transformer Engine's GroupedLinear on the experts' stacked weight, which stays the caller's parameter.
 
@@ -238,12 +234,12 @@ class TEGroupedLinear(torch.nn.Module):
         if config.choice.fp8 != "none":
             self.padding, self.unpadding = upstream.Fp8Padding(experts), upstream.Fp8Unpadding(experts)
 
-    def forward(self, rows_RK: Tensor, weight_nNK: Tensor, ends_n: Tensor) -> Tensor:
+    def forward(self, rows_RK: Tensor, weight: Tensor, ends_n: Tensor) -> Tensor:
         (linear,) = self.upstream
         linear.train(self.training)
-        linear.stacked = weight_nNK
+        linear.stacked = weight.flatten(1, -2)
         # forward() asks its first parameter for the device.
-        linear.weight0 = torch.nn.Parameter(weight_nNK[0].detach(), requires_grad=False)
+        linear.weight0 = torch.nn.Parameter(linear.stacked[0].detach(), requires_grad=False)
         sizes = ends_n.diff(prepend=ends_n.new_zeros(1)).tolist()
         if self.padding is None or self.unpadding is None:
             return linear(rows_RK, sizes)

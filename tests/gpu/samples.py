@@ -8,18 +8,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmoe.ops.grouped_linear import grouped_linear
 from mmoe.ops.hidden_z_loss import hidden_z_loss
 from mmoe.ops.permute import permute
 from mmoe.ops.sva import Absorbed, Projected, sva
 from mmoe.ops.unpermute import unpermute
+from mmoe.reference import grouped_linear as reference_grouped_linear
 from mmoe.reference import hidden_z_loss as reference_hidden_z_loss
 from mmoe.reference import permute as reference_permute
 from mmoe.reference import permute_index as reference_permute_index
 from mmoe.reference import sva as reference_sva
 from mmoe.reference import unpermute as reference_unpermute
 
-OPERATORS = SimpleNamespace(hidden_z_loss=hidden_z_loss, permute=permute, sva=sva, unpermute=unpermute)
+OPERATORS = SimpleNamespace(
+    grouped_linear=grouped_linear, hidden_z_loss=hidden_z_loss, permute=permute, sva=sva, unpermute=unpermute
+)
 REFERENCES = SimpleNamespace(
+    grouped_linear=reference_grouped_linear.grouped_linear,
     hidden_z_loss=reference_hidden_z_loss.hidden_z_loss,
     permute=reference_permute.permute,
     sva=reference_sva.sva,
@@ -101,6 +106,15 @@ def back(ids: Tensor, experts: int, width: int) -> Sample:
     return Sample(call, data, [normal(*ids.shape, seed=2), normal(len(ids), seed=3)], [index.row_of_slot])
 
 
+def grouped(counts: Sequence[int]) -> Sample:
+    """Widths of whole vectors, as CUDA's kernel wants them."""
+    return Sample(
+        lambda side, data, _, constants: [side.grouped_linear(*data, constants[0])],
+        [normal(sum(counts), 32), normal(len(counts), 3, 8, 32, seed=1)],
+        constants=[torch.tensor(counts).cumsum(0).to(torch.int32)],
+    )
+
+
 def aggregate(
     windows: Sequence[int], absorbed: Sequence[bool], head_width: int, masked: bool, batch: int = 2
 ) -> Sample:
@@ -156,6 +170,7 @@ SAMPLES = {
             "zero experts alone": 6 + slots(5, 3, 2),
         }.items()
     },
+    "grouped_linear": grouped([5, 0, 300, 1]),
     "permute, aligned": there(MIXED, 6, 24, align=8),
     "permute, rows left over": there(MIXED, 6, 24, align=8, max_rows=150),
     **{

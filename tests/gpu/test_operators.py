@@ -191,6 +191,8 @@ def arguments_of(operator: str, device: str) -> tuple[Any, ...]:
     if operator == "router":
         logits, bias = (part.to(device) for part in routing.draw(9, 18, dtype=torch.float32))
         return logits.requires_grad_(), bias, None, 6, 4, 2.5, "softmax", False, 3, 1, 1, "scaled"
+    if operator == "grouped_linear":
+        return *place(SAMPLES[operator], device, torch.float32).data, SAMPLES[operator].constants[0]
     if operator == "permute_fp8":
         return normal(len(ids), 128).to(x), index.row_of_slot, index.slot_of_row
     placed = place(SAMPLES["sva absorbed"], device, torch.float32)
@@ -211,8 +213,8 @@ OPCHECKED = ["hidden_z_loss", "permute_index", "permute", "unpermute", "router",
 @pytest.mark.parametrize(
     ("device", "operator"),
     [
-        *(("cpu", operator) for operator in OPCHECKED),
-        # The CPU has no kernel of permute_fp8.
+        # grouped_linear has no kernel of ours on CUDA, permute_fp8 none on the CPU.
+        *(("cpu", operator) for operator in [*OPCHECKED, "grouped_linear"]),
         *(pytest.param("cuda", operator, marks=ON_CUDA) for operator in [*OPCHECKED, "permute_fp8"]),
     ],
 )

@@ -6,7 +6,7 @@ import torch
 from transformers.models.longcat_flash.configuration_longcat_flash import LongcatFlashConfig
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashMLA, LongcatFlashRotaryEmbedding
 
-from mmoe.layers.mla import MLA
+from mmoe.layers.mla import MLA, attend
 from mmoe.layers.packed import Packed, additive, rotary, visibility
 
 B, S, D = 2, 12, small.BACKBONE.hidden_size
@@ -65,3 +65,22 @@ def test_output_and_gradients_equal_the_released_arithmetic(
         torch.testing.assert_close(
             parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize("size", [256, 257, 600, 1400])
+def test_queries_in_parts_give_what_they_give_together(size: int) -> None:
+    """A pack of three documents, the second with two branches, and padding."""
+    b, h = 2, 3
+    generator = torch.Generator().manual_seed(size)
+    q, k = (torch.randn(b, h, size, 12, generator=generator, dtype=torch.float64) for _ in range(2))
+    v = torch.randn(b, h, size, 8, generator=generator, dtype=torch.float64)
+    document = torch.arange(size).mul(4).div(size, rounding_mode="floor").add(1).remainder(4).expand(b, size)
+    branch = (torch.arange(size) % 7 // 3 * (document == 2)).expand(b, size)
+    mask = additive(visibility(document, branch), torch.float64)
+    results = []
+    for in_order in (True, False):
+        leaves = [part.clone().requires_grad_() for part in (q, k, v)]
+        out = attend(*leaves, mask, in_order=in_order)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for parts, together in zip(*results, strict=True):
+        torch.testing.assert_close(parts, together, rtol=1e-12, atol=1e-12)
