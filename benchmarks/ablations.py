@@ -29,9 +29,11 @@ from mmoe.errors import UserError
 from mmoe.evaluate.figures import AMBER, BLUE, GREEN, STYLE, smooth
 
 ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build" / "ablations"
 SEEDS = (0, 1, 2)
-T_95 = {2: 12.706, 3: 4.303}
+T_95 = {3: 4.303}
 """Student's t for a two-sided 95% interval of the mean of so many runs."""
+HEADER = "| | final loss | by seed | FFN experts a token |"
 COMMON = ("train.global_batch=8", "parallel.expert=1")
 COLORS = (BLUE, AMBER, GREEN)
 
@@ -105,43 +107,49 @@ class Result:
     finals: list[float]
     """By seed."""
     curves: list[list[float]] = field(repr=False)
+    active: float
+    """FFN experts a token, mean of the runs."""
 
     @property
     def mean(self) -> float:
         return statistics.fmean(self.finals)
 
-    @property
-    def half(self) -> float:
-        """Half the width of the mean's 95% interval over seeds."""
-        n = len(self.finals)
-        return T_95[n] * statistics.stdev(self.finals) / math.sqrt(n) if n in T_95 else math.nan
+
+def interval(values: list[float]) -> str:
+    """The mean and, of several, half the width of its 95% interval."""
+    mean, n = statistics.fmean(values), len(values)
+    return f"{mean:.4f}" + (f" ± {T_95[n] * statistics.stdev(values) / math.sqrt(n):.4f}" if n > 1 else "")
 
 
 def _folder(study: str, index: int, seed: int, steps: int) -> Path:
-    return ROOT / "build" / "ablations" / f"{study}-{steps}" / f"{index:02d}-seed{seed}"
+    return BUILD / f"{study}-{steps}" / f"{index:02d}-seed{seed}"
 
 
-def _losses(folder: Path) -> list[float]:
+def _records(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
-    return [json.loads(line)["loss"] for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _train(study: str, index: int, seed: int, steps: int, data: str) -> list[float]:
-    """The losses of one run, made where they are not there yet, on one thread."""
+def _train(study: str, index: int, seed: int, steps: int, data: str) -> list[dict]:
+    """The steps' records of one run, made where they are not there yet, on one thread."""
     folder, arm = _folder(study, index, seed, steps), STUDIES[study].arms[index]
-    if len(_losses(folder)) < steps:
+    if len(_records(folder)) < steps:
         length = (f"train.steps={steps}", f"optimizer.warmup_steps={steps // 10}", f"checkpoint.every={steps}")
         common = (*length, *COMMON, f"train.seed={seed}", f"data.root={data}", *STUDIES[study].settings)
         command = [sys.executable, "-m", "mmoe", "train", "quickstart", "--out", str(folder), "--resume"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            [*command, "--set", *common, *arm.settings], env=environment, capture_output=True, text=True, cwd=ROOT, check=False
+            [*command, "--set", *common, *arm.settings],
+            env=environment,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=False,
         )
         if done.returncode:
-            raise UserError(
-                done.stderr.strip().splitlines()[-1], f"{study}, {arm.name}, seed {seed}", "see build/ablations"
-            )
-    return _losses(folder)
+            said = " ".join(done.stderr.strip().splitlines()[-1:])
+            raise UserError(f"a run failed: {said}", f"{study}, {arm.name}, seed {seed}", f"see {folder}")
+    return _records(folder)
 
 
 def _study(name: str, seeds: tuple[int, ...], steps: int, data: str, threads: int, console: Console) -> list[Result]:
@@ -150,16 +158,14 @@ def _study(name: str, seeds: tuple[int, ...], steps: int, data: str, threads: in
     with ThreadPoolExecutor(threads) as pool:
         runs = [pool.submit(_train, name, index, seed, steps, data) for index, seed in jobs]
         waiting = track(runs, description=STUDIES[name].title, console=console)
-        curves = dict(zip(jobs, [run.result() for run in waiting], strict=True))
-    last = max(1, steps // 10)
-    return [
-        Result(
-            arm,
-            [statistics.fmean(curves[index, seed][-last:]) for seed in seeds],
-            [curves[index, seed] for seed in seeds],
-        )
-        for index, arm in enumerate(arms)
-    ]
+        records = dict(zip(jobs, [run.result() for run in waiting], strict=True))
+    last, results = max(1, steps // 10), []
+    for index, arm in enumerate(arms):
+        mine = [records[index, seed] for seed in seeds]
+        curves = [[step["loss"] for step in run] for run in mine]
+        active = statistics.fmean(step["active_experts_mean"] for run in mine for step in run)
+        results.append(Result(arm, [statistics.fmean(curve[-last:]) for curve in curves], curves, active))
+    return results
 
 
 def _draw_curves(axes: Axes, results: list[Result]) -> None:
@@ -208,13 +214,24 @@ def _page(found: dict[str, list[Result]], seeds: tuple[int, ...]) -> str:
     for name, results in found.items():
         study = STUDIES[name]
         question = f"{study.question} {len(results[0].curves[0])} steps."
-        lines += ["", f"## {study.title}", "", question, "", "| | final loss | by seed |", "|---|---|---|"]
+        lines += ["", f"## {study.title}", "", question, "", HEADER, "|---|---|---|---|"]
         for result in results:
             label = f"{result.arm.name}, {result.arm.rate:g}" if study.sweeps else result.arm.name
-            lines.append(
-                f"| {label} | {result.mean:.4f} ± {result.half:.4f} | {', '.join(f'{x:.4f}' for x in result.finals)} |"
-            )
+            by_seed = ", ".join(f"{loss:.4f}" for loss in result.finals)
+            lines.append(f"| {label} | {interval(result.finals)} | {by_seed} | {result.active:.2f} |")
+        lines += ["", *_conclusions(study, results)]
     return "\n".join(lines) + "\n"
+
+
+def _conclusions(study: Study, results: list[Result]) -> Iterator[str]:
+    if study.sweeps:
+        for name in dict.fromkeys(result.arm.name for result in results):
+            best = min((result for result in results if result.arm.name == name), key=lambda result: result.mean)
+            yield f"- {name}: best at {best.arm.rate:g}, {interval(best.finals)}"
+    else:
+        first, second = results
+        differences = [b - a for a, b in zip(first.finals, second.finals, strict=True)]
+        yield f"{second.arm.name} minus {first.arm.name}, the same seeds: {interval(differences)}"
 
 
 def run(options: Namespace) -> None:

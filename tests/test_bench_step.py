@@ -51,12 +51,30 @@ def test_two_ranks_tell_what_they_wait_for() -> None:
         assert row.peer is not None
         if name.startswith("overlap.exposed"):
             assert max(row.ours, row.peer) < 100
-    slow = rows["overlap.exposed all-to-all", "EP 2, slow link"]
-    fast = rows["overlap.exposed all-to-all", "EP 2, fast link"]
-    assert slow.peer is not None
-    assert fast.peer is not None
-    # A link that takes a third of the undisturbed step takes a quarter of one that waits for it.
-    assert slow.peer > 15
+
+
+def test_a_slow_link_takes_bytes_over_rate_one_transfer_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=100.0)
+
+    def sleep(seconds: float) -> None:
+        clock.now += seconds
+
+    monkeypatch.setattr(overlap, "time", SimpleNamespace(perf_counter=lambda: clock.now, sleep=sleep))
+    monkeypatch.setattr(overlap.dist, "all_to_all_single", lambda *_, **__: SimpleNamespace(wait=lambda: None))
+    link = overlap.SlowLink()
+    link(None, torch.zeros(10))
+    assert (link.bytes, clock.now) == (40, 100.0), "without a rate it is as fast as it goes"
+    link.rate = 20.0
+    first, second = (link(None, torch.zeros(10), async_op=True) for _ in range(2))
+    clock.now += 1.5
+    first.wait()
+    assert (clock.now, link.slept) == (102.0, 0.5)
+    second.wait()
+    assert (clock.now, link.slept) == (104.0, 2.5)
+    second.wait()
+    assert clock.now == 104.0
+    link(None, torch.zeros(10))
+    assert (clock.now, link.bytes) == (106.0, 160), "whoever does not ask for async waits at once"
 
 
 def test_a_quick_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -158,7 +158,7 @@ def draw(tokens: Sequence[Point], kinds: Sequence[Point], path: Path) -> None:
                 axes.plot([0, x.max()], np.polyval(fit, [0, x.max()]), color=MUTED, linewidth=0.8)
                 axes.plot(x, y, "o", color=BLUE, markersize=5)
                 axes.set_xlim(0, None)
-                axes.set_ylim(0, None)
+                axes.set_ylim(0, 1.1 * y.max())
                 axes.set_xlabel(label)
                 axes.set_title(f"{unit} over {label}" + (", K_e fixed" if field == "zero_experts" else ""))
         figure.savefig(path, dpi=130)

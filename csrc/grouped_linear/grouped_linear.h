@@ -3,7 +3,8 @@
 //
 //   rows   [R, K] float32, bfloat16, float64
 //   weight [n, ..., K], dtype of rows; N is the product of the dimensions between
-//   ends   [n] int32: expert e owns rows ends[e - 1] ... ends[e] - 1, expert 0 from row 0; rows from ends[n - 1] on have
+//   ends   [n] int32: expert e owns rows ends[e - 1] ... ends[e] - 1, expert 0 from row 0; rows from ends[n - 1] on
+//   have
 //          no expert
 // ->
 //   out [R, N], dtype of rows: out[r] = weight[e] rows[r], 0 in a row without an expert

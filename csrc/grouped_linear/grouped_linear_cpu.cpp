@@ -53,9 +53,7 @@ void for_each_piece(const std::vector<Piece>& pieces, const Work& work) {
   });
 }
 
-int64_t bytes_of(ScalarType dtype) {
-  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
-}
+int64_t bytes_of(ScalarType dtype) { return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2; }
 
 // [rows, columns] in the memory of a contiguous tensor, from its element `offset` on, rows `stride` elements apart.
 struct Matrix {
@@ -71,7 +69,8 @@ struct Matrix {
   }
 };
 
-// out = a b, or out += a b. These entries go to the CPU's kernel directly: the threads know nothing of autograd's state.
+// out = a b, or out += a b. These entries go to the CPU's kernel directly: the threads know nothing of autograd's
+// state.
 void product(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
   TORCH_ERROR_CODE_CHECK(add ? aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0)
                              : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));

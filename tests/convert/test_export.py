@@ -155,6 +155,15 @@ def test_what_transformers_cannot_express_is_refused(exported, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
+def test_the_ordinary_order_is_refused(exported, tmp_path):
+    recipe = dataclasses.replace(
+        RECIPE, model=dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, order="sequential"))
+    )
+    with pytest.raises(UserError, match=r"model\.moe\.order = 'sequential'"):
+        to_hf(Path("checkpoint"), tmp_path / "hf", load=lambda _: (recipe, exported.state, exported.tokenizer))
+    assert not (tmp_path / "hf").exists()
+
+
 def test_the_variance_factor_is_exported_as_part_of_the_scaling(exported, tmp_path):
     moe = dataclasses.replace(MODEL.moe, routed_scaling_factor=1.5, variance_factor=4.0)
     recipe = dataclasses.replace(RECIPE, model=dataclasses.replace(MODEL, moe=moe))

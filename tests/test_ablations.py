@@ -1,0 +1,74 @@
+"""The ablations' page from short runs, and that they are reproducible studies of what they say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import ablations
+from mmoe import cli
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    assert cli.main(["data", "prepare", "stamps", str(root)]) == 0
+    assert cli.main(["data", "prepare", "scenes", str(root), "--train", "120", "--test", "12"]) == 0
+    return root
+
+
+def test_a_study_is_run_once_and_told(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ablations, "BUILD", tmp_path / "build")
+    command = ["bench", "ablations", "--quick", "--only", "order", "--data", str(data), "--out", str(tmp_path / "out")]
+    assert cli.main(command) == 0
+    page = (tmp_path / "out" / "ablations.md").read_text()
+    assert page in capsys.readouterr().out
+    assert (tmp_path / "out" / "ablations.png").stat().st_size > 10_000
+    runs = sorted((tmp_path / "build").glob("order-4/*/metrics.jsonl"))
+    assert [run.parent.name for run in runs] == ["00-seed0", "01-seed0"]
+    losses = [[json.loads(line)["loss"] for line in run.read_text().splitlines()] for run in runs]
+    assert [len(curve) for curve in losses] == [4, 4]
+    assert losses[0][0] != losses[1][0], "the two orders are one"
+    for curve in losses:
+        assert f"| {curve[-1]:.4f} |" in page
+    assert f"the same seeds: {losses[1][-1] - losses[0][-1]:.4f}" in page
+
+    written = [run.stat().st_mtime_ns for run in runs]
+    assert cli.main(command) == 0
+    assert [run.stat().st_mtime_ns for run in runs] == written
+
+
+def test_a_run_that_fails_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ablations, "BUILD", tmp_path / "build")
+    command = ["bench", "ablations", "--quick", "--only", "order", "--data", str(tmp_path / "nowhere")]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "order, shortcut, seed 0" in said
+    assert "nowhere" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_study_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "ablations", "--only", "order", "size"]) == 2
+    assert "there is no 'size' (--only): choose from zero_experts, order, transfer" in capsys.readouterr().err
+
+
+def test_the_interval_of_a_mean() -> None:
+    """Student's t of two degrees of freedom: 4.303 · s / √3."""
+    assert ablations.interval([1.0, 2.0, 3.0]) == "2.0000 ± 2.4843"
+    assert ablations.interval([0.5]) == "0.5000"
+
+
+def test_both_sides_of_a_study_compute_as_much() -> None:
+    for name in ("zero_experts", "order"):
+        settings = [dict(item.split("=") for item in arm.settings) for arm in ablations.STUDIES[name].arms]
+        assert [set(side) for side in settings] == [set(settings[0])] * 2
+    (steered, plain) = ablations.STUDIES["zero_experts"].arms
+    assert "model.moe.active_experts=2.0" in ablations.STUDIES["zero_experts"].settings
+    assert "model.moe.top_k=2" in plain.settings
+    assert "model.moe.zero_experts=0" in plain.settings
+    assert "model.moe.top_k=3" in steered.settings
