@@ -5,6 +5,7 @@ is compared is the mean loss of the last tenth of the steps: the stream of sampl
 on samples that the model has not seen. Written whatever they show: docs/ablations.md and docs/ablations.png.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from rich.progress import track
 
 from mmoe.errors import UserError
 from mmoe.evaluate.figures import AMBER, BLUE, GREEN, STYLE, smooth
+from mmoe.recipe import dump_recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "ablations"
@@ -75,7 +77,8 @@ def _sweep() -> Iterator[Arm]:
 STUDIES = {
     "zero_experts": Study(
         "Zero experts",
-        "Do 3 slots over 8 FFN and 4 zero experts, steered to 2 FFN experts a token, beat always 2 of 8?",
+        "Do 3 slots over 8 FFN and 4 zero experts, steered to 2 FFN experts a token, beat always 2 of 8? "
+        "The gates of a token add up to 0.75 at the start in both (3 of 12 and 2 of 8 shares of a softmax, times 3).",
         (
             Arm("zero experts, K_e = 2 of 3", ("model.moe.top_k=3", "model.moe.zero_experts=4")),
             Arm("plain top-2", ("model.moe.top_k=2", "model.moe.zero_experts=0")),
@@ -118,11 +121,9 @@ class Result:
 def interval(values: list[float]) -> str:
     """The mean and, of several, half the width of its 95% interval."""
     mean, n = statistics.fmean(values), len(values)
+    if not math.isfinite(mean):
+        return "diverged"
     return f"{mean:.4f}" + (f" ± {T_95[n] * statistics.stdev(values) / math.sqrt(n):.4f}" if n > 1 else "")
-
-
-def _folder(study: str, index: int, seed: int, steps: int) -> Path:
-    return BUILD / f"{study}-{steps}" / f"{index:02d}-seed{seed}"
 
 
 def _records(folder: Path) -> list[dict]:
@@ -131,25 +132,42 @@ def _records(folder: Path) -> list[dict]:
 
 
 def _train(study: str, index: int, seed: int, steps: int, data: str) -> list[dict]:
-    """The steps' records of one run, made where they are not there yet, on one thread."""
-    folder, arm = _folder(study, index, seed, steps), STUDIES[study].arms[index]
-    if len(_records(folder)) < steps:
-        length = (f"train.steps={steps}", f"optimizer.warmup_steps={steps // 10}", f"checkpoint.every={steps}")
-        common = (*length, *COMMON, f"train.seed={seed}", f"data.root={data}", *STUDIES[study].settings)
+    """The steps' records of one run, made where they are not there yet, on one thread. A run that diverges ends early,
+    its last loss None.
+
+    Raises:
+        UserError: it failed otherwise.
+    """
+    arm = STUDIES[study].arms[index]
+    length = (f"train.steps={steps}", f"optimizer.warmup_steps={steps // 10}", f"checkpoint.every={steps}")
+    common = (*length, *COMMON, f"train.seed={seed}", f"data.root={data}", *STUDIES[study].settings)
+    settings = [*common, *arm.settings]
+    resolved = dump_recipe(load_recipe("quickstart", settings))
+    # The run of another recipe lies elsewhere: it is never taken for this one.
+    key = hashlib.sha256(resolved.encode()).hexdigest()[:8]
+    folder = BUILD / f"{study}-{steps}" / f"{index:02d}-seed{seed}-{key}"
+    records = _records(folder)
+    if len(records) < steps and not _diverged(records):
         command = [sys.executable, "-m", "mmoe", "train", "quickstart", "--out", str(folder), "--resume"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            [*command, "--set", *common, *arm.settings],
-            env=environment,
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            check=False,
+            [*command, "--set", *settings], env=environment, capture_output=True, text=True, cwd=ROOT, check=False
         )
-        if done.returncode:
+        records = _records(folder)
+        if done.returncode and not _diverged(records):
             said = " ".join(done.stderr.strip().splitlines()[-1:])
             raise UserError(f"a run failed: {said}", f"{study}, {arm.name}, seed {seed}", f"see {folder}")
-    return _records(folder)
+    return records
+
+
+def _diverged(records: list[dict]) -> bool:
+    return bool(records) and records[-1]["loss"] is None
+
+
+def _curve(records: list[dict], steps: int) -> list[float]:
+    """The losses; not a number where there is none."""
+    losses = [math.nan if step["loss"] is None else step["loss"] for step in records]
+    return losses + [math.nan] * (steps - len(losses))
 
 
 def _study(name: str, seeds: tuple[int, ...], steps: int, data: str, threads: int, console: Console) -> list[Result]:
@@ -157,14 +175,19 @@ def _study(name: str, seeds: tuple[int, ...], steps: int, data: str, threads: in
     jobs = [(index, seed) for seed in seeds for index in range(len(arms))]
     with ThreadPoolExecutor(threads) as pool:
         runs = [pool.submit(_train, name, index, seed, steps, data) for index, seed in jobs]
-        waiting = track(runs, description=STUDIES[name].title, console=console)
-        records = dict(zip(jobs, [run.result() for run in waiting], strict=True))
+        try:
+            waiting = track(runs, description=STUDIES[name].title, console=console)
+            records = dict(zip(jobs, [run.result() for run in waiting], strict=True))
+        except UserError:
+            pool.shutdown(cancel_futures=True)
+            raise
     last, results = max(1, steps // 10), []
     for index, arm in enumerate(arms):
         mine = [records[index, seed] for seed in seeds]
-        curves = [[step["loss"] for step in run] for run in mine]
+        curves = [_curve(run, steps) for run in mine]
         active = statistics.fmean(step["active_experts_mean"] for run in mine for step in run)
-        results.append(Result(arm, [statistics.fmean(curve[-last:]) for curve in curves], curves, active))
+        finals = [statistics.fmean(curve[-last:]) for curve in curves]
+        results.append(Result(arm, [x if math.isfinite(x) else math.inf for x in finals], curves, active))
     return results
 
 
@@ -206,8 +229,8 @@ def _page(found: dict[str, list[Result]], seeds: tuple[int, ...]) -> str:
         "# Ablations",
         "",
         "Written by `mmoe bench ablations`: the quickstart's model and data, 8 packs a step, "
-        f"seeds {', '.join(map(str, seeds))}. Final loss: the mean over the last tenth of the steps, on samples not seen "
-        "before; ± is half the 95% interval of the mean over seeds.",
+        f"seeds {', '.join(map(str, seeds))}. Final loss: the mean over the last tenth of the steps, on samples not "
+        "seen before; ± is half the 95% interval of the mean over seeds.",
         "",
         "![ablations](ablations.png)",
     ]
@@ -227,7 +250,9 @@ def _conclusions(study: Study, results: list[Result]) -> Iterator[str]:
     if study.sweeps:
         for name in dict.fromkeys(result.arm.name for result in results):
             best = min((result for result in results if result.arm.name == name), key=lambda result: result.mean)
-            yield f"- {name}: best at {best.arm.rate:g}, {interval(best.finals)}"
+            rates = [result.arm.rate for result in results if result.arm.name == name]
+            edge = ", at the edge of the grid" if best.arm.rate in (min(rates), max(rates)) else ""
+            yield f"- {name}: best at {best.arm.rate:g}{edge}, {interval(best.finals)}"
     else:
         first, second = results
         differences = [b - a for a, b in zip(first.finals, second.finals, strict=True)]
@@ -238,9 +263,25 @@ def run(options: Namespace) -> None:
     """The command; ``options`` as ``mmoe bench`` reads them: --only names studies, --quick runs each briefly once.
 
     Raises:
-        UserError: an unknown study, or a run that failed.
+        UserError: an option of another suite, an unknown study, part of the studies for the page of all, or a run that
+            failed.
     """
     console = Console(width=160, soft_wrap=True)
+    for given, option in (
+        (options.json, "--json"),
+        (options.skip, "--skip"),
+        (options.shape != "*", "--shape"),
+        (options.emulated, "--emulated"),
+        (options.device != "cpu", "--device"),
+        (options.sweep, "--sweep"),
+        (options.profile, "--profile"),
+    ):
+        if given:
+            raise UserError("is not for `mmoe bench ablations`", option, "leave it out")
+    if (options.quick or options.only or options.steps) and options.out == Path("docs"):
+        raise UserError("docs/ablations.md is of all studies in full", "--out", "name another folder")
+    if options.steps is not None and options.steps < 10:
+        raise UserError(f"{options.steps} steps are too few to warm up in", "--steps", "give at least 10")
     names = options.only or list(STUDIES)
     for name in names:
         if name not in STUDIES:

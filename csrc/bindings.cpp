@@ -15,7 +15,7 @@ MMOE_OPERATORS(m) {
   m.def(
       "unpermute_backward(Tensor grad_out, Tensor rows, Tensor row_of_slot, Tensor weights, Tensor x, Tensor identity, "
       "Tensor? slot_of_row) -> (Tensor grad_rows, Tensor grad_weights, Tensor grad_x, Tensor grad_identity)");
-  m.def("grouped_linear(Tensor rows, Tensor weight, Tensor ends) -> Tensor out");
+  m.def("grouped_linear(Tensor rows, Tensor weight, Tensor ends, bool into_main_grad=False) -> Tensor out");
   m.def("grouped_linear_grad_rows(Tensor grad_out, Tensor rows, Tensor weight, Tensor ends) -> Tensor grad_rows");
   m.def("grouped_linear_grad_weight(Tensor grad_out, Tensor rows, Tensor weight, Tensor ends) -> Tensor grad_weight");
   m.def("grouped_linear_add_grad_weight(Tensor(a!) into, Tensor grad_out, Tensor rows, Tensor ends) -> ()");

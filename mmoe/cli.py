@@ -170,7 +170,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     text = "these shapes alone, for example 'LongCat*'"
     bench.add_argument("--shape", default="*", metavar="PATTERN", help=text)
     bench.add_argument("--quick", action="store_true", help="tiny shapes, few repeats: does it run, not how fast")
-    bench.add_argument("--threads", type=int, default=2, metavar="N", help="CPU threads of every side (default: 2)")
+    text = "CPU threads of every side; ablations: runs at a time, a thread each (default: 2)"
+    bench.add_argument("--threads", type=int, default=2, metavar="N", help=text)
     text = "count the CUDA kernels' memory traffic on the emulator instead: bytes, sectors, bank conflicts"
     bench.add_argument("--emulated", action="store_true", help=text)
     text = "keep the pages of freed tensors, as in a steady training run (default), or the system's"

@@ -1,6 +1,7 @@
 """The ablations' page from short runs, and that they are reproducible studies of what they say."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def test_a_study_is_run_once_and_told(
     assert page in capsys.readouterr().out
     assert (tmp_path / "out" / "ablations.png").stat().st_size > 10_000
     runs = sorted((tmp_path / "build").glob("order-4/*/metrics.jsonl"))
-    assert [run.parent.name for run in runs] == ["00-seed0", "01-seed0"]
+    assert [run.parent.name[:-9] for run in runs] == ["00-seed0", "01-seed0"]
     losses = [[json.loads(line)["loss"] for line in run.read_text().splitlines()] for run in runs]
     assert [len(curve) for curve in losses] == [4, 4]
     assert losses[0][0] != losses[1][0], "the two orders are one"
@@ -38,6 +39,9 @@ def test_a_study_is_run_once_and_told(
     written = [run.stat().st_mtime_ns for run in runs]
     assert cli.main(command) == 0
     assert [run.stat().st_mtime_ns for run in runs] == written
+    monkeypatch.setattr(ablations, "COMMON", ("train.global_batch=16", *ablations.COMMON[1:]))
+    assert cli.main(command) == 0
+    assert len(list((tmp_path / "build").glob("order-4/*/metrics.jsonl"))) == 4, "another recipe is another run"
 
 
 def test_a_run_that_fails_is_named(
@@ -53,7 +57,7 @@ def test_a_run_that_fails_is_named(
 
 
 def test_an_unknown_study_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", "ablations", "--only", "order", "size"]) == 2
+    assert cli.main(["bench", "ablations", "--only", "order", "size", "--out", "elsewhere"]) == 2
     assert "there is no 'size' (--only): choose from zero_experts, order, transfer" in capsys.readouterr().err
 
 
@@ -61,14 +65,33 @@ def test_the_interval_of_a_mean() -> None:
     """Student's t of two degrees of freedom: 4.303 · s / √3."""
     assert ablations.interval([1.0, 2.0, 3.0]) == "2.0000 ± 2.4843"
     assert ablations.interval([0.5]) == "0.5000"
+    assert ablations.interval([0.5, math.inf, 0.6]) == "diverged"
 
 
-def test_both_sides_of_a_study_compute_as_much() -> None:
-    for name in ("zero_experts", "order"):
-        settings = [dict(item.split("=") for item in arm.settings) for arm in ablations.STUDIES[name].arms]
-        assert [set(side) for side in settings] == [set(settings[0])] * 2
-    (steered, plain) = ablations.STUDIES["zero_experts"].arms
-    assert "model.moe.active_experts=2.0" in ablations.STUDIES["zero_experts"].settings
-    assert "model.moe.top_k=2" in plain.settings
-    assert "model.moe.zero_experts=0" in plain.settings
-    assert "model.moe.top_k=3" in steered.settings
+def test_a_run_that_diverged_is_a_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(study: str, index: int, seed: int, steps: int, data: str) -> list[dict]:
+        loss = None if (index, seed) == (4, 1) else 1.0 + abs(index % 5 - 2)
+        return [{"loss": loss, "active_experts_mean": 1.5}] * (3 if loss is None else steps)
+
+    monkeypatch.setattr(ablations, "_train", train)
+    command = ["bench", "ablations", "--only", "transfer", "--steps", "10", "--out", str(tmp_path)]
+    assert cli.main(command) == 0
+    page = capsys.readouterr().out
+    assert "| 32 wide, 0.016 | diverged | 3.0000, inf, 3.0000 | 1.50 |" in page
+    assert "- 32 wide: best at 0.004, 1.0000 ± 0.0000" in page
+    assert (tmp_path / "ablations.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sweep"], "is not for `mmoe bench ablations` (--sweep)"),
+        (["--quick"], "name another folder"),
+        (["--steps", "3", "--out", "elsewhere"], "give at least 10"),
+    ],
+)
+def test_options_that_make_no_sense_here(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "ablations", *options]) == 2
+    assert message in capsys.readouterr().err

@@ -31,6 +31,7 @@ PRODUCTS = {
     "aten::mm",
     "aten::addmm",
     "aten::bmm",
+    "aten::_grouped_mm",
     "mmoe::grouped_linear",
     "mmoe::grouped_linear_grad_rows",
     "mmoe::grouped_linear_grad_weight",

@@ -59,18 +59,20 @@ int64_t bytes_of(ScalarType dtype) { return dtype == ScalarType::Double ? 8 : dt
 struct Matrix {
   const Tensor& of;
   int64_t offset, rows, columns, stride;
+  bool written = false;
 
   Tensor view(bool transposed = false) const {
     const auto dtype = of.scalar_type();
-    char* data = static_cast<char*>(const_cast<void*>(of.const_data_ptr())) + offset * bytes_of(dtype);
+    char* data = static_cast<char*>(written ? of.mutable_data_ptr() : const_cast<void*>(of.const_data_ptr()));
+    data += offset * bytes_of(dtype);
     const int64_t sizes[] = {transposed ? columns : rows, transposed ? rows : columns};
     const int64_t strides[] = {transposed ? 1 : stride, transposed ? stride : 1};
     return torch::stable::from_blob(data, {sizes, 2}, {strides, 2}, of.device(), dtype);
   }
 };
 
-// out = a b, or out += a b. These entries go to the CPU's kernel directly: the threads know nothing of autograd's
-// state.
+// out = a b, or out += a b. These entries go to the CPU's kernel directly: the threads have none of the dispatcher's
+// state, autograd's among it.
 void product(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
   TORCH_ERROR_CODE_CHECK(add ? aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0)
                              : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
@@ -86,7 +88,7 @@ Tensor multiply(const Tensor& rows, const Tensor& weight, const Tensor& ends, co
   Tensor out = torch::stable::new_empty(rows, {shape.rows, to});
   for_each_piece(pieces, [&](const Piece& piece) {
     const int64_t count = piece.end - piece.begin, first = piece.expert * shape.outputs * shape.inputs;
-    product(Matrix{out, piece.begin * to, count, to, to}.view(),
+    product(Matrix{out, piece.begin * to, count, to, to, true}.view(),
             Matrix{rows, piece.begin * from, count, from, from}.view(),
             Matrix{weight, first, shape.outputs, shape.inputs, shape.inputs}.view(transposed), false);
   });
@@ -96,7 +98,7 @@ Tensor multiply(const Tensor& rows, const Tensor& weight, const Tensor& ends, co
   return out;
 }
 
-Tensor grouped_linear_cpu(Tensor rows, Tensor weight, Tensor ends) {
+Tensor grouped_linear_cpu(Tensor rows, Tensor weight, Tensor ends, bool /* into_main_grad */) {
   const GroupedShape shape = check_grouped_linear(rows, weight, ends);
   return multiply(torch::stable::contiguous(rows), torch::stable::contiguous(weight), ends, shape, true);
 }
@@ -109,7 +111,7 @@ Tensor grad_rows_cpu(Tensor grad_out, Tensor rows, Tensor weight, Tensor ends) {
 
 void write_grad_weight(const Tensor& into, const Tensor& grad_out_any, const Tensor& rows_any, const Tensor& ends,
                        bool add) {
-  const GroupedShape shape = check_grouped_linear(rows_any, into, ends);
+  const GroupedShape shape = check_grouped_linear(rows_any, into, ends, add ? "into" : "weight");
   check_tensor("grouped_linear", grad_out_any, rows_any.scalar_type(), {shape.rows, shape.outputs}, "grad_out");
   const Tensor grad_out = torch::stable::contiguous(grad_out_any), rows = torch::stable::contiguous(rows_any);
   const std::vector<Span> owned = spans(ends, shape);
@@ -121,14 +123,17 @@ void write_grad_weight(const Tensor& into, const Tensor& grad_out_any, const Ten
   for_each_piece(pieces, [&](const Piece& piece) {
     const int64_t first = owned[piece.expert].begin, count = owned[piece.expert].end - first;
     const int64_t outputs = piece.end - piece.begin, weight_row = piece.expert * shape.outputs + piece.begin;
-    product(Matrix{into, weight_row * shape.inputs, outputs, shape.inputs, shape.inputs}.view(),
+    product(Matrix{into, weight_row * shape.inputs, outputs, shape.inputs, shape.inputs, true}.view(),
             Matrix{grad_out, first * shape.outputs + piece.begin, count, outputs, shape.outputs}.view(true),
             Matrix{rows, first * shape.inputs, count, shape.inputs, shape.inputs}.view(), add);
   });
 }
 
 Tensor grad_weight_cpu(Tensor grad_out, Tensor rows, Tensor weight, Tensor ends) {
-  Tensor grad_weight = torch::stable::empty_like(torch::stable::contiguous(weight));
+  check_grouped_linear(rows, weight, ends);
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < weight.dim(); ++i) sizes.push_back(weight.size(i));
+  Tensor grad_weight = torch::stable::new_empty(weight, sizes);
   write_grad_weight(grad_weight, grad_out, rows, ends, false);
   return grad_weight;
 }

@@ -33,8 +33,8 @@ LEAST_QUERIES = 256
 def attend(q_bHqk: Tensor, k_bHsk: Tensor, v_bHsv: Tensor, mask: Tensor, *, in_order: bool) -> Tensor:
     """torch's attention → [b, H, q, v]. ``in_order``: query i is token i of the pack, as key i is.
 
-    On the CPU, where heads of two sizes mean plain products, each quarter of the queries leaves out the keys behind it,
-    which the mask hides anyway: up to 3/8 less work.
+    On the CPU, where it is made of plain products because keys and values have heads of two sizes, each quarter of the
+    queries leaves out the keys behind it, which the mask hides anyway: up to 3/8 less work.
     """
     size = q_bHqk.size(2)
     step = max(LEAST_QUERIES, -(-size // 4)) if in_order and q_bHqk.device.type == "cpu" else size

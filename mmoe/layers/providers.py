@@ -1,10 +1,11 @@
 """Whose linears, norms and grouped GEMM the backbone is made of: ours on Megatron-Core and torch, Transformer Engine's,
 or apex's norm. Parameters have the same names and shapes whatever is chosen.
 
-Ours are Megatron-Core's parallel linears, torch's rms_norm and our grouped linear; in FP8 the same linears and our grouped GEMM
-with the emulated arithmetic of :mod:`mmoe.layers.fp8`. Dispatch is always ours: Transformer Engine's fused permute
-returns its empty input for zeros where all tokens of a rank chose zero experts (2.8, pytorch/permutation.py,
-_moe_unpermute_mask_map.forward and _moe_permute_mask_map.backward), and knows no identity weight.
+Ours are Megatron-Core's parallel linears, torch's rms_norm and the grouped linear of :mod:`mmoe.ops.grouped_linear`; in
+FP8 the same linears and a grouped GEMM with the emulated arithmetic of :mod:`mmoe.layers.fp8`. Dispatch is always ours:
+Transformer Engine's fused permute returns its empty input for zeros where all tokens of a rank chose zero experts (2.8,
+pytorch/permutation.py, _moe_unpermute_mask_map.forward and _moe_permute_mask_map.backward), and knows no identity
+weight.
 
 Written against Transformer Engine 2.8 and apex of 2025; neither was run here.
 """
@@ -25,7 +26,7 @@ from torch import Tensor
 from mmoe.layers import fp8
 from mmoe.layers.modules import ReplicatedLinear
 from mmoe.layers.norms import ApexRMSNorm, RMSNorm
-from mmoe.ops.grouped_linear import grouped_linear as local_grouped_linear
+from mmoe.ops import grouped_linear as ops
 from mmoe.parallel import engine
 from mmoe.parallel.collectives import sum_gradient
 
@@ -211,6 +212,11 @@ def grouped_linear(config: "LongcatConfig", experts: int, inputs: int, outputs: 
         kind = TEDelayedGroupedLinear if config.choice.fp8 == "delayed" else TEGroupedLinear
         return kind(config, experts, inputs, outputs)
     return local_grouped_linear
+
+
+def local_grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Gradients straight to where Megatron-Core gathers them, where it gathers them in the weight's dtype."""
+    return ops.grouped_linear(rows, weight, ends, into_main_grad=True)
 
 
 class TEGroupedLinear(torch.nn.Module):

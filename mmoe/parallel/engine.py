@@ -113,8 +113,10 @@ def start(
 ) -> Ranks:
     """Joins the process group that the launcher announced, or one of this process ``alone``, and builds the grid.
 
-    Random generators start from ``seed``, the same on every data-parallel rank. A collective that a rank waits for
-    longer than ``stall_warning_seconds`` is named (:mod:`mmoe.parallel.watchdog`).
+    Called again, it leaves the grid as it is where the sizes are the same, and else ends its groups; the process group
+    itself, with its timeout and its watchdog, stays. Random generators start from ``seed``, the same on every
+    data-parallel rank. A collective that a rank waits for longer than ``stall_warning_seconds`` is named
+    (:mod:`mmoe.parallel.watchdog`).
     """
     if parallel.tensor > 1:
         # Megatron's linears launch a collective and count on the kernel behind it not to overtake it on the GPU.
@@ -139,7 +141,7 @@ def start(
         "expert_tensor_parallel_size": parallel.expert_tensor,
     }
     # A grid of the same sizes stays: models of this process may still use its groups.
-    if sizes != _grid.sizes:
+    if sizes != _grid.sizes or not parallel_state.model_parallel_is_initialized():
         _leave_grid()
         before = set(distributed_c10d._world.pg_map)
         parallel_state.initialize_model_parallel(**sizes)

@@ -69,7 +69,7 @@ class MoE:
     order: Literal["shortcut", "sequential"] = "shortcut"
     """What the experts of a layer read: its first attention's output, on a shortcut around the rest (ScMoE), or its
     second attention's, in the place of an ordinary MoE layer. Parameters and arithmetic are as many; only on the
-    shortcut is there something to communicate beside."""
+    shortcut is there something to communicate beside (``parallel.overlap_moe`` hides nothing in the other)."""
 
 
 @dataclass(frozen=True, kw_only=True)

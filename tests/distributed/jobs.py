@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from mmoe.layers import mla
 from mmoe.models.multimodal import MultimodalModel, build_stages
 from mmoe.parallel import engine, layout, state
 from mmoe.parallel import optimizer as adam
@@ -19,6 +20,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories
 
 PACK, MICRO, GLOBAL, GRID = 32, 2, 8, 2
+# Or so short a pack would be attended to at once.
+mla.LEAST_QUERIES = 8
 
 
 def recipe(**parallel: Any) -> schema.Recipe:

@@ -1,5 +1,7 @@
 """The grouped linear: the kernel against the reference in float64, its gradient also where Megatron keeps it."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -103,32 +105,44 @@ def test_opcheck() -> None:
         assert set(torch.library.opcheck(operator.default, arguments).values()) == {"SUCCESS"}
 
 
-def test_any_number_of_threads_gives_the_same_bits() -> None:
-    case = draw([700, 1, 0, 90], 200, (2, 150), torch.float32)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
+    case = draw([700, 1, 0, 90], 200, (2, 150), dtype)
     threads.check_bits(lambda: run(*case))
 
 
-def test_a_gradient_is_added_where_megatron_keeps_it() -> None:
-    rows, weight, ends, grad = draw([3, 0, 5], 16, (2, 8), torch.float32)
-    _, _, wanted = run(rows, weight, ends, grad)
-    leaf = weight.clone().requires_grad_()
-    leaf.main_grad = torch.ones_like(weight)  # type: ignore[attr-defined]
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_gradient_is_added_where_megatron_keeps_it(dtype: torch.dtype) -> None:
+    """Its hooks hang on the node that would accumulate the gradient, and run without one."""
+    rows, weight, ends, grad = draw([3, 0, 5], 16, (2, 8), dtype)
+    leaf: Any = weight.clone().requires_grad_()
+    leaf.main_grad = torch.ones_like(weight)
     fired = []
-    leaf.register_post_accumulate_grad_hook(lambda tensor: fired.append(tensor.grad_added_to_main_grad))
-    grouped_linear(rows, leaf, ends).backward(grad)
-    torch.testing.assert_close(leaf.main_grad, wanted + 1)  # type: ignore[attr-defined]
-    assert fired == [True]
+    node = leaf.view_as(leaf).grad_fn.next_functions[0][0]
+    node.register_hook(lambda *_: fired.append(leaf.grad_added_to_main_grad))
+    for _ in range(2):
+        grouped_linear(rows, leaf, ends, into_main_grad=True).backward(grad)
+    leaves = [rows.double(), weight.double().requires_grad_()]
+    (once,) = torch.autograd.grad(reference.grouped_linear(*leaves, ends), leaves[1:], grad.double())
+    close(leaf.main_grad, 1 + 2 * once)
+    assert fired == [True, True]
+    assert leaf.grad is None
 
 
-def test_a_main_gradient_of_another_dtype_is_left_to_megatron() -> None:
+@pytest.mark.parametrize("reason", ["not asked", "dtype", "shape", "strides"])
+def test_other_main_gradients_are_left_to_megatron(reason: str) -> None:
     rows, weight, ends, grad = draw([3, 0, 5], 16, (8,), torch.bfloat16)
-    _, _, wanted = run(rows, weight, ends, grad)
-    leaf = weight.clone().requires_grad_()
-    leaf.main_grad = torch.ones_like(weight, dtype=torch.float32)  # type: ignore[attr-defined]
-    grouped_linear(rows, leaf, ends).backward(grad)
-    assert leaf.grad is not None
-    assert torch.equal(leaf.grad, wanted)
-    assert not (leaf.main_grad != 1).any()  # type: ignore[attr-defined]
+    leaf: Any = weight.clone().requires_grad_()
+    leaf.main_grad = {
+        "not asked": torch.ones_like(weight),
+        "dtype": torch.ones_like(weight, dtype=torch.float32),
+        "shape": torch.ones_like(weight).flatten(),
+        "strides": torch.ones_like(weight).mT.contiguous().mT,
+    }[reason]
+    grouped_linear(rows, leaf, ends, into_main_grad=reason != "not asked").backward(grad)
+    assert torch.equal(leaf.grad, run(rows, weight, ends, grad)[2])
+    assert bool((leaf.main_grad == 1).all())
+    assert not hasattr(leaf, "grad_added_to_main_grad")
 
 
 def test_bad_arguments() -> None:
@@ -144,3 +158,18 @@ def test_bad_arguments() -> None:
     for wrong in ([5, 3], [3, 9], [-1, 8]):
         with pytest.raises(RuntimeError, match="ends must not fall nor pass R = 8"):
             grouped_linear(rows, weight, torch.tensor(wrong, dtype=torch.int32))
+
+
+def test_bad_arguments_of_the_schemas() -> None:
+    rows, weight, ends, grad = draw([3, 5], 16, (8,), torch.float32)
+    operators = torch.ops.mmoe
+    with pytest.raises(RuntimeError, match=r"^grouped_linear: rows must be float32, bfloat16 or float64"):
+        operators.grouped_linear(rows.to(torch.int8), weight.to(torch.int8), ends)
+    with pytest.raises(RuntimeError, match=r"^grouped_linear: weight must be \[n, \.\.\., 16\]"):
+        operators.grouped_linear_grad_weight(grad, rows, weight[:, :, :4], ends)
+    with pytest.raises(RuntimeError, match=r"^grouped_linear: grad_out must be \[8, 8\]"):
+        operators.grouped_linear_grad_rows(grad[:, :7], rows, weight, ends)
+    with pytest.raises(RuntimeError, match=r"^grouped_linear: into is bfloat16, must be float32"):
+        operators.grouped_linear_add_grad_weight(weight.bfloat16(), grad, rows, ends)
+    with pytest.raises(RuntimeError, match=r"^grouped_linear: into must be contiguous"):
+        operators.grouped_linear_add_grad_weight(weight.mT.contiguous().mT, grad, rows, ends)

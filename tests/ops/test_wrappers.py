@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mmoe import ops
+from mmoe.ops.grouped_linear import grouped_linear
 from mmoe.ops.hidden_z_loss import hidden_z_loss
 from mmoe.ops.permute import permute
 from mmoe.ops.permute_fp8 import permute_fp8
@@ -148,6 +149,16 @@ def test_autocast_attends_in_its_dtype() -> None:
         out = sva(q, sources)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, sva(q.bfloat16(), half))
+
+
+def test_autocast_multiplies_in_its_dtype() -> None:
+    rows, weight, ends = torch.randn(4, 8), torch.randn(2, 6, 8), torch.tensor([1, 4], dtype=torch.int32)
+    wanted = grouped_linear(rows.bfloat16(), weight.bfloat16(), ends)
+    for given in (rows, rows.bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = grouped_linear(given, weight, ends)
+        assert out.dtype == torch.bfloat16
+        assert torch.equal(out, wanted)
 
 
 def test_autocast_inside_of_compile() -> None:

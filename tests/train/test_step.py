@@ -3,15 +3,19 @@
 import dataclasses
 import gc
 import weakref
+from typing import Any, Literal
 
 import pytest
 import small
 import torch
 
+from mmoe.layers import providers
 from mmoe.layers.roles import role_of
-from mmoe.models.multimodal import build
+from mmoe.models.multimodal import build, build_stages
+from mmoe.ops.grouped_linear import grouped_linear
+from mmoe.parallel import engine
 from mmoe.parallel import optimizer as adam
-from mmoe.recipe.schema import Optimizer, Transfer
+from mmoe.recipe.schema import Optimizer, Parallel, Transfer
 from mmoe.train.step import Stepper
 
 pytestmark = pytest.mark.latest
@@ -105,3 +109,40 @@ def test_adam_keeps_up_with_gradients_far_above_its_epsilon_alone(eps: float, st
         parameter.main_grad.fill_(1e-12)
     assert adam.update(run.optimizer, 0.1)[0]
     torch.testing.assert_close(before - weight, torch.full_like(weight, step), rtol=1e-2, atol=1e-7)
+
+
+@pytest.mark.parametrize("distributed", [False, True], ids=["", "distributed optimizer"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_gradients_added_in_the_product_are_those_that_megatron_adds(
+    monkeypatch: pytest.MonkeyPatch, recompute: Literal["none", "selective", "full"], distributed: bool
+) -> None:
+    """Three micro-batches, in one of which no token carries loss; frozen weights get nothing either way."""
+    parallel = Parallel(recompute=recompute, distributed_optimizer=distributed)
+    train = dataclasses.replace(small.RECIPE.train, global_batch=6)
+    recipe = dataclasses.replace(small.RECIPE, parallel=parallel, train=train)
+    batches = [
+        batch(),
+        batch(loss_mask=torch.zeros(2, 32)),
+        batch(document=torch.tensor([[1], [2]]).expand(2, 32).int()),
+    ]
+
+    def gradients() -> tuple[dict[str, torch.Tensor], dict[str, bool]]:
+        engine.start(parallel, 0)
+        (model,) = build_stages(recipe)
+        frozen: Any = model.language.decoder.layers[1].moe.experts.w1
+        frozen.requires_grad_(False)
+        run = Stepper(recipe, [model])
+        assert run.step(iter(batches), 0.0).taken
+        trained: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        assert len(trained) == len(list(model.parameters())) - 1
+        main = {name: p.main_grad.clone() for name, p in trained.items()}
+        return main, {name: p.grad_added_to_main_grad for name, p in trained.items()}
+
+    added, in_product = gradients()
+    monkeypatch.setattr(providers, "local_grouped_linear", grouped_linear)
+    handed_over, by_hook = gradients()
+    assert {name for name, yes in in_product.items() if yes} == {name for name in added if ".experts." in name}
+    assert not any(by_hook.values())
+    for name, wanted in handed_over.items():
+        torch.testing.assert_close(added[name], wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item(), msg=name)
+    assert all(wanted.any() for name, wanted in handed_over.items() if ".experts." in name)
