@@ -85,9 +85,13 @@ checks: build ## lint, formats and types
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED) || status=1; \
 	exit $$status
 
-bench: build ## all benchmarks (about 40 minutes on two quiet cores); rows also go to build/bench-*.json
+bench: build ## all benchmarks (two hours on two quiet cores; the ablations want the quickstart's data); rows also go to build/bench-*.json
 	$(BIN)/mmoe bench ops --json build/bench-ops.json
 	$(BIN)/mmoe bench ops --emulated --json build/bench-emulated.json
+	$(BIN)/mmoe bench step --json build/bench-step.json
+	$(BIN)/mmoe bench step --sweep
+	$(BIN)/mmoe bench step --profile
+	$(BIN)/mmoe bench ablations
 
 format: build ## write what `make checks` asks of formats
 	$(BIN)/ruff check --fix .

@@ -147,7 +147,7 @@ def train(recipe: Recipe, out: Path, resume: bool = False) -> None:
     start = engine.from_first(start)
     torch.use_deterministic_algorithms(True)
     # It would also write NaN into all memory that is only taken to be written: a pass over every result.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     stepper = Stepper(recipe, build_stages(recipe))
     progress: dict[str, Any] = {"step": 0, "data": None, "taken": 0, "skipped_samples": 0}
     if start is not None:
