@@ -197,6 +197,7 @@ def _draw_curves(axes: Axes, results: list[Result]) -> None:
         steps = np.arange(1, curves.shape[1] + 1)
         axes.plot(steps, curves.mean(0), color=color, label=result.arm.name)
         axes.fill_between(steps, curves.min(0), curves.max(0), color=color, alpha=0.2, linewidth=0)
+    axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.set_ylabel("loss, mean and range over seeds")
 

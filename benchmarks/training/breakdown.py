@@ -32,7 +32,7 @@ PRODUCTS = {
     "aten::addmm",
     "aten::bmm",
     "aten::_grouped_mm",
-    "mmoe::grouped_linear",
+    "GeneratedBackwardFor_mmoe_grouped_linear_default",  # the forward, by the name of the node that it is called from
     "mmoe::grouped_linear_grad_rows",
     "mmoe::grouped_linear_grad_weight",
     "mmoe::grouped_linear_add_grad_weight",
