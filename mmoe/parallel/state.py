@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mmoe.parallel import pickles
 from mmoe.parallel.engine import DistributedDataParallel, ranks
 from mmoe.parallel.optimizer import MegatronOptimizer, begin_state
 
@@ -50,13 +51,19 @@ def save(folder: Path, models: Sequence[torch.nn.Module], optimizer: MegatronOpt
 
 def load(folder: Path, models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None) -> None:
     """Fills the pipeline chunks ``models`` (and ``optimizer`` and random states, unless None) from ``folder``, saved at
-    any layout."""
+    any layout. Nothing in its files is called.
+
+    Raises:
+        UserError: they hold something else than data.
+    """
+    pickles.check(folder)
     target = _sharded(models, optimizer, loading=True)
     with warnings.catch_warnings():
         # dist_checkpointing/strategies/torch.py:799 calls what torch has deprecated, or warns of (0.19.2).
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
-        state: Any = dist_checkpointing.load(target, str(folder))
+        with pickles.read_as_data(folder):
+            state: Any = dist_checkpointing.load(target, str(folder))
     for name, model in zip(_names(models), models, strict=True):
         _unwrap(model).load_state_dict(state[name])
     if optimizer is not None:

@@ -1,0 +1,136 @@
+"""Hostile checkpoints: nothing in one is called, and nothing outside of it is read."""
+
+import dataclasses
+import io
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import torch
+from torch.distributed.checkpoint import filesystem
+
+from mmoe.errors import UserError
+from mmoe.models.multimodal import build
+from mmoe.parallel import pickles, state
+from mmoe.train.step import Stepper
+
+
+pytestmark = pytest.mark.latest
+
+
+class Call:
+    """Pickles as a call of ``function``."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.parts = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.parts
+
+
+@pytest.fixture
+def run() -> Stepper:
+    small.config()
+    stepper = Stepper(small.RECIPE, [build(small.RECIPE)])
+    batch = {**small.batch(torch.full((2, 32), 5)), "samples": [["a"], ["b"]], "skipped": []}
+    assert stepper.step(iter([batch]), 0.1).taken
+    return stepper
+
+
+@pytest.fixture
+def folder(run: Stepper, tmp_path: Path) -> Path:
+    path = tmp_path / "state"
+    path.mkdir()
+    state.save(path, run.wrapped, run.optimizer)
+    return path
+
+
+def load(run: Stepper, folder: Path) -> None:
+    state.load(folder, run.wrapped, run.optimizer)
+
+
+def test_a_checkpoint_of_ours_is_data(run: Stepper, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for asked in (None, "0"):
+        if asked:
+            monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", asked)
+        load(run, folder)
+        assert os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD") == asked
+        assert filesystem.pickle is pickle
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "named"),
+    [
+        (os.system, ("touch {marker}",), "it names posix.system"),
+        (eval, ("open('{marker}', 'w')",), "it names builtins.eval"),
+        (getattr, (pickles.metadata._MEM_FORMAT_ENCODING, "__class__"), "it asks for '__class__' of"),
+        (getattr, (torch.Size, "__init_subclass__"), "it asks for '__init_subclass__' of"),
+        (torch.load, ("{marker}",), "it names torch.serialization.load"),
+    ],
+)
+def test_a_call_in_the_index(
+    run: Stepper, folder: Path, tmp_path: Path, function: Any, arguments: tuple, named: str
+) -> None:
+    marker = tmp_path / "marker"
+    given = [part.format(marker=marker) if isinstance(part, str) else part for part in arguments]
+    (folder / ".metadata").write_bytes(pickle.dumps(Call(function, *given)))
+    with pytest.raises(UserError, match=f"not data: {named}"):
+        load(run, folder)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["../other", "/etc/passwd", "..", "", "state/x"])
+def test_an_index_that_leads_elsewhere(run: Stepper, folder: Path, name: str) -> None:
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    key, place = next(iter(index.storage_data.items()))
+    index.storage_data[key] = dataclasses.replace(place, relative_path=name)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(UserError, match=f"it names the file '{name}'"):
+        load(run, folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04", b"nonsense", pickle.dumps([1]), pickle.dumps(torch.Size([1]))])
+def test_an_index_of_something_else(run: Stepper, folder: Path, content: bytes) -> None:
+    (folder / ".metadata").write_bytes(content)
+    with pytest.raises(UserError, match="not data"):
+        load(run, folder)
+
+
+def test_a_call_in_the_common_part(run: Stepper, folder: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    torch.save({"a": Call(os.system, f"touch {marker}")}, folder / "common.pt")
+    with pytest.raises(UserError, match=r"common\.pt is not data"):
+        load(run, folder)
+    assert not marker.exists()
+
+
+def test_a_compressed_common_part(run: Stepper, folder: Path) -> None:
+    """Zeros that unpack to a thousand times their size."""
+    with zipfile.ZipFile(folder / "common.pt") as parts:
+        content = {part: parts.read(part) for part in parts.namelist()}
+    with zipfile.ZipFile(folder / "common.pt", "w", zipfile.ZIP_DEFLATED) as parts:
+        for name, value in content.items():
+            parts.writestr(name, value + bytes(1 << 20))
+    with pytest.raises(UserError, match="compressed"):
+        load(run, folder)
+
+
+def test_a_call_in_an_object_among_the_tensors(run: Stepper, folder: Path, tmp_path: Path) -> None:
+    """The random state is an object of its own file, which upstream reads with weights_only=False."""
+    marker = tmp_path / "marker"
+    hostile = io.BytesIO()
+    torch.save(Call(os.system, f"touch {marker}"), hostile)
+    (folder / "hostile.distcp").write_bytes(hostile.getvalue())
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    key = next(key for key in index.storage_data if "random" in key.fqn)
+    index.storage_data[key] = dataclasses.replace(
+        index.storage_data[key], relative_path="hostile.distcp", offset=0, length=len(hostile.getvalue())
+    )
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(UserError, match=r"an object in the state is not data: .*posix\.system"):
+        load(run, folder)
+    assert not marker.exists()
