@@ -39,11 +39,17 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_manifest(checkpoint: Path) -> None:
-    files = {}
-    for path in _files(checkpoint):
+def entries(checkpoint: Path, rank: int = 0, ranks: int = 1) -> dict[str, dict]:
+    """What the manifest says of every ``ranks``-th file, the ``rank``-th first; they are forced to the disk."""
+    found = {}
+    for path in _files(checkpoint)[rank::ranks]:
         sync(path)
-        files[str(path.relative_to(checkpoint))] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        found[str(path.relative_to(checkpoint))] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+    return found
+
+
+def write_manifest(checkpoint: Path, files: dict[str, dict]) -> None:
+    """``files``: the :func:`entries` of all files."""
     (checkpoint / MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=1) + "\n")
     sync(checkpoint / MANIFEST)
 
@@ -81,6 +87,14 @@ def newest(run: Path) -> Path | None:
     if named is not None and named.is_dir():
         return named
     return max((path for path in folders.glob("step_*") if path.is_dir()), default=None)
+
+
+def outdated(run: Path, keep_last: int, keep_every: int) -> list[Path]:
+    """The checkpoints to delete: all but the newest ``keep_last`` and those at multiples of ``keep_every`` steps; none
+    where ``keep_last`` is 0."""
+    steps = {path: int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*")}
+    old = sorted(steps, key=lambda path: steps[path])[:-keep_last] if keep_last else []
+    return [path for path in old if not keep_every or steps[path] % keep_every]
 
 
 def point_to(checkpoint: Path) -> None:

@@ -1,5 +1,6 @@
 """A model's and an optimizer's state on disk, in a form that loads at any layout (Megatron-Core's torch_dist)."""
 
+import math
 import queue
 import warnings
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from mmoe.parallel.optimizer import MegatronOptimizer, begin_state
 
 # isort: split
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -37,6 +39,13 @@ def _sharded(models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | N
         # Every rank draws the same numbers (start() seeds them alike), so one state serves any layout.
         state["random"] = ShardedObject("random", torch.get_rng_state(), (1,), (0,), replica_id=ranks().rank)
     return state
+
+
+def size(models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> int:
+    """Bytes of the tensors that this rank writes: of each the first copy."""
+    parts = nested_values(_sharded(models, optimizer, loading=False))
+    tensors = (part for part in parts if isinstance(part, ShardedTensor) and is_main_replica(part.replica_id))
+    return sum(math.prod(part.local_shape) * part.dtype.itemsize for part in tensors)
 
 
 def save(folder: Path, models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> None:

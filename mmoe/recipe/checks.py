@@ -15,6 +15,8 @@ _MAY_BE_ZERO = {
     "bias_rate_min",
     "clip_grad",
     "hidden_z_coefficient",
+    "keep_every",
+    "keep_last",
     "min_lr",
     "router_init_std",
     "seed",
@@ -55,6 +57,12 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     if train.global_batch % train.micro_batch:
         what = f"{train.global_batch} is not a multiple of train.micro_batch = {train.micro_batch}"
         yield "train.global_batch", what, "change one of them"
+    checkpoint = recipe.checkpoint
+    if checkpoint.keep_every % checkpoint.every:
+        what = f"{checkpoint.keep_every} is not a multiple of checkpoint.every = {checkpoint.every}"
+        yield "checkpoint.keep_every", what, "change one of them"
+    if checkpoint.keep_every and not checkpoint.keep_last:
+        yield "checkpoint.keep_every", "checkpoint.keep_last = 0 keeps all", "set it, or leave keep_every out"
     if optimizer.warmup_steps > train.steps:
         yield "optimizer.warmup_steps", f"{optimizer.warmup_steps} is above train.steps = {train.steps}", "lower it"
     if optimizer.min_lr > optimizer.lr:

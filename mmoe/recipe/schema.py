@@ -211,6 +211,10 @@ class Parallel:
 class Checkpoint:
     every: int = 1000
     """Steps between two checkpoints; the last step always has one."""
+    keep_last: int = 0
+    """How many of the newest checkpoints stay; 0: all."""
+    keep_every: int = 0
+    """Checkpoints at multiples of so many steps stay, however old; 0: none. Only where ``keep_last`` deletes any."""
 
 
 @dataclass(frozen=True, kw_only=True)

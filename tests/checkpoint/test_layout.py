@@ -15,7 +15,8 @@ def checkpoint(tmp_path: Path) -> Path:
     (folder / "state").mkdir(parents=True)
     (folder / "state" / "weights").write_bytes(bytes(range(256)) * 8)
     (folder / "progress.json").write_text("{}")
-    layout.write_manifest(folder)
+    parts = [layout.entries(folder, rank, 3) for rank in range(3)]
+    layout.write_manifest(folder, {name: entry for part in parts for name, entry in part.items()})
     return folder
 
 
@@ -67,3 +68,21 @@ def test_no_manifest_and_no_folder(checkpoint: Path) -> None:
         layout.verify(checkpoint)
     with pytest.raises(UserError, match="no checkpoint"):
         layout.verify(checkpoint.parent / "step_00000008")
+
+
+def test_every_file_is_one_ranks_to_check(checkpoint: Path) -> None:
+    (checkpoint / layout.MANIFEST).unlink()
+    parts = [layout.entries(checkpoint, rank, 2) for rank in range(2)]
+    assert [set(part) for part in parts] == [{"progress.json"}, {"state/weights"}]
+    assert layout.entries(checkpoint) == parts[0] | parts[1]
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "gone"),
+    [(0, 0, []), (2, 0, [5, 10, 15, 20]), (1, 10, [5, 15, 25]), (9, 0, []), (3, 15, [5, 10])],
+)
+def test_what_is_kept(tmp_path: Path, keep_last: int, keep_every: int, gone: list[int]) -> None:
+    for step in (25, 5, 10, 15, 20, 30):
+        layout.folder(tmp_path, step).mkdir(parents=True)
+    layout.folder(tmp_path, 1).with_name(".step_00000001.tmp").mkdir()
+    assert layout.outdated(tmp_path, keep_last, keep_every) == [layout.folder(tmp_path, step) for step in gone]

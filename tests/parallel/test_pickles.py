@@ -18,7 +18,6 @@ from mmoe.models.multimodal import build
 from mmoe.parallel import pickles, state
 from mmoe.train.step import Stepper
 
-
 pytestmark = pytest.mark.latest
 
 
