@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mmoe.checkpoint import layout
 from mmoe.errors import UserError
@@ -61,7 +61,7 @@ def save(
         shutil.copyfile(tokenizer, partial / "tokenizer.json")
 
     try:
-        needed = sum(_everywhere(lambda: state.size(models, optimizer)))
+        needed = sum(size or 0 for size in _everywhere(lambda: state.size(models, optimizer)))
         _everywhere(begin, here.first)
         state.save(partial / "state", models, optimizer)
         _everywhere(describe, here.first)

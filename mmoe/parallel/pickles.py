@@ -14,7 +14,8 @@ from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import torch
-from torch.distributed.checkpoint import CheckpointException, filesystem, metadata, planner
+from torch.distributed.checkpoint import filesystem, metadata, planner
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.serialization import _get_layout
 
 from mmoe.errors import UserError
@@ -109,7 +110,7 @@ def read_as_data(folder: Path) -> Iterator[None]:
     Raises:
         UserError: an object in ``folder`` is something else.
     """
-    key, before = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", filesystem.pickle
+    key, before = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", pickle
     asked = os.environ.get(key)
     setattr(filesystem, "pickle", SimpleNamespace(load=load_metadata))
     os.environ[key] = "1"
