@@ -105,7 +105,7 @@ def run(options: Namespace) -> None:
     """
     if options.sweep or options.profile:
         raise UserError("is for `mmoe bench step`", "--sweep" if options.sweep else "--profile", "leave it out")
-    known = [*OPERATORS, *([] if options.emulated else TOGETHER)]
+    known = [*emulated.OPERATORS] if options.emulated else [*OPERATORS, *TOGETHER]
     _check("--only", options.only, known)
     _check("--skip", options.skip, list(PEERS))
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -27,7 +27,8 @@ def test_every_operator_is_counted(need_emulator: None, tmp_path: Path, capsys: 
         torch.set_num_threads(threads)
     rows = json.loads(path.read_text())
     printed = capsys.readouterr().out
-    assert set(benchmark.OPERATORS) == set(OPERATORS) <= {row["name"] for row in rows}
+    assert set(benchmark.OPERATORS) <= {row["name"] for row in rows}
+    assert set(OPERATORS) - set(benchmark.OPERATORS) == {"grouped_linear"}, "on CUDA it is torch's, the others are ours"
     calls = [row for row in rows if not row["kernel"]]
     for call in calls:
         assert call["name"] in printed
@@ -48,5 +49,5 @@ def test_the_floor_of_a_call_is_its_tensors_and_results(need_emulator: None) -> 
 
 
 def test_what_is_not_an_operator_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", "ops", "--emulated", "--only", "sva_layer"]) == 2
-    assert "there is no 'sva_layer' (--only): choose from hidden_z_loss" in capsys.readouterr().err
+    assert cli.main(["bench", "ops", "--emulated", "--only", "grouped_linear"]) == 2
+    assert "there is no 'grouped_linear' (--only): choose from hidden_z_loss" in capsys.readouterr().err
