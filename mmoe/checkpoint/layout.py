@@ -90,11 +90,12 @@ def newest(run: Path) -> Path | None:
 
 
 def outdated(run: Path, keep_last: int, keep_every: int) -> list[Path]:
-    """The checkpoints to delete: all but the newest ``keep_last`` and those at multiples of ``keep_every`` steps; none
-    where ``keep_last`` is 0."""
+    """The checkpoints to delete: all but the newest ``keep_last``, those at multiples of ``keep_every`` steps and the
+    one that ``latest`` names (later steps may lie there that the run went back behind); none where ``keep_last`` is 0.
+    """
     steps = {path: int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*")}
     old = sorted(steps, key=lambda path: steps[path])[:-keep_last] if keep_last else []
-    return [path for path in old if not keep_every or steps[path] % keep_every]
+    return [path for path in old if path != newest(run) and (not keep_every or steps[path] % keep_every)]
 
 
 def point_to(checkpoint: Path) -> None:

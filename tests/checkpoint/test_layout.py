@@ -86,3 +86,6 @@ def test_what_is_kept(tmp_path: Path, keep_last: int, keep_every: int, gone: lis
         layout.folder(tmp_path, step).mkdir(parents=True)
     layout.folder(tmp_path, 1).with_name(".step_00000001.tmp").mkdir()
     assert layout.outdated(tmp_path, keep_last, keep_every) == [layout.folder(tmp_path, step) for step in gone]
+    layout.point_to(layout.folder(tmp_path, 15))
+    gone = [step for step in gone if step != 15]
+    assert layout.outdated(tmp_path, keep_last, keep_every) == [layout.folder(tmp_path, step) for step in gone]
