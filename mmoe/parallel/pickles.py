@@ -29,6 +29,7 @@ _DATA = (
     *(planner.SavePlan, planner.WriteItem, planner.WriteItemType, planner.TensorWriteData, planner.BytesIOWriteData),
     torch.Size,
 )
+_ENUMERATIONS = (metadata._MEM_FORMAT_ENCODING, planner.WriteItemType)
 PLAIN: dict[tuple[str, str], Any] = {
     **{(known.__module__, known.__qualname__): known for known in _DATA},
     ("torch.serialization", "_get_layout"): _get_layout,
@@ -42,7 +43,7 @@ PLAIN: dict[tuple[str, str], Any] = {
 
 def _member(owner: Any, name: Any) -> Any:
     """In place of getattr, by which a member of an enumeration is pickled."""
-    if owner is not metadata._MEM_FORMAT_ENCODING or name not in owner.__members__:
+    if owner not in _ENUMERATIONS or name not in owner.__members__:
         raise pickle.UnpicklingError(f"it asks for {name!r} of {owner!r}")
     return owner[name]
 

@@ -82,6 +82,13 @@ def test_a_call_in_the_index(
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("member", [pickles.planner.WriteItemType.SHARD, pickles.metadata._MEM_FORMAT_ENCODING(0)])
+def test_members_of_enumerations_in_both_forms(member: Any) -> None:
+    """Python 3.11.2 pickles one by getattr and its name, 3.11.7 by its class and value."""
+    for form in (Call(getattr, type(member), member.name), Call(type(member), member.value)):
+        assert pickles._Loader(io.BytesIO(pickle.dumps(form))).load() is member
+
+
 @pytest.mark.parametrize("name", ["../other", "/etc/passwd", "..", "", "state/x"])
 def test_an_index_that_leads_elsewhere(run: Stepper, folder: Path, name: str) -> None:
     index = pickle.loads((folder / ".metadata").read_bytes())
