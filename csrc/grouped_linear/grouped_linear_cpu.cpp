@@ -130,7 +130,6 @@ void write_grad_weight(const Tensor& into, const Tensor& grad_out_any, const Ten
 }
 
 Tensor grad_weight_cpu(Tensor grad_out, Tensor rows, Tensor weight, Tensor ends) {
-  check_grouped_linear(rows, weight, ends);
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i < weight.dim(); ++i) sizes.push_back(weight.size(i));
   Tensor grad_weight = torch::stable::new_empty(weight, sizes);

@@ -61,9 +61,10 @@ def save(
         shutil.copyfile(tokenizer, partial / "tokenizer.json")
 
     try:
-        needed = sum(size or 0 for size in _everywhere(lambda: state.size(models, optimizer)))
+        content = state.sharded(models, optimizer)
+        needed = sum(engine.gather(state.size(content)))
         _everywhere(begin, here.first)
-        state.save(partial / "state", models, optimizer)
+        state.save(partial / "state", content)
         _everywhere(describe, here.first)
         parts = [part or {} for part in _everywhere(lambda: layout.entries(partial, here.rank, here.world))]
         _everywhere(finish, here.first)

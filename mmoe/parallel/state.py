@@ -31,7 +31,11 @@ def _names(models: Sequence[torch.nn.Module]) -> list[str]:
     return [f"model{index}" for index in range(len(models))]
 
 
-def _sharded(models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, loading: bool) -> dict[str, Any]:
+def sharded(
+    models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, *, loading: bool = False
+) -> dict[str, Any]:
+    """This rank's part of the weights, optimizer and random states, and where in the whole it stands. With the
+    distributed optimizer all ranks put its state together for this."""
     chunks = [_unwrap(model).sharded_state_dict() for model in models]
     state: dict[str, Any] = dict(zip(_names(models), chunks, strict=True))
     if optimizer is not None:
@@ -41,21 +45,21 @@ def _sharded(models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | N
     return state
 
 
-def size(models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> int:
-    """Bytes of the tensors that this rank writes: of each the first copy."""
-    parts = nested_values(_sharded(models, optimizer, loading=False))
-    tensors = (part for part in parts if isinstance(part, ShardedTensor) and is_main_replica(part.replica_id))
-    return sum(math.prod(part.local_shape) * part.dtype.itemsize for part in tensors)
+def size(state: dict[str, Any]) -> int:
+    """Bytes of the tensors that this rank writes of its :func:`sharded` state: of each the first copy."""
+    tensors = (part for part in nested_values(state) if isinstance(part, ShardedTensor))
+    mine = (part for part in tensors if is_main_replica(part.replica_id))
+    return sum(math.prod(part.local_shape) * part.dtype.itemsize for part in mine)
 
 
-def save(folder: Path, models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
-    """Writes weights, optimizer and random states of all ranks into the empty ``folder`` (torch_dist)."""
+def save(folder: Path, state: dict[str, Any]) -> None:
+    """Writes the :func:`sharded` state of all ranks into the empty ``folder`` (torch_dist)."""
     # A save within this process needs no queue between processes. Upstream's (filesystem_async.py:50) is a spawned
     # manager, which a SIGTERM to the process group kills: the save that it asks for would then fail.
     filesystem_async._results_queue = queue.Queue()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        dist_checkpointing.save(_sharded(models, optimizer, loading=False), str(folder))
+        dist_checkpointing.save(state, str(folder))
 
 
 def load(folder: Path, models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None) -> None:
@@ -66,7 +70,7 @@ def load(folder: Path, models: Sequence[torch.nn.Module], optimizer: MegatronOpt
         UserError: they hold something else than data.
     """
     pickles.check(folder)
-    target = _sharded(models, optimizer, loading=True)
+    target = sharded(models, optimizer, loading=True)
     with warnings.catch_warnings():
         # dist_checkpointing/strategies/torch.py:799 calls what torch has deprecated, or warns of (0.19.2).
         warnings.simplefilter("ignore", FutureWarning)

@@ -85,7 +85,7 @@ def train(saved: str = "", resumed: str = "", **parallel: Any) -> tuple[list[flo
         state.load(Path(resumed), stepper.wrapped, stepper.optimizer)
     losses = [stepper.step(iter(jobs.batches(int(bool(resumed)))), 1e-3).loss]
     if saved:
-        state.save(Path(saved), stepper.wrapped, stepper.optimizer)
+        state.save(Path(saved), state.sharded(stepper.wrapped, stepper.optimizer))
     scales = {}
     for name, tensor in stepper.models[0].state_dict().items():
         if name.endswith("fp8.scale"):

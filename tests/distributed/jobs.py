@@ -130,7 +130,7 @@ def train(
                 if here.first:
                     Path(save[1]).mkdir()
                 engine.barrier()
-                state.save(Path(save[1]), stepper.wrapped, stepper.optimizer)
+                state.save(Path(save[1]), state.sharded(stepper.wrapped, stepper.optimizer))
     finally:
         adam.update = update
     assert all(outcome.taken for outcome in outcomes)

@@ -44,7 +44,7 @@ def run() -> Stepper:
 def folder(run: Stepper, tmp_path: Path) -> Path:
     path = tmp_path / "state"
     path.mkdir()
-    state.save(path, run.wrapped, run.optimizer)
+    state.save(path, state.sharded(run.wrapped, run.optimizer))
     return path
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sets
 import training
 
 from mmoe.checkpoint import layout, save
@@ -16,17 +15,6 @@ from mmoe.parallel import engine
 from mmoe.recipe.schema import Parallel
 
 pytestmark = pytest.mark.latest
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A recipe and its run, with checkpoints of steps 4, 8 and 10."""
-    root = tmp_path_factory.mktemp("disk")
-    sets.write_set(root, "varied", sets.varied(40))
-    recipe = training.write_recipe(root, sets.write_mixture(root, varied=1.0))
-    done = training.run(recipe, root / "whole")
-    assert done.returncode == 0, done.stderr
-    return recipe, root / "whole"
 
 
 def states(run: Path) -> list[str]:
@@ -64,7 +52,8 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
     engine.start(Parallel(), 0, alone=True)
     usage: Any = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(save.shutil, "disk_usage", lambda _: usage._replace(free=10**5))
-    monkeypatch.setattr(save.state, "size", lambda *_: 2 * 10**9)
+    monkeypatch.setattr(save.state, "sharded", lambda *_: {})
+    monkeypatch.setattr(save.state, "size", lambda _: 2 * 10**9)
     monkeypatch.setattr(save.state, "save", lambda *_: pytest.fail("it was written"))
     recipe: Any = None
     with pytest.raises(UserError, match=r"step 7 was not written: rank 0: it takes 2\.000 GB, the disk has 0\.000 GB"):

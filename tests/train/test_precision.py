@@ -67,7 +67,7 @@ def test_delayed_scales_go_on_bitwise(tmp_path: Path) -> None:
     expected = losses(whole, 6)
     first = stepper("delayed")
     begun = losses(first, 3)
-    state.save(tmp_path, first.wrapped, first.optimizer)
+    state.save(tmp_path, state.sharded(first.wrapped, first.optimizer))
     second = stepper("delayed")
     state.load(tmp_path, second.wrapped, second.optimizer)
     assert begun + losses(second, 3) == expected
@@ -90,7 +90,7 @@ def test_a_delayed_checkpoint_loads_without_its_scales(tmp_path: Path) -> None:
     """Evaluation, export and conversion build the model without FP8 (mmoe.checkpoint.load)."""
     run = stepper("delayed")
     losses(run, 1)
-    state.save(tmp_path, run.wrapped, run.optimizer)
+    state.save(tmp_path, state.sharded(run.wrapped, run.optimizer))
     network = build(small.RECIPE)
     state.load(tmp_path, [network], None)
     weights = tensors(run)
