@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import traceback
@@ -10,19 +9,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
-from mmoe.errors import Interrupted, UserError
-
-DONE, DEFECT, USER_ERROR, INTERRUPTED, KEYBOARD = 0, 1, 2, 75, 130
+from mmoe.ending import DEFECT, DONE, INTERRUPTED, KEYBOARD, LOST, USER_ERROR, enter
+from mmoe.errors import Interrupted, RankLost, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
-    0 done; 1 a defect of ours (traceback); 2 the user can mend it (one line); 75 interrupted and saved; 130 Ctrl-C.
+    0 done; 1 a defect of ours (traceback); 2 the user can mend it (one line); 69 another rank is gone; 75 interrupted
+    and saved; 130 Ctrl-C.
     """
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     arguments = list(sys.argv[1:] if argv is None else argv)
-    name = f"rank {rank}: " if ranks > 1 else ""
+    name, tell = f"rank {rank}: " if ranks > 1 else "", True
     with contextlib.ExitStack() as stack:
         if rank:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
@@ -34,31 +33,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             status, message = USER_ERROR, " ".join(str(error).split())
         except Interrupted as error:
             status, message, name = INTERRUPTED, str(error), ""
+        except RankLost as error:
+            status, message, name, tell = LOST, str(error), "", error.tell
         except KeyboardInterrupt:
             status, message, name = KEYBOARD, "stopped by the keyboard", ""
         except Exception as error:
             status, message = DEFECT, f"{type(error).__name__}\n{''.join(traceback.format_exception(error)).rstrip()}"
-    if not _told_by_another_rank(rank, status, message):
+    if not _told_by_another_rank(rank, status, message) and tell:
         print(f"mmoe: {name}{message}", file=sys.stderr, flush=True)
     return status
 
 
 def _told_by_another_rank(rank: int, status: int, message: str) -> bool:
-    """Enter this rank's end in the launcher's list, `MMOE_STATUS_FILE`; True where it would tell nothing new.
+    """Enter this rank's end in the launcher's list; True where it would tell nothing new.
 
     That is the same message from another rank, or a defect after another rank's failure: when a rank ends, its peers
     lose their connections to it, and their tracebacks would bury its message.
     """
-    path = os.environ.get("MMOE_STATUS_FILE")
-    if not path:
-        return False
-    import fcntl
-
-    with open(path, "a+", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        known = [json.loads(line) for line in file]
-        file.write(json.dumps({"rank": rank, "status": status, "message": message}) + "\n")
+    known = enter(rank, status, message)
     failed = [entry for entry in known if entry["status"] in (DEFECT, USER_ERROR)]
     if status == DEFECT and failed:
         print(f"mmoe: rank {rank}: ended after rank {failed[0]['rank']}: {message.splitlines()[-1]}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The two ways in which a run ends early on purpose; anything else that is raised is a defect of ours."""
+"""The ways in which a run ends early without a defect of ours; anything else that is raised is one."""
 
 
 class UserError(Exception):
@@ -11,3 +11,11 @@ class UserError(Exception):
 
 class Interrupted(Exception):
     """Stopped on request after saving; exit status 75, start again with --resume."""
+
+
+class RankLost(Exception):
+    """Another rank is gone; exit status 69, start again with --resume. ``tell``: this rank is the one to say so."""
+
+    def __init__(self, what: str, tell: bool) -> None:
+        self.tell = tell
+        super().__init__(what)

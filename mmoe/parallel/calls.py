@@ -16,6 +16,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,6 +75,8 @@ entered: dict[str, Call] = {}
 """The last call of each group, by its key."""
 waiting: dict[int, tuple[Call, float]] = {}
 """By thread: the call that it waits for, and since when (``time.perf_counter``)."""
+broken: list[Call] = []
+"""Calls that ended in an error: a connection is gone, or an argument was wrong."""
 _groups: dict[str, Group] = {}
 _asynchronous: WeakKeyDictionary[Any, Call] = WeakKeyDictionary()
 _seconds: defaultdict[str, float] = defaultdict(float)
@@ -105,7 +108,7 @@ def current_phase(after: float) -> tuple[str, float] | None:
 
 def reset() -> None:
     """Forgets all calls: groups that are made anew use the old names."""
-    for record in (entered, waiting, _groups, _asynchronous):
+    for record in (entered, waiting, broken, _groups, _asynchronous):
         record.clear()
 
 
@@ -143,6 +146,9 @@ def _timed(call: Call, function: Callable[..., Any], *args: Any, **kwargs: Any) 
     waiting[thread] = call, start
     try:
         return function(*args, **kwargs)
+    except RuntimeError:
+        broken.append(call)
+        raise
     finally:
         waiting.pop(thread, None)
         _seconds[call.name] += time.perf_counter() - start
@@ -254,6 +260,14 @@ def position(frame: FrameType) -> tuple[Site, ...]:
     """Where a thread is: the innermost line, in torch too, then the nearest one of mmoe above mmoe/parallel."""
     here: Site = (frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
     return here, *(site for site in _sites(frame)[-1:] if site != here and _kinds[site[0]] == _OURS)
+
+
+def raised_in(error: BaseException) -> tuple[Site, ...]:
+    """The innermost line of mmoe that ``error`` came through, one outside of mmoe/parallel where there is one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [(f.filename, f.lineno or 0, f.name) for f in frames if f.filename.startswith(_PACKAGE)]
+    outer = [site for site in ours if not site[0].startswith(_PARALLEL)]
+    return tuple((outer or ours)[-1:])
 
 
 def show(sites: tuple[Site, ...]) -> str:

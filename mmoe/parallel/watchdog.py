@@ -18,13 +18,18 @@ recorder, which are left as they are.
 
 Where the store does not answer (a launcher that is not torchrun keeps it in rank 0, which may be the one that is
 stopped), each rank that waits ``1.5 * limit`` says so for itself.
+
+A rank that is gone for good (:mod:`mmoe.parallel.peers`) ends the job. Who loses a connection to it looks for the
+reason at once (:func:`guard`); a rank that waits on a device, or for a host that went without closing connections,
+loses none: there the silence is noticed here, and a process whose main thread does not end by itself is ended.
 """
 
-import json
+import os
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -33,178 +38,18 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed import distributed_c10d
 
+from mmoe import ending
+from mmoe.errors import Interrupted, RankLost
 from mmoe.parallel import calls
-from mmoe.parallel.calls import Call
+from mmoe.parallel.peers import End, Peers
+from mmoe.parallel.stalls import Entry, Record, judge, only_ahead, show_ranks
 
-PHASE_LIMITS = 10
-"""How many limits a phase may take."""
 SILENT_INTERVALS = 3
 """A rank that has not published for so many intervals is silent."""
-NAMED = 8
-"""Ranks that a line names one by one."""
-UNIFORM = {"all_reduce", "reduce", "broadcast", "all_gather_single", "reduce_scatter_single"}
-"""Every member's tensor has the same shape and dtype."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A call as another rank needs to know it."""
-
-    group: str
-    title: str
-    ranks: list[int]
-    sequence: int
-    name: str
-    text: str
-    site: str
-
-    @staticmethod
-    def of(call: Call) -> "Entry":
-        shape = "" if call.shape is None else f" {str(call.dtype).removeprefix('torch.')} {list(call.shape)}"
-        group = call.group
-        text = f"{call.name} #{call.sequence}{shape}"
-        site = calls.show(call.sites)
-        return Entry(group.key, group.title, list(group.ranks), call.sequence, call.name, text, site)
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a rank says of itself; times in seconds up to now."""
-
-    entered: dict[str, Entry] = field(default_factory=dict)
-    waits: list[tuple[Entry, float]] = field(default_factory=list)
-    at: str = ""
-    phase: tuple[str, float] | None = None
-
-    def dump(self) -> str:
-        return json.dumps(
-            {
-                "entered": [vars(entry) for entry in self.entered.values()],
-                "waits": [(vars(entry), seconds) for entry, seconds in self.waits],
-                "at": self.at,
-                "phase": self.phase,
-            }
-        )
-
-    @staticmethod
-    def load(text: bytes) -> "Record":
-        read = json.loads(text)
-        entries = [Entry(**entry) for entry in read["entered"]]
-        return Record(
-            {entry.group: entry for entry in entries},
-            [(Entry(**entry), seconds) for entry, seconds in read["waits"]],
-            read["at"],
-            read["phase"] and tuple(read["phase"]),
-        )
-
-    def sequence(self, group: str) -> int:
-        return self.entered[group].sequence if group in self.entered else 0
-
-
-@dataclass(frozen=True)
-class Stall:
-    """A call that somebody waits for."""
-
-    entry: Entry
-    waiting: list[int]
-    seconds: float
-    behind: list[int]
-    """Members that have not entered it."""
-    others: list[int]
-    """Members that entered another call in its place."""
-    silent: list[int]
-
-    @property
-    def culprits(self) -> set[int]:
-        return {*self.behind, *self.others, *self.silent}
-
-
-def stalls(records: dict[int, Record], silent: dict[int, float]) -> list[Stall]:
-    """Every call that a rank waits for, the ones waited for longest first."""
-    found: dict[tuple[str, int], Stall] = {}
-    for rank, record in records.items():
-        for entry, _ in record.waits:
-            key = entry.group, entry.sequence
-            known = found.get(key)
-            waiting = [*(known.waiting if known is not None and not known.others else []), rank]
-            members = {member: records[member] for member in entry.ranks if member in records}
-            behind = [member for member, other in members.items() if other.sequence(entry.group) < entry.sequence]
-            others = [member for member, other in members.items() if _differs(other, entry)]
-            stopped = [member for member in entry.ranks if member in silent]
-            times = [t for m in members.values() for e, t in m.waits if (e.group, e.sequence) == key]
-            # One that all have entered runs since the last did so; who does not wait for it any more has its result.
-            running = min(times) if len(times) == len(members) else 0.0
-            seconds = max(times) if behind or others or stopped else running
-            found[key] = Stall(entry, waiting, seconds, behind, others, stopped)
-    return sorted(found.values(), key=lambda stall: -stall.seconds)
-
-
-def _differs(record: Record, entry: Entry) -> bool:
-    other = record.entered.get(entry.group)
-    if other is None or other.sequence != entry.sequence:
-        return False
-    return other.name != entry.name or (entry.name in UNIFORM and other.text != entry.text)
-
-
-def judge(records: dict[int, Record], silent: dict[int, float], limit: float) -> tuple[str, set[str]] | None:
-    """The line that tells of the stall which holds up the others, and the groups whose ranks have waited too long.
-
-    records: what the ranks said last; silent: seconds since the ranks that do not answer have been heard of.
-    """
-    found = stalls(records, silent)
-    excused = _excused(found, records, silent, PHASE_LIMITS * limit)
-    late = [stall for stall in found if stall.seconds >= limit and not (stall.culprits and stall.culprits <= excused)]
-    if not late:
-        return None
-    # A rank that itself waits in another collective is not the one to look at.
-    waiting = {rank for stall in found for rank in stall.waiting}
-    roots = [stall for stall in late if stall.culprits - waiting or stall.others]
-    return _line((roots or late)[0], records, silent), {stall.entry.group for stall in late}
-
-
-def _excused(found: list[Stall], records: dict[int, Record], silent: dict[int, float], longest: float) -> set[int]:
-    """Ranks in a phase that is not too long, and those that wait for none but them."""
-    ranks = {r for r, record in records.items() if r not in silent and record.phase and record.phase[1] < longest}
-    while True:
-        more = {r for stall in found if stall.culprits and stall.culprits <= ranks for r in stall.waiting} - ranks
-        if not more:
-            return ranks
-        ranks |= more
-
-
-def _line(stall: Stall, records: dict[int, Record], silent: dict[int, float]) -> str:
-    entry = stall.entry
-    parts = [
-        f"{_ranks(stall.waiting)} {'has' if len(stall.waiting) == 1 else 'have'} waited {stall.seconds:.0f} s in "
-        f"{entry.text} of {entry.title} ({_ranks(entry.ranks)}) at {entry.site}"
-    ]
-    for rank in sorted(stall.culprits)[:NAMED]:
-        record = records.get(rank, Record())
-        there = record.entered.get(entry.group)
-        if rank in stall.others and there is not None:
-            parts.append(f"rank {rank} entered {there.text} instead, at {there.site}")
-        elif rank in silent:
-            parts.append(f"rank {rank} is stopped or dead: not heard of for {silent[rank]:.0f} s, was at {record.at}")
-        else:
-            parts.append(f"rank {rank} has not entered it: {_instead(record)}")
-    if len(stall.culprits) > NAMED:
-        parts.append(f"{len(stall.culprits) - NAMED} more ranks have not either")
-    return "; ".join(parts if stall.culprits else [*parts, "all of them have entered it"])
-
-
-def _instead(record: Record) -> str:
-    if record.waits:
-        entry, seconds = record.waits[0]
-        return f"waits {seconds:.0f} s in {entry.text} of {entry.title} at {entry.site}"
-    phase = f"{record.phase[0]} for {record.phase[1]:.0f} s, " if record.phase else ""
-    return f"{phase}at {record.at}"
-
-
-def _ranks(ranks: list[int]) -> str:
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    shown = ", ".join(map(str, ranks[:NAMED]))
-    return f"ranks {shown}" + (f", … {len(ranks)} in all" if len(ranks) > NAMED else "")
+GRACE_SECONDS = 20.0
+"""From the news that a rank is gone until a process ends whose main thread has not noticed."""
+OTHERS_SECONDS = 5.0
+"""For how long the rank that keeps the store waits for those that look for the reason in it."""
 
 
 class Watchdog(threading.Thread):
@@ -212,6 +57,7 @@ class Watchdog(threading.Thread):
 
     def __init__(self, store: Any, rank: int, world: int, limit: float, blocking: bool) -> None:
         super().__init__(name="watchdog", daemon=True)
+        self.peers = Peers(store, rank, world)
         self.store = PrefixStore("watchdog", store.clone())
         self.rank, self.world, self.limit, self.blocking = rank, world, limit, blocking
         self.interval = min(5.0, limit / 4)
@@ -229,17 +75,49 @@ class Watchdog(threading.Thread):
         try:
             self._publish(Record(at="the start"))
             while not self.leaving.wait(self.interval):
+                self.peers.drain()
                 self._publish(self._record())
                 self._look()
                 self.answered = time.monotonic()
+                if end := self.peers.told():
+                    self._end(end)
             self._publish(Record(at="the end of its run"))
+            self.peers.leave_word("")
         except RuntimeError:
-            # The store's host has ended, and the job with it.
-            return
+            # The store's host has ended: a launcher, which the ranks outlive, or rank 0.
+            if not self.leaving.is_set() and (end := self.peers.without_store(self._seen_by("the watchdog"))):
+                self._end(end)
+
+    def _seen_by(self, where: str) -> str:
+        return f"rank {self.rank} noticed it in {where}; start again with --resume"
+
+    def _end(self, end: End) -> None:
+        """Ends the process, unless its main thread ends by itself meanwhile."""
+        if end.tell:
+            print(f"mmoe: {end.text}", file=sys.stderr, flush=True)
+        if not self.leaving.wait(GRACE_SECONDS):
+            ending.enter(self.rank, ending.LOST, end.text)
+            os._exit(ending.LOST)
+
+    def end_after(self, error: BaseException) -> RankLost | None:
+        """What to raise in the place of ``error``; None where it is this rank's own, which the others get to know."""
+        if not calls.broken and not _of_a_connection(error):
+            first = str(error).partition("\n")[0]
+            with suppress(RuntimeError):
+                self.peers.leave_word(f"{type(error).__name__}: {first}")
+            return None
+        end = self.peers.search(self._seen_by(calls.show(calls.raised_in(error))))
+        if end is None:
+            return None
+        with suppress(RuntimeError):
+            self.peers.leave_word("")
+        self.peers.wait_for_the_others(OTHERS_SECONDS)
+        return RankLost(end.text, end.tell)
 
     def stop(self) -> None:
         self.leaving.set()
         self.join(timeout=2 * self.interval)
+        self.peers.close()
 
     def _alone(self) -> None:
         """What can be said while the other thread is held up by the store."""
@@ -249,7 +127,7 @@ class Watchdog(threading.Thread):
                 entry, seconds = waits[0]
                 self._print(
                     f"rank {self.rank} has waited {seconds:.0f} s in {entry.text} of {entry.title} "
-                    f"({_ranks(entry.ranks)}) at {entry.site}; of the others nothing is known: "
+                    f"({show_ranks(entry.ranks)}) at {entry.site}; of the others nothing is known: "
                     "the job's store does not answer, its host is stopped or dead"
                 )
                 return
@@ -296,6 +174,8 @@ class Watchdog(threading.Thread):
         if not self.store.check(keys):
             return
         silent = self._silent(list(range(self.world)), keys)
+        if lost := self.peers.silent_ends(silent):
+            self._end(self.peers.tell(self.peers.describe(lost, self._seen_by("the watchdog"))))
         ranks = [rank for rank, (beat, _) in self.heard.items() if _longest(beat) >= self.limit]
         if not ranks:
             self.told.clear()
@@ -304,7 +184,7 @@ class Watchdog(threading.Thread):
         members = {m for record in records.values() for entry, _ in record.waits for m in entry.ranks}
         records |= self._read(sorted(members - records.keys()))
         if not self.blocking:
-            records = {rank: _only_ahead(record, records) for rank, record in records.items()}
+            records = {rank: only_ahead(record, records) for rank, record in records.items()}
         verdict = judge(records, silent, self.limit)
         if verdict is not None and not verdict[1] <= self.told:
             self.told |= verdict[1]
@@ -329,14 +209,9 @@ def _longest(beat: bytes) -> float:
     return float(beat.split()[1]) if b" " in beat else 0.0
 
 
-def _only_ahead(record: Record, records: dict[int, Record]) -> Record:
-    """Of the calls that a standing main thread may wait for, those that another member has not entered."""
-    ahead = [
-        (entry, seconds)
-        for entry, seconds in record.waits
-        if any(records[member].sequence(entry.group) < entry.sequence for member in entry.ranks if member in records)
-    ]
-    return Record(record.entered, ahead, record.at, record.phase)
+def _of_a_connection(error: BaseException) -> bool:
+    """Whether a process group failed outside of a collective: while groups are made, which ``calls`` does not see."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 _watchdog: Watchdog | None = None
@@ -358,3 +233,22 @@ def stop() -> None:
     if _watchdog is not None:
         _watchdog.stop()
         _watchdog = None
+
+
+@contextmanager
+def guard() -> Iterator[None]:
+    """Work of all ranks together.
+
+    Raises:
+        RankLost: it failed because another rank is gone or ended by an error. An error of this rank's own goes through,
+            and the others end after it.
+    """
+    try:
+        yield
+    except (Interrupted, RankLost, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        lost = _watchdog.end_after(error) if _watchdog else None
+        if lost is None:
+            raise
+        raise lost from None

@@ -16,7 +16,7 @@ from mmoe.data.loader import Loader
 from mmoe.data.tokenizer import load_tokenizer
 from mmoe.errors import Interrupted, UserError
 from mmoe.models.multimodal import build_stages
-from mmoe.parallel import cpu_platform, engine, layout
+from mmoe.parallel import cpu_platform, engine, layout, watchdog
 from mmoe.recipe.load import dump_recipe, load_recipe
 from mmoe.recipe.schema import Recipe
 from mmoe.train.metrics import Recorder, is_logged
@@ -138,7 +138,13 @@ def train(recipe: Recipe, out: Path, resume: bool = False) -> None:
     Raises:
         UserError: the layout does not fit the ranks, the data or the folder do not fit the recipe, the loss diverged.
         Interrupted: SIGTERM or SIGINT came; a checkpoint was saved.
+        RankLost: another rank is gone, or ended by an error.
     """
+    with watchdog.guard():
+        _train(recipe, out, resume)
+
+
+def _train(recipe: Recipe, out: Path, resume: bool) -> None:
     rank, world = engine.announced()
     layout.check(recipe, world)
     lock = _claim(out) if rank == 0 else None

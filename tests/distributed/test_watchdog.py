@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import training
 
-from mmoe.parallel.watchdog import Entry, Record, judge
+from mmoe.parallel.stalls import Entry, Record, judge
 
 pytestmark = pytest.mark.latest
 

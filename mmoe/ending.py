@@ -1,0 +1,22 @@
+"""How a process ends: its exit status, and the launcher's list of how each rank ended."""
+
+import fcntl
+import json
+import os
+from typing import Any
+
+DONE, DEFECT, USER_ERROR, LOST, INTERRUPTED, KEYBOARD = 0, 1, 2, 69, 75, 130
+"""Done; a defect of ours; the user can mend it; another rank is gone; interrupted and saved; Ctrl-C."""
+
+
+def enter(rank: int, status: int, message: str) -> list[dict[str, Any]]:
+    """Enter this rank's end in the launcher's list, `MMOE_STATUS_FILE`; the entries before it, none without a list."""
+    path = os.environ.get("MMOE_STATUS_FILE")
+    if not path:
+        return []
+    with open(path, "a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        known = [json.loads(line) for line in file]
+        file.write(json.dumps({"rank": rank, "status": status, "message": message}) + "\n")
+    return known
