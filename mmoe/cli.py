@@ -20,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     and saved; 130 Ctrl-C.
     """
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    # Before torch is imported: a rank that loses its connections says so itself, in one line instead of C++ traces.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = list(sys.argv[1:] if argv is None else argv)
     name, tell = f"rank {rank}: " if ranks > 1 else "", True
     with contextlib.ExitStack() as stack:

@@ -10,6 +10,7 @@ DIR/checkpoints/step_00000100/state/        Megatron's torch_dist: weights, cont
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from mmoe.errors import UserError
@@ -26,10 +27,6 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _files(checkpoint: Path) -> list[Path]:
-    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
-
-
 def sync(path: Path) -> None:
     """Forces a file or a folder's entries to the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -39,18 +36,21 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def entries(checkpoint: Path, rank: int = 0, ranks: int = 1) -> dict[str, dict]:
-    """What the manifest says of every ``ranks``-th file, the ``rank``-th first; they are forced to the disk."""
+def entries(checkpoint: Path, files: Iterable[Path]) -> dict[str, dict]:
+    """What the manifest says of ``files``; they are forced to the disk."""
     found = {}
-    for path in _files(checkpoint)[rank::ranks]:
+    for path in files:
         sync(path)
         found[str(path.relative_to(checkpoint))] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
     return found
 
 
-def write_manifest(checkpoint: Path, files: dict[str, dict]) -> None:
-    """``files``: the :func:`entries` of all files."""
-    (checkpoint / MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=1) + "\n")
+def write_manifest(checkpoint: Path, known: dict[str, dict]) -> None:
+    """``known``: the :func:`entries` that there are already; those of the other files are added."""
+    files = (path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
+    others = (path for path in files if str(path.relative_to(checkpoint)) not in known)
+    content = dict(sorted({**known, **entries(checkpoint, others)}.items()))
+    (checkpoint / MANIFEST).write_text(json.dumps({"format": 1, "files": content}, indent=1) + "\n")
     sync(checkpoint / MANIFEST)
 
 

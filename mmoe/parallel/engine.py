@@ -251,6 +251,13 @@ def sum_over_world(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def all_true(value: bool) -> bool:
+    """Whether ``value`` is True on every rank."""
+    least = torch.tensor(float(value), device=cpu_platform.device())
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return bool(least)
+
+
 def max_over_replicas(tensor: torch.Tensor, *, expert: bool = False) -> torch.Tensor:
     """The maximum, in place, over the ranks that compute with the same weights or with slices of them; with ``expert``
     with those of experts."""

@@ -1,9 +1,10 @@
 """A model's and an optimizer's state on disk, in a form that loads at any layout (Megatron-Core's torch_dist)."""
 
+import inspect
 import math
 import queue
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +46,89 @@ def sharded(
     return state
 
 
+def _tensors(state: dict[str, Any]) -> Iterator[ShardedTensor]:
+    return (part for part in nested_values(state) if isinstance(part, ShardedTensor))
+
+
 def size(state: dict[str, Any]) -> int:
     """Bytes of the tensors that this rank writes of its :func:`sharded` state: of each the first copy."""
-    tensors = (part for part in nested_values(state) if isinstance(part, ShardedTensor))
-    mine = (part for part in tensors if is_main_replica(part.replica_id))
+    mine = (part for part in _tensors(state) if is_main_replica(part.replica_id))
     return sum(math.prod(part.local_shape) * part.dtype.itemsize for part in mine)
 
 
+class Write:
+    """The :func:`sharded` state of all ranks on its way into the empty ``folder`` (torch_dist).
+
+    Made by all ranks together, it holds a copy of what this rank writes: what it was made of may change at once. Each
+    rank then calls :meth:`run`, from any thread, and all together :meth:`finish`.
+    """
+
+    def __init__(self, folder: Path, state: dict[str, Any]) -> None:
+        # Upstream's queue between processes (filesystem_async.py) is a spawned manager, which a SIGTERM to the process
+        # group kills: the save that it asks for would then fail.
+        filesystem_async._results_queue = queue.Queue()
+        live = {part.data.untyped_storage().data_ptr() for part in _tensors(state) if part.data is not None}
+        asked: dict[str, Any] = {"async_sharded_save": True}
+        if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+            asked["async_strategy"] = "mcore"  # 0.19.2; its other one is a package of its own
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self.request: Any = dist_checkpointing.save(state, str(folder), **asked)
+        self.buckets = self.request.preload_fn() if self.request.preload_fn else []
+        self.buckets = [
+            (path, name, (blobs, [(item, _own(tensor, live)) for item, tensor in tensors]))
+            for path, name, (blobs, tensors) in self.buckets
+        ]
+        self.files = [Path(path) for path, _, _ in self.buckets]
+        """What this rank writes."""
+
+    def run(self) -> None:
+        """Writes this rank's files and forces them to the disk; an error is raised by :meth:`finish`."""
+        if not self.buckets:
+            return
+        # Upstream's function for this (the partial's own) forks a process for every file: not out of threads.
+        (transforms, *_), (_, _, results) = self.request.async_fn.args, self.request.async_fn_args
+        write_file: Any = filesystem_async.FileSystemWriterAsync.write_preloaded_data
+        done: dict[int, Any] | Exception = {}
+        for index, bucket in enumerate(self.buckets):
+            result, count = queue.Queue[Any](), queue.Queue[int]()
+            count.put(index)
+            write_file(
+                transforms,
+                local_proc_idx=index,
+                write_bucket=bucket,
+                results_queue=result,
+                count_queue=count,
+                use_fsync=True,
+            )
+            written = result.get()[1]
+            if isinstance(written, Exception):
+                done = written
+                break
+            done[index] = written
+        results.put(done)
+        self.buckets = []  # the copy
+
+    def finish(self) -> None:
+        """Writes the index, once every rank has :meth:`run`.
+
+        Raises:
+            CheckpointException: on all ranks: one of them could not write.
+        """
+        for function in self.request.finalize_fns:
+            function()
+
+
+def _own(tensor: torch.Tensor, live: set[int]) -> torch.Tensor:
+    """``tensor`` as it is now, for a thread; upstream copies views only, and from a device."""
+    return tensor.clone() if tensor.untyped_storage().data_ptr() in live else tensor
+
+
 def save(folder: Path, state: dict[str, Any]) -> None:
-    """Writes the :func:`sharded` state of all ranks into the empty ``folder`` (torch_dist)."""
-    # A save within this process needs no queue between processes. Upstream's (filesystem_async.py:50) is a spawned
-    # manager, which a SIGTERM to the process group kills: the save that it asks for would then fail.
-    filesystem_async._results_queue = queue.Queue()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        dist_checkpointing.save(state, str(folder))
+    """Writes the :func:`sharded` state of all ranks into the empty ``folder``."""
+    write = Write(folder, state)
+    write.run()
+    write.finish()
 
 
 def load(folder: Path, models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None) -> None:

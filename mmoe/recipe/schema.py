@@ -211,6 +211,8 @@ class Parallel:
 class Checkpoint:
     every: int = 1000
     """Steps between two checkpoints; the last step always has one."""
+    asynchronous: bool = True
+    """Training goes on while a checkpoint is written, from a copy of the state in host memory."""
     keep_last: int = 0
     """How many of the newest checkpoints stay; 0: all."""
     keep_every: int = 0

@@ -57,20 +57,25 @@ def is_logged(train: Train, step: int) -> bool:
     return step % train.log_every == 0 or step == train.steps
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drops the JSON lines of ``path`` behind ``step``: a run that goes on from a checkpoint writes them again."""
+def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drops the JSON lines of ``path`` behind ``step``, which it returns: a run that goes on from a checkpoint writes
+    them again."""
     if not path.exists():
-        return
-    kept = []
+        return []
+    kept, dropped = [], []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            row = json.loads(line)
+            if row["step"] <= step:
                 kept.append(line)
-        except (ValueError, KeyError):
+            else:
+                dropped.append(row)
+        except (ValueError, KeyError, TypeError):
             continue  # the half-written last line of a killed run
     partial = path.with_suffix(".tmp")
     partial.write_text("".join(line + "\n" for line in kept))
     partial.replace(path)
+    return dropped
 
 
 class Recorder:
@@ -79,12 +84,15 @@ class Recorder:
     def __init__(self, recipe: Recipe, run: Path, first_rank: bool, done: int) -> None:
         self.recipe, self.active = recipe, first_rank
         self.skip_file = run / "skipped.jsonl"
+        self.lost: dict[str, float] = {"lost_steps": 0, "lost_seconds": 0.0}
+        """Steps that the process before did behind its last checkpoint, on the first rank."""
         if not first_rank:
             return
         from torch.utils.tensorboard.writer import SummaryWriter
 
         path = run / "metrics.jsonl"
-        keep_until(path, done)
+        dropped = keep_until(path, done)
+        self.lost = {"lost_steps": len(dropped), "lost_seconds": sum(row.get("seconds", 0.0) for row in dropped)}
         keep_until(self.skip_file, done)
         self.file = path.open("a", buffering=1)
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=done + 1)
@@ -139,6 +147,12 @@ class Recorder:
         self.progress.update(self.bar, completed=step, state=state)
         if often and not self.console.is_terminal:
             print(f"step {step}/{self.recipe.train.steps} · {state}", file=sys.stderr, flush=True)
+
+    def saved(self, step: int, stall: float, seconds: float) -> None:
+        """A checkpoint, the seconds that the training stood still for it and those until it was whole."""
+        if self.active:
+            self.board.add_scalar("checkpoint/stall_seconds", stall, step)
+            self.board.add_scalar("checkpoint/seconds", seconds, step)
 
     def pictures(self, step: int, images: Tensor, names: list[str]) -> None:
         """Up to eight pictures of a batch, fp32 [n, 3, H, W] as the model sees them, for TensorBoard."""

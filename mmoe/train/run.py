@@ -1,8 +1,11 @@
 """A training run: a recipe and a folder in, checkpoints and metrics out; it can be interrupted and goes on exactly."""
 
 import dataclasses
+import errno
 import fcntl
+import os
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import torch
 
 from mmoe.checkpoint import layout as files
 from mmoe.checkpoint.load import resume as load_checkpoint
-from mmoe.checkpoint.save import save
+from mmoe.checkpoint.save import Saved, Saver
 from mmoe.data.loader import Loader
 from mmoe.data.tokenizer import load_tokenizer
 from mmoe.errors import Interrupted, UserError
@@ -19,9 +22,12 @@ from mmoe.models.multimodal import build_stages
 from mmoe.parallel import cpu_platform, engine, layout, watchdog
 from mmoe.recipe.load import dump_recipe, load_recipe
 from mmoe.recipe.schema import Recipe
+from mmoe.train.journal import Journal
 from mmoe.train.metrics import Recorder, is_logged
 from mmoe.train.schedule import bias_rate, learning_rate
 from mmoe.train.step import Outcome, Stepper
+
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def _neutral(recipe: Recipe) -> Recipe:
@@ -141,7 +147,14 @@ def train(recipe: Recipe, out: Path, resume: bool = False) -> None:
         RankLost: another rank is gone, or ended by an error.
     """
     with watchdog.guard():
-        _train(recipe, out, resume)
+        try:
+            # A launcher that starts a run again says so.
+            _train(recipe, out, resume or int(os.environ.get("MMOE_ATTEMPT", "0")) > 0)
+        except OSError as error:
+            if error.errno not in _DISK_TROUBLE:
+                raise
+            what = f"cannot write the run: {error.strerror}"
+            raise UserError(what, str(error.filename or out), "make room or mend the disk, then --resume") from None
 
 
 def _train(recipe: Recipe, out: Path, resume: bool) -> None:
@@ -178,11 +191,20 @@ def _train(recipe: Recipe, out: Path, resume: bool) -> None:
     recorder = Recorder(recipe, out, here.first, progress["step"])
     if resume and start is None:
         recorder.say(f"{out} holds no checkpoint: starting from the first step")
-    engine.barrier()  # the first rank trims the run's files before any rank adds to them
+    journal = Journal(out, here.first)
+    hosts = list(dict.fromkeys(engine.gather(socket.gethostname())))
+    attempt = int(os.environ.get("MMOE_ATTEMPT", "0"))
+    journal.add("start", step=progress["step"], ranks=world, hosts=hosts, attempt=attempt, **recorder.lost)
+    # The gathering above has come after the first rank trimmed the run's files: any rank may add to them now.
     stop = _StopRequest()
+    how, why = "done", ""
     try:
-        _loop(recipe, out, stepper, loader, recorder, stop, progress)
+        _loop(recipe, out, stepper, loader, recorder, journal, stop, progress)
+    except BaseException as error:
+        how, why = type(error).__name__.lower(), str(error).partition("\n")[0]
+        raise
     finally:
+        journal.add("end", step=progress["step"], how=how, why=why)
         stop.restore()
         recorder.close()
         loader.close()
@@ -196,6 +218,7 @@ def _loop(
     stepper: Stepper,
     loader: Loader,
     recorder: Recorder,
+    journal: Journal,
     stop: _StopRequest,
     progress: dict[str, Any],
 ) -> None:
@@ -203,6 +226,13 @@ def _loop(
     if progress["step"] >= steps:
         recorder.say(f"{recipe.name}: complete, {steps} steps; see {out}")
         return
+    saver = Saver(out, recipe, tokenizer)
+
+    def tell(saved: list[Saved]) -> None:
+        for one in saved:
+            journal.add("checkpoint", step=one.step, stall=one.stall, seconds=one.seconds, bytes=one.bytes)
+            recorder.saved(one.step, one.stall, one.seconds)
+
     skipped_in_a_row = 0
     while progress["step"] < steps:
         step, begin = progress["step"], time.perf_counter()
@@ -234,11 +264,13 @@ def _loop(
             )
         done = step + 1 == steps
         if skipped_in_a_row >= recipe.train.max_skipped_in_a_row or (done and not progress["taken"]):
+            tell(saver.finish())
             raise _not_finite(step + 1, skipped_in_a_row, outcome, watch.names)
         # Amid skipped steps nothing new is worth a checkpoint: the last good one stays the newest.
         due = (step + 1) % recipe.checkpoint.every == 0 and not skipped_in_a_row
         if done or outcome.interrupted or due:
             progress["data"] = loader.state()
-            save(out, step + 1, stepper.wrapped, stepper.optimizer, progress, recipe, tokenizer)
+            tell(saver.start(step + 1, stepper.wrapped, stepper.optimizer, progress))
+        tell(saver.finish() if done or outcome.interrupted else saver.poll())
         if outcome.interrupted and not done:
             raise Interrupted(f"stopped after step {step + 1} of {steps}, saved; go on with --resume")

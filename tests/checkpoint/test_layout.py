@@ -15,8 +15,7 @@ def checkpoint(tmp_path: Path) -> Path:
     (folder / "state").mkdir(parents=True)
     (folder / "state" / "weights").write_bytes(bytes(range(256)) * 8)
     (folder / "progress.json").write_text("{}")
-    parts = [layout.entries(folder, rank, 3) for rank in range(3)]
-    layout.write_manifest(folder, {name: entry for part in parts for name, entry in part.items()})
+    layout.write_manifest(folder, layout.entries(folder, [folder / "state" / "weights"]))
     return folder
 
 
@@ -70,11 +69,11 @@ def test_no_manifest_and_no_folder(checkpoint: Path) -> None:
         layout.verify(checkpoint.parent / "step_00000008")
 
 
-def test_every_file_is_one_ranks_to_check(checkpoint: Path) -> None:
-    (checkpoint / layout.MANIFEST).unlink()
-    parts = [layout.entries(checkpoint, rank, 2) for rank in range(2)]
-    assert [set(part) for part in parts] == [{"progress.json"}, {"state/weights"}]
-    assert layout.entries(checkpoint) == parts[0] | parts[1]
+def test_what_the_ranks_have_hashed_is_not_hashed_again(checkpoint: Path) -> None:
+    known = {"state/weights": {"bytes": 1, "sha256": "of a rank"}}
+    layout.write_manifest(checkpoint, known)
+    files = json.loads((checkpoint / layout.MANIFEST).read_text())["files"]
+    assert files == known | layout.entries(checkpoint, [checkpoint / "progress.json"])
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ def _free_port() -> int:
 
 
 def _work(rank: int, world: int, port: int, jobs: Connection) -> None:
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # a rank that leaves earlier takes the store with it
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
     os.environ.update({name: str(value) for name, value in variables.items()}, MASTER_ADDR="127.0.0.1")
     import torch
