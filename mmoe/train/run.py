@@ -6,7 +6,10 @@ import fcntl
 import os
 import signal
 import socket
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from mmoe.checkpoint.load import resume as load_checkpoint
 from mmoe.checkpoint.save import Saved, Saver
 from mmoe.data.loader import Loader
 from mmoe.data.tokenizer import load_tokenizer
-from mmoe.errors import Interrupted, UserError
+from mmoe.errors import Interrupted, RankLost, UserError
 from mmoe.models.multimodal import build_stages
 from mmoe.parallel import cpu_platform, engine, layout, watchdog
 from mmoe.recipe.load import dump_recipe, load_recipe
@@ -26,8 +29,6 @@ from mmoe.train.journal import Journal
 from mmoe.train.metrics import Recorder, is_logged
 from mmoe.train.schedule import bias_rate, learning_rate
 from mmoe.train.step import Outcome, Stepper
-
-_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def _neutral(recipe: Recipe) -> Recipe:
@@ -92,10 +93,13 @@ def _fits(recipe: Recipe) -> None:
 
 
 class _StopRequest:
-    """Whether SIGTERM or SIGINT has come; the step under way is finished first."""
+    """Whether SIGTERM or SIGINT has come since :meth:`listen`; the step under way is finished first."""
 
     def __init__(self) -> None:
         self.asked = False
+        self.before: dict[int, Any] = {}
+
+    def listen(self) -> None:
         self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _ask(self, number: int, frame: Any) -> None:
@@ -146,23 +150,37 @@ def train(recipe: Recipe, out: Path, resume: bool = False) -> None:
         Interrupted: SIGTERM or SIGINT came; a checkpoint was saved.
         RankLost: another rank is gone, or ended by an error.
     """
-    with watchdog.guard():
-        try:
-            # A launcher that starts a run again says so.
-            _train(recipe, out, resume or int(os.environ.get("MMOE_ATTEMPT", "0")) > 0)
-        except OSError as error:
-            if error.errno not in _DISK_TROUBLE:
-                raise
-            what = f"cannot write the run: {error.strerror}"
-            raise UserError(what, str(error.filename or out), "make room or mend the disk, then --resume") from None
+    stop = _StopRequest()
+    try:
+        # A launcher that starts a run again says so.
+        again = int(os.environ.get("MMOE_ATTEMPT", "0")) > 0
+        with watchdog.guard(), _disk_trouble_told(out):
+            _train(recipe, out, resume or again, stop)
+    finally:
+        # After a loss the launcher's SIGTERM comes next: it must not end this process before it has said why it ends.
+        if not isinstance(sys.exception(), RankLost):
+            stop.restore()
 
 
-def _train(recipe: Recipe, out: Path, resume: bool) -> None:
+@contextmanager
+def _disk_trouble_told(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+            raise
+        what = f"cannot write the run: {error.strerror}"
+        raise UserError(what, str(error.filename or out), "make room or mend the disk, then --resume") from None
+
+
+def _train(recipe: Recipe, out: Path, resume: bool, stop: "_StopRequest") -> None:
     rank, world = engine.announced()
     layout.check(recipe, world)
     lock = _claim(out) if rank == 0 else None
     start = _starting_point(recipe, out, resume) if rank == 0 else None
     here = engine.start(recipe.parallel, recipe.train.seed, stall_warning_seconds=recipe.train.stall_warning_seconds)
+    # Not before: who waits for the others to start has nothing to save.
+    stop.listen()
     start = engine.from_first(start)
     torch.use_deterministic_algorithms(True)
     # It would also write NaN into all memory that is only taken to be written: a pass over every result.
@@ -196,7 +214,6 @@ def _train(recipe: Recipe, out: Path, resume: bool) -> None:
     attempt = int(os.environ.get("MMOE_ATTEMPT", "0"))
     journal.add("start", step=progress["step"], ranks=world, hosts=hosts, attempt=attempt, **recorder.lost)
     # The gathering above has come after the first rank trimmed the run's files: any rank may add to them now.
-    stop = _StopRequest()
     how, why = "done", ""
     try:
         _loop(recipe, out, stepper, loader, recorder, journal, stop, progress)
@@ -205,7 +222,6 @@ def _train(recipe: Recipe, out: Path, resume: bool) -> None:
         raise
     finally:
         journal.add("end", step=progress["step"], how=how, why=why)
-        stop.restore()
         recorder.close()
         loader.close()
         if lock:
