@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmoe.errors import UserError
+from mmoe.evaluate.goodput import Goodput, account
 from mmoe.recipe import Recipe, load_recipe
 
 
@@ -23,6 +24,8 @@ class History:
     """The bad samples that training met, named with the reason."""
     evaluations: dict[str, dict[str, Any]]
     """By file name without suffix: what `mmoe evaluate --json` wrote."""
+    goodput: Goodput | None = None
+    """None for a run without events.jsonl."""
 
     def column(self, name: str) -> NDArray[np.float64]:
         """``[steps]``; NaN where a step has no such number."""
@@ -68,7 +71,13 @@ def read(run: Path) -> History:
             raise UserError("not a JSON file", str(path), "evaluate again") from None
     path = run / "skipped.jsonl"
     skipped = [f"step {line['step']}: {line['sample']}" for line in _lines(path)] if path.is_file() else []
-    return History(recipe=recipe, rows=rows, skipped=skipped, evaluations=evaluations)
+    journal = run / "events.jsonl"
+    events = _lines(journal) if journal.is_file() else []
+    try:
+        goodput = account(events, rows, (run / "metrics.jsonl").stat().st_mtime)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"not what training writes: {error}", str(journal), "remove the line") from None
+    return History(recipe=recipe, rows=rows, skipped=skipped, evaluations=evaluations, goodput=goodput)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -3,10 +3,12 @@
 import base64
 import html
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from mmoe.evaluate import figures
+from mmoe.evaluate.goodput import Goodput
 from mmoe.evaluate.history import History, read
 from mmoe.recipe import dump_recipe
 
@@ -86,12 +88,15 @@ def _facts(history: History) -> dict[str, str]:
     seconds = history.column("seconds").sum()
     minutes, rest = divmod(round(float(seconds)), 60)
     moe = history.recipe.model.moe
+    goodput = history.goodput
+    survived = {"goodput": f"{goodput.share:.0%}", "restarts": str(len(goodput.starts) - 1)} if goodput else {}
     return {
         "steps": f"{len(history.rows):,} of {history.recipe.train.steps:,}",
         "samples": f"{int(samples):,}",
         "tokens": f"{tokens / 1e6:,.2f} M",
         "in training": f"{minutes} min {rest:02d} s",
         f"active experts, target {moe.active_experts:g}": f"{history.settled_active_experts():.2f}",
+        **survived,
     }
 
 
@@ -109,6 +114,8 @@ def _page(history: History, facts: dict[str, str], examples: list[dict[str, Any]
         drawing = base64.b64encode(figures.svg(draw, history, width, height)).decode()
         yield f'<img class="{kind}" alt="{draw.__name__}" src="data:image/svg+xml;base64,{drawing}">'
     yield "</div>"
+    if history.goodput:
+        yield from _goodput(history.goodput)
     for split in _order(history):
         yield from _table(split, history.evaluations[split])
     yield "<h2>Answers</h2>"
@@ -118,6 +125,28 @@ def _page(history: History, facts: dict[str, str], examples: list[dict[str, Any]
     yield "</div>\n<h2>Skipped samples</h2>"
     yield from _skipped(history)
     yield f"<h2>Recipe</h2>\n<pre>{html.escape(dump_recipe(history.recipe))}</pre>\n</body>\n</html>"
+
+
+def _goodput(goodput: Goodput) -> Iterator[str]:
+    yield "<h2>Starts and goodput</h2>"
+    rest = goodput.wall - goodput.steps - goodput.lost - goodput.checkpoints
+    parts = {
+        "in steps that count": goodput.steps,
+        "in steps done again after a restart": goodput.lost,
+        "standing still for checkpoints": goodput.checkpoints,
+        "starting, or not running": max(rest, 0.0),
+    }
+    shares = (f"{seconds:,.1f} s {name} ({seconds / max(goodput.wall, 1e-9):.1%})" for name, seconds in parts.items())
+    yield f"<p>Of {goodput.wall:,.1f} s from the first start: {'; '.join(shares)}.</p>"
+    yield '<div class="scroll"><table>'
+    names = ("started", "after step", "ranks", "steps lost", "seconds lost", "hosts", "how the one before ended")
+    yield f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>"
+    for start in goodput.starts:
+        when = datetime.fromtimestamp(start.time, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        numbers = [f"{start.step:,}", str(start.ranks), str(start.lost_steps), f"{start.lost_seconds:.1f}"]
+        cells = [when, *numbers, ", ".join(start.hosts), start.before]
+        yield f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
+    yield "</table></div>"
 
 
 def _table(split: str, result: dict[str, Any]) -> Iterator[str]:

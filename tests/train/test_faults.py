@@ -1,0 +1,122 @@
+"""What becomes of a run of two ranks when one of them is signalled, stops, goes, or is not like the other.
+
+The ranks are started one by one, without an agent: the job's store is rank 0's, as under mpirun and Slurm.
+"""
+
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import training
+
+pytestmark = pytest.mark.latest
+TWO = ("--set", "train.steps=40", "parallel.expert=2")
+
+
+class Ranks:
+    """Processes of one job, their stderr in files of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.processes = folder, list[subprocess.Popen[bytes]]()
+
+    def start(self, recipe: Path, out: Path, *options: str, of_second: tuple[str, ...] = (), **second: str) -> None:
+        """``of_second`` and ``second``: the second rank's own options and variables."""
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        for rank in range(2):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+            variables = {**training.environment(), **own, "MASTER_PORT": str(port), **(second if rank else {})}
+            command = training.command(recipe, out, *options, *(of_second if rank else ()))
+            with (self.folder / f"{rank}.log").open("wb") as log:
+                self.processes.append(subprocess.Popen(command, env=variables, stderr=log))
+
+    def log(self, rank: int) -> str:
+        return (self.folder / f"{rank}.log").read_text()
+
+    def lines(self) -> list[str]:
+        """What the ranks said at their ends."""
+        return [line for rank in range(2) for line in self.log(rank).splitlines() if line.startswith("mmoe: ")]
+
+    def wait(self, seconds: float = 60) -> list[int]:
+        until = time.monotonic() + seconds
+        return [process.wait(until - time.monotonic()) for process in self.processes]
+
+    def until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, [self.log(0), self.log(1)]
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Iterator[Ranks]:
+    job = Ranks(tmp_path)
+    try:
+        yield job
+    finally:
+        job.close()
+
+
+def stepping(run: Path, steps: int = 3) -> Callable[[], bool]:
+    path = run / "metrics.jsonl"
+    return lambda: path.exists() and path.read_text().count("\n") >= steps
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_named_by_the_other(finished: tuple[Path, Path], ranks: Ranks, victim: int) -> None:
+    """Rank 0 takes the job's store with it."""
+    run = ranks.folder / "run"
+    ranks.start(finished[0], run, *TWO)
+    ranks.until(stepping(run))
+    ranks.processes[victim].kill()
+    statuses = ranks.wait()
+    assert statuses[1 - victim] == 69
+    assert len(ranks.lines()) == 1, ranks.lines()
+    assert f"mmoe: rank {victim} on " in ranks.lines()[0]
+    assert "is lost" in ranks.lines()[0]
+    assert "Traceback" not in ranks.log(1 - victim)
+
+
+@pytest.mark.parametrize("one", [0, 1])
+def test_sigterm_to_one_rank_saves_on_all(finished: tuple[Path, Path], ranks: Ranks, one: int) -> None:
+    run = ranks.folder / "run"
+    ranks.start(finished[0], run, *TWO)
+    ranks.until(stepping(run))
+    ranks.processes[one].send_signal(signal.SIGTERM)
+    assert ranks.wait() == [75, 75]
+    step = training.curve(run)[-1]["step"]
+    assert (run / "checkpoints" / "latest").read_text() == f"step_{step:08d}\n"
+    assert all(f"stopped after step {step} of 40, saved" in line for line in ranks.lines())
+
+
+def test_a_stopped_rank_is_named_and_the_run_goes_on_with_it(finished: tuple[Path, Path], ranks: Ranks) -> None:
+    run = ranks.folder / "run"
+    ranks.start(finished[0], run, *TWO, "train.stall_warning_seconds=2")
+    ranks.until(stepping(run))
+    ranks.processes[1].send_signal(signal.SIGSTOP)
+    ranks.until(lambda: "watchdog: " in ranks.log(0))
+    ranks.processes[1].send_signal(signal.SIGCONT)
+    assert ranks.wait() == [0, 0]
+    assert "rank 1 is stopped or dead: not heard of for" in ranks.log(0)
+    assert [row["step"] for row in training.curve(run)] == list(range(1, 41))
+
+
+def test_the_others_end_after_a_rank_with_an_error(finished: tuple[Path, Path], ranks: Ranks) -> None:
+    """The second rank's data lies elsewhere, and is not there."""
+    run = ranks.folder / "run"
+    (ranks.folder / "tokenizer.json").write_bytes((finished[0].parent / "tokenizer.json").read_bytes())
+    ranks.start(finished[0], run, *TWO, of_second=(f"data.root={ranks.folder}",))
+    assert ranks.wait() == [69, 2]
+    assert len(ranks.lines()) == 1, ranks.lines()
+    assert ranks.lines()[0].startswith("mmoe: rank 1: ")
+    assert str(ranks.folder) in ranks.lines()[0]
