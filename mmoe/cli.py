@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             status, message = USER_ERROR, " ".join(str(error).split())
         except Interrupted as error:
-            status, message, name = INTERRUPTED, str(error), ""
+            status, message, name, tell = INTERRUPTED, str(error), "", rank == 0
         except RankLost as error:
             status, message, name, tell = LOST, str(error), "", error.tell
         except KeyboardInterrupt:
@@ -125,9 +125,10 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     to_hf.add_argument("out", type=Path, metavar="OUT")
     to_hf.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     example = "convert verify runs/quickstart/checkpoints/step_00001000 runs/quickstart/hf"
-    verify = _command(convert, "verify", _verify, "compare two models' weights and logits", example)
+    text = "compare two models' weights and logits, or one checkpoint's files with their checksums"
+    verify = _command(convert, "verify", _verify, text, example)
     verify.add_argument("a", type=Path, metavar="A")
-    verify.add_argument("b", type=Path, metavar="B")
+    verify.add_argument("b", type=Path, nargs="?", metavar="B", help="without it: is every file of A as it was saved?")
 
     example = "convert grow runs/small/checkpoints/step_00001000 runs/deep --factor 2"
     grow = _command(convert, "grow", _grow, "stack a model's layers: a deeper run that goes on from there", example)
@@ -272,6 +273,11 @@ def _to_hf(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
+    if options.b is None:
+        from mmoe.checkpoint import layout
+
+        print(f"{options.a}: {layout.verify(options.a)} files, all as they were saved")
+        return
     from mmoe.convert import verify
 
     _print_findings(verify(options.a, options.b), f"{options.a} and {options.b}", "differences")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from mmoe import cli
-from mmoe.errors import Interrupted, UserError
+from mmoe.checkpoint import layout
+from mmoe.errors import Interrupted, RankLost, UserError
 
 COMMANDS = [
     ["train"],
@@ -85,6 +86,8 @@ def ended_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
     [
         (UserError("no data", "there", "prepare it"), 2, "mmoe: no data (there): prepare it\n"),
         (Interrupted("saved at step 3"), 75, "mmoe: saved at step 3\n"),
+        (RankLost("rank 3 is lost", tell=True), 69, "mmoe: rank 3 is lost\n"),
+        (RankLost("rank 3 is lost", tell=False), 69, ""),
         (KeyboardInterrupt(), 130, "mmoe: stopped by the keyboard\n"),
     ],
 )
@@ -131,6 +134,18 @@ def test_ranks_under_a_launcher_tell_an_error_once(
         "mmoe: rank 2: no picture",
         "mmoe: rank 3: ended after rank 0: ConnectionError: closed by peer",
     ]
+
+
+def test_verify_checks_one_checkpoints_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = layout.folder(tmp_path, 3)
+    folder.mkdir(parents=True)
+    (folder / "progress.json").write_text("{}")
+    layout.write_manifest(folder, {})
+    assert cli.main(["convert", "verify", str(folder)]) == 0
+    assert "1 files, all as they were saved" in capsys.readouterr().out
+    (folder / "progress.json").write_text("[]")
+    assert cli.main(["convert", "verify", str(folder)]) == 2
+    assert "progress.json was altered" in capsys.readouterr().err
 
 
 def test_verify_lists_differences(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

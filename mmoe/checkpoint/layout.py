@@ -54,8 +54,9 @@ def write_manifest(checkpoint: Path, known: dict[str, dict]) -> None:
     sync(checkpoint / MANIFEST)
 
 
-def verify(checkpoint: Path) -> None:
-    """Raises :class:`UserError` unless every file of ``checkpoint`` is there and unaltered; it names an older one."""
+def verify(checkpoint: Path) -> int:
+    """How many files ``checkpoint`` has; raises :class:`UserError` unless each is there and unaltered, and names an
+    older checkpoint."""
     if not checkpoint.is_dir():
         raise UserError("no checkpoint", str(checkpoint), "name a folder like DIR/checkpoints/step_00000100")
     older = max((path for path in checkpoint.parent.glob("step_*") if path < checkpoint), default=None)
@@ -70,10 +71,13 @@ def verify(checkpoint: Path) -> None:
         raise UserError(f"unreadable {MANIFEST}", str(checkpoint), fix) from None
     for name, size, digest in entries:
         path = checkpoint / name
+        if not path.resolve().is_relative_to(checkpoint.resolve()):
+            raise UserError(f"{MANIFEST} names {name!r}, which is not in the checkpoint", str(checkpoint), fix)
         if not path.is_file():
             raise UserError(f"checkpoint lacks {name}", str(checkpoint), fix)
         if path.stat().st_size != size or _digest(path) != digest:
             raise UserError(f"{name} was altered since it was saved", str(checkpoint), fix)
+    return len(entries)
 
 
 def newest(run: Path) -> Path | None:

@@ -20,7 +20,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_newest_is_the_one_named_or_else_the_last(checkpoint: Path, tmp_path: Path) -> None:
-    layout.verify(checkpoint)
+    assert layout.verify(checkpoint) == 2
     later = layout.folder(tmp_path, 9)
     later.mkdir()
     layout.folder(tmp_path, 10).with_name(".step_00000010.tmp").mkdir()
@@ -58,6 +58,15 @@ def test_one_flipped_bit(checkpoint: Path) -> None:
 def test_broken_manifest(checkpoint: Path, content: str) -> None:
     (checkpoint / layout.MANIFEST).write_text(content)
     with pytest.raises(UserError, match="manifest"):
+        layout.verify(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["../other", "/etc/hostname", "state/../../other", "link"])
+def test_a_manifest_that_leads_elsewhere(checkpoint: Path, name: str) -> None:
+    (checkpoint.parent / "other").write_text("secret")
+    (checkpoint / "link").symlink_to(checkpoint.parent / "other")
+    (checkpoint / layout.MANIFEST).write_text(json.dumps({"files": {name: {"bytes": 6, "sha256": ""}}}))
+    with pytest.raises(UserError, match="not in the checkpoint"):
         layout.verify(checkpoint)
 
 
