@@ -12,6 +12,9 @@ from typing import NoReturn, TypeAlias
 from mmoe.ending import DEFECT, DONE, INTERRUPTED, KEYBOARD, LOST, USER_ERROR, enter
 from mmoe.errors import Interrupted, RankLost, UserError
 
+LONGEST = 2000
+"""Characters of a message that are printed."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
@@ -32,11 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.run(options)
             return DONE
         except UserError as error:
-            status, message = USER_ERROR, " ".join(str(error).split())
+            status, message = USER_ERROR, _line(error)
         except Interrupted as error:
             status, message, name, tell = INTERRUPTED, str(error), "", rank == 0
         except RankLost as error:
-            status, message, name, tell = LOST, str(error), "", error.tell
+            status, message, name, tell = LOST, _line(error), "", error.tell
         except KeyboardInterrupt:
             status, message, name = KEYBOARD, "stopped by the keyboard", ""
         except Exception as error:
@@ -44,6 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not _told_by_another_rank(rank, status, message) and tell:
         print(f"mmoe: {name}{message}", file=sys.stderr, flush=True)
     return status
+
+
+def _line(value: object) -> str:
+    """One line that a terminal shows and does nothing else with: messages quote names out of other people's files."""
+    text = " ".join(str(value).split())
+    shown = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text[:LONGEST])
+    return shown if len(text) <= LONGEST else f"{shown}… ({len(text)} characters)"
 
 
 def _told_by_another_rank(rank: int, status: int, message: str) -> bool:
@@ -303,7 +313,7 @@ def _lint(options: argparse.Namespace) -> None:
 
 def _print_findings(findings: Sequence[object], where: str, kind: str) -> None:
     for finding in findings:
-        print(finding)
+        print(_line(finding))
     if findings:
         raise UserError(f"{len(findings)} {kind}", where, "they are listed on standard output")
     print(f"{where}: no {kind}")

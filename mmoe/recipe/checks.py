@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmoe.recipe.schema import Encoder, Model, Recipe
@@ -25,6 +26,8 @@ _MAY_BE_ZERO = {
     "zero_experts",
 }
 _FRACTION = {"betas"}
+MOST_STAGES = 30
+"""Of a ConvNet: no image has 2**30 pixels a side."""
 
 Problem = tuple[str, str, str]
 
@@ -42,7 +45,13 @@ def row_unit(recipe: Recipe) -> int:
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Everything wrong with the values of a well-typed recipe, in the order of its tables."""
     yield from _ranges(recipe, "", "")
-    yield from _model(recipe.model)
+    name = recipe.name
+    if not name.isprintable() or name in ("", "..") or Path(name).name != name:
+        yield "name", f"{name!r} is no name of a folder", "a run's folder is called so: leave out slashes"
+    path = PurePosixPath(recipe.data.tokenizer)
+    if path.is_absolute() or ".." in path.parts:
+        yield "data.tokenizer", f"{str(path)!r} leads out of data.root", "give a path below data.root"
+    yield from model_problems(recipe.model)
     unit = row_unit(recipe)
     sizes = {"backbone.hidden_size": recipe.model.backbone.hidden_size}
     for name, size in {**sizes, "moe.expert_hidden_size": recipe.model.moe.expert_hidden_size}.items():
@@ -88,7 +97,8 @@ def _ranges(value: Any, path: str, name: str) -> Iterator[Problem]:
             yield path, f"{value} is not positive", "give a value above 0"
 
 
-def _model(model: Model) -> Iterator[Problem]:
+def model_problems(model: Model) -> Iterator[Problem]:
+    """Everything wrong with a well-typed model whose values are in their ranges."""
     moe, backbone, connector = model.moe, model.backbone, model.connector
     everyone = moe.experts + moe.zero_experts
     if backbone.vocab_size < 5:
@@ -124,10 +134,12 @@ def _model(model: Model) -> Iterator[Problem]:
 
 def _encoders(model: Model) -> Iterator[Problem]:
     first = model.encoders[0] if model.encoders else None
+    names: set[str] = set()
     for index, encoder in enumerate(model.encoders):
         path = f"model.encoders.{index}"
-        if any(other.name == encoder.name for other in model.encoders[:index]):
+        if encoder.name in names:
             yield f"{path}.name", f"{encoder.name!r} names two encoders", "give each its own name"
+        names.add(encoder.name)
         if first is not None and encoder.image_size != first.image_size:
             what = f"{encoder.image_size} differs from the first encoder's {first.image_size}"
             yield f"{path}.image_size", what, "every encoder sees the same pixels: use one size"
@@ -135,6 +147,9 @@ def _encoders(model: Model) -> Iterator[Problem]:
             yield f"{path}.width", f"{encoder.width} is not a multiple of heads = {encoder.heads}", "change one of them"
         if encoder.type == "convnet" and not encoder.widths:
             yield f"{path}.widths", "a ConvNet without stages", "give one width a stage"
+        if len(encoder.widths) > MOST_STAGES:
+            yield f"{path}.widths", f"{len(encoder.widths)} stages, each of which halves the image", "give fewer"
+            continue
         stride = encoder.patch_size if encoder.type == "vit" else 2 ** len(encoder.widths)
         if encoder.image_size % stride:
             what = f"{encoder.image_size} is not a multiple of the encoder's stride {stride}"

@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import json
 import re
-import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +11,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mmoe import reading
 from mmoe.errors import UserError
 from mmoe.recipe.checks import problems
 from mmoe.recipe.schema import Recipe
 
+LARGEST = 1 << 18
+"""Bytes of a recipe's file."""
 _KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
@@ -39,8 +41,8 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     """
     text, source = _read(str(name_or_path))
     try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        table = reading.toml(text)
+    except ValueError as error:
         raise UserError(f"not valid TOML: {error}", source, "correct the file") from None
     reader = _Reader(source)
     for assignment in overrides:
@@ -69,9 +71,9 @@ def _read(name_or_path: str) -> tuple[str, str]:
             raise UserError(f"no shipped recipe is called {name_or_path!r}", "", fix)
         path = resources.files("mmoe.recipe") / "recipes" / f"{name_or_path}.toml"
     try:
-        return path.read_text(encoding="utf-8"), str(path)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        return reading.text(Path(str(path)), LARGEST), str(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"the recipe cannot be read: {reason}", name_or_path, "give a readable .toml file") from None
 
 
@@ -117,7 +119,7 @@ class _Reader:
             place[last] = _value(text)
 
     def _index(self, items: list[Any], key: str, path: str) -> int:
-        if key.isdecimal() and int(key) < len(items):
+        if key.isdecimal() and len(key) < 10 and int(key) < len(items):
             return int(key)
         raise UserError(f"{path}: no such entry", self.source, f"the list has {len(items)} entries, counted from 0")
 
@@ -136,7 +138,12 @@ class _Reader:
         if origin is typing.Literal and isinstance(value, str) and value in args:
             return value
         if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                self.fail(path, f"{path} is larger than any number of 64 bits", "correct the value")
+        if hint is int and type(value) is int and not -(2**63) <= value < 2**63:
+            self.fail(path, f"{path} does not fit in 64 bits", "correct the value")
         if hint in (bool, int, str) and type(value) is hint:
             return value
         return self.fail(path, f"{path} must be {_expected(hint)}, found {_found(value)}", "correct the value")
@@ -156,8 +163,8 @@ class _Reader:
 
 def _value(text: str) -> Any:
     try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+        parsed = reading.toml(f"value = {text}")
+    except ValueError:
         return text
     return parsed["value"] if len(parsed) == 1 else text
 
