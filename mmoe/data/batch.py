@@ -30,13 +30,18 @@ def illustrate(sample: Encoded, tokenizer: Tokenizer, image_tokens: int, key: st
     """The document of a sample as it was read.
 
     Raises:
-        BadSample: the record is not of the right form, or names an image that the sample does not have.
+        BadSample: the record is not of the right form, or shows an image that the sample does not have or one twice.
     """
-    document = tokenize(sample.record, tokenizer, image_tokens, key=key)
-    for i in document.images:
-        if not 0 <= i < len(sample.images):
-            raise BadSample(f"image {i} is named but not there, of {len(sample.images)}")
-    return Illustrated(document=document, images=sample.images)
+    prefix, there = sample.record.get("prefix"), len(sample.images)
+    parts = prefix if isinstance(prefix, list) else []
+    shown = [part["image"] for part in parts if isinstance(part, dict) and "image" in part]
+    for i in shown:
+        if isinstance(i, int) and not 0 <= i < there:
+            raise BadSample(f"image {i} is named but not there, of {there}")
+    # Before its tokens are made: 12 bytes of JSON that show an image again would become image_tokens of them.
+    if len(shown) > there:
+        raise BadSample(f"it shows {len(shown)} images and has {there}")
+    return Illustrated(document=tokenize(sample.record, tokenizer, image_tokens, key=key), images=sample.images)
 
 
 def collate(packs: Sequence[Sequence[Illustrated]], sequence_length: int, decoder: Decoder) -> tuple[Batch, list[str]]:

@@ -1,8 +1,7 @@
 """Check a prepared data set: files against the card, index against tars, records, images, leaks and balance."""
 
 import hashlib
-import io
-import re
+import os
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -11,23 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from mmoe.data.shards import Sample, read_card, read_index, read_sample, shard_name, text_tokens, token_counter
+from mmoe import reading
+from mmoe.data.document import BadSample
+from mmoe.data.index import problems, read_arrays, read_sample
+from mmoe.data.pixels import BadImage, open_image
+from mmoe.data.shards import INDEX, Sample, read_card, shard_name, text_tokens, token_counter
 from mmoe.data.tokenizer import load_tokenizer, tokenizer_hash
-
-MAX_PIXELS = 64_000_000
-KEY = re.compile(r"[A-Za-z0-9_-]+")
-DTYPES = {
-    "shard": np.int32,
-    "json_offset": np.int64,
-    "json_length": np.int32,
-    "image_start": np.int64,
-    "image_offset": np.int64,
-    "image_length": np.int32,
-    "prefix_tokens": np.int32,
-    "branch_tokens": np.int32,
-}
 
 
 @dataclass(frozen=True)
@@ -53,13 +42,13 @@ def lint(path: Path) -> list[Problem]:
     Raises:
         UserError: there is no data set, or its index is unreadable.
     """
-    card, index = read_card(path), read_index(path)
-    problems = [*_files(path, card), *_index(card, index)]
-    if problems:
-        return problems  # what the index says of a sample's place cannot be trusted
-    problems += _members(path, index)
-    if problems:
-        return problems
+    card, index = read_card(path), read_arrays(path)
+    findings = [*_files(path, card), *_index(card, index)]
+    if findings:
+        return findings  # what the index says of a sample's place cannot be trusted
+    findings += _members(path, index)
+    if findings:
+        return findings
     tokenizer = _find_tokenizer(path, str(index["tokenizer"]))
     count = token_counter(load_tokenizer(tokenizer)) if tokenizer else None
     answers: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
@@ -68,17 +57,22 @@ def lint(path: Path) -> list[Problem]:
         key = index["key"][number].decode()
         try:
             sample = read_sample(path, index, number)
-        except ValueError as error:  # bad UTF-8 and bad JSON both
-            problems.append(Problem(key, f"unreadable record: {error}"))
+        except BadSample as error:
+            findings.append(Problem(key, str(error)))
             continue
         found = [Problem(key, what) for what in _record(sample)]
         found += [Problem(key, what) for what in _images(sample)]
-        problems += found
+        findings += found
         if found:
             continue
         wanted = (int(index["prefix_tokens"][number]), int(index["branch_tokens"][number]))
-        if count and text_tokens(sample.record, count) != wanted:
-            problems.append(Problem(key, f"token counts {wanted}, found {text_tokens(sample.record, count)}"))
+        try:
+            counted = text_tokens(sample.record, count) if count else wanted
+        except (UnicodeError, TypeError):  # half of a surrogate pair, which JSON lets through
+            findings.append(Problem(key, "a text is no Unicode"))
+            continue
+        if counted != wanted:
+            findings.append(Problem(key, f"token counts {wanted}, found {counted}"))
         for branch in sample.record["branches"]:
             if "choices" in branch:
                 place = branch["choices"].index(branch["answer"])
@@ -86,7 +80,7 @@ def lint(path: Path) -> list[Problem]:
                 named = _named(branch)
                 if len(named) > 1 and branch["answer"] in named:
                     firsts[branch["task"]][named[0] == branch["answer"]] += 1
-    return problems + list(_balance(answers, firsts))
+    return findings + list(_balance(answers, firsts))
 
 
 def _files(path: Path, card: dict[str, Any]) -> Iterator[Problem]:
@@ -106,30 +100,33 @@ def _files(path: Path, card: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _index(card: dict[str, Any], index: dict[str, np.ndarray]) -> Iterator[Problem]:
-    """Arrays that are missing, of another type, or do not fit each other."""
-    missing = [name for name in (*DTYPES, "key", "tokenizer", "format") if name not in index]
-    if missing:
-        yield Problem("index.npz", f"no array {', '.join(missing)}")
-        return
-    for name, dtype in DTYPES.items():
-        if index[name].dtype != dtype:
-            yield Problem("index.npz", f"{name} is {index[name].dtype}, expected {np.dtype(dtype)}")
-    samples, images = len(index["key"]), len(index["image_offset"])
-    for name in ("shard", "json_offset", "json_length", "prefix_tokens", "branch_tokens"):
-        if index[name].shape != (samples,):
-            yield Problem("index.npz", f"{name} has shape {index[name].shape}, expected ({samples},)")
-    starts = index["image_start"]
-    if starts.shape != (samples + 1,) or starts[0] != 0 or starts[-1] != images or np.any(np.diff(starts) < 0):
-        yield Problem("index.npz", f"image_start does not share out {images} images among {samples} samples")
-    if samples != card["samples"]:
-        yield Problem("index.npz", f"{samples} samples, the card says {card['samples']}")
-    if str(index["tokenizer"]) != card["tokenizer"]:
-        yield Problem("index.npz", "its tokenizer is not the card's")
-    for key, times in Counter(index["key"].tolist()).items():
+    """What does not fit in the index, and keys that occur twice."""
+    found = [Problem(INDEX, what) for what in problems(card, index)]
+    yield from found
+    for key, times in Counter([] if found else index["key"].tolist()).items():
         if times > 1:
-            yield Problem(key.decode(errors="replace"), "the key occurs twice")
-        if not KEY.fullmatch(key.decode(errors="replace")):
-            yield Problem(key.decode(errors="replace"), "a key holds letters, digits, - and _ only")
+            yield Problem(key.decode(), "the key occurs twice")
+
+
+def _walk(path: Path) -> list[tuple[str, int, int]]:
+    """Name, offset and bytes of every member of a tar; tarfile itself would follow its compression and its links.
+
+    Raises:
+        OSError, ValueError, tarfile.TarError: it is no plain tar of regular files.
+    """
+    found = []
+    with open(reading.open_regular(path, follow=False), "rb") as file:
+        end = os.fstat(file.fileno()).st_size
+        while (block := file.read(tarfile.BLOCKSIZE)).strip(b"\0"):
+            member = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+            if member.type != tarfile.REGTYPE:
+                raise ValueError(f"{member.name!r} is no regular file")
+            offset = file.tell()
+            if not 0 <= member.size <= end - offset:
+                raise ValueError(f"{member.name!r} is truncated")
+            found.append((member.name, offset, member.size))
+            file.seek(offset - -member.size // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE)
+    return found
 
 
 def _members(path: Path, index: dict[str, np.ndarray]) -> Iterator[Problem]:
@@ -144,9 +141,8 @@ def _members(path: Path, index: dict[str, np.ndarray]) -> Iterator[Problem]:
                 expected.append((f"{key}.{place}.", int(index["image_offset"][j]), int(index["image_length"][j])))
         file = path / shard_name(int(number))
         try:
-            with tarfile.open(file) as tar:
-                found = [(member.name, member.offset_data, member.size) for member in tar]
-        except tarfile.TarError as error:
+            found = _walk(file)
+        except (OSError, ValueError, tarfile.TarError) as error:
             yield Problem(str(file), f"unreadable tar: {error}")
             continue
         if len(found) != len(expected):
@@ -184,7 +180,11 @@ def _record(sample: Sample) -> Iterator[str]:
         if seen.setdefault(branch["prompt"], branch["answer"]) != branch["answer"]:
             yield f"{branch['prompt']!r} is asked twice with two answers"
         if "choices" in branch:
-            if not isinstance(branch["choices"], list) or branch["choices"].count(branch["answer"]) != 1:
+            choices = branch["choices"]
+            if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+                yield f"{branch['task']}: the choices must be texts"
+                return
+            if choices.count(branch["answer"]) != 1:
                 yield f"{branch['task']}: the answer {branch['answer']!r} is not one of the choices"
                 return
             if _named(branch) == [branch["answer"]]:
@@ -201,10 +201,8 @@ def _images(sample: Sample) -> Iterator[str]:
     """Images whose header is unreadable or announces too much; nothing is decoded."""
     for number, (_, content) in enumerate(sample.images):
         try:
-            with Image.open(io.BytesIO(content)) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    yield f"image {number} has {image.width} × {image.height} pixels"
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+            open_image(content)
+        except BadImage as error:
             yield f"image {number}: {error}"
 
 

@@ -1,11 +1,16 @@
 """Mixtures: which data sets a run reads, and how much of each."""
 
-import tomllib
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from mmoe import reading
 from mmoe.data.shipped import shipped
 from mmoe.errors import UserError
+
+LARGEST = 1 << 18
+"""Bytes of a mixture's file."""
+HEAVIEST = 1e9
+"""Weights up to here have a finite sum."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +34,10 @@ def load_mixture(name: str) -> tuple[Part, ...]:
     """
     path = Path(name) if name.endswith(".toml") else shipped("mixtures", name)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = reading.toml(reading.text(path, LARGEST))
     except OSError as error:
         raise UserError(f"cannot read the mixture: {error.strerror}", name, "give a shipped name or a .toml") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"the mixture is no TOML: {error}", name, "mend the file") from None
     sources = table.pop("source", None)
     table.pop("description", None)
@@ -46,13 +51,17 @@ def load_mixture(name: str) -> tuple[Part, ...]:
     return parts
 
 
-def _part(source: dict[str, object], name: str) -> Part:
+def _part(source: object, name: str) -> Part:
+    if not isinstance(source, dict):
+        raise UserError(f"a source is {source!r}", name, "write a [[source]] table with a path and a weight")
     unknown = source.keys() - {"path", "weight"}
     if unknown:
         raise UserError(f"unknown key {min(unknown)!r} in [[source]]", name, "it has the keys path and weight")
     path, weight = source.get("path"), source.get("weight", 1.0)
     if not isinstance(path, str) or not path:
         raise UserError("a [[source]] has no path", name, "give the data set's folder, relative to data.root")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-        raise UserError(f"weight of {path!r} is {weight!r}", name, "give a finite number above 0")
+    if not path.isprintable() or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        raise UserError(f"the path {path!r} leads out of data.root", name, "give a folder below data.root")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= HEAVIEST:
+        raise UserError(f"weight of {path!r} is {weight!r}", name, "give a number above 0, at most 1e9")
     return Part(path=path, weight=float(weight))

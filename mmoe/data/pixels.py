@@ -17,6 +17,8 @@ FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM")
 MEAN, SCALE = 127.5, 63.75
 """Normalised = (x − 127.5) / 63.75 = (x/255 − 0.5)·4, for x in [0, 255]."""
 MAX_PIXELS = 64_000_000
+MAX_SCANS = 32
+"""Of a progressive JPEG, which encoders give ten or so. Each is a pass over all pixels for as little as 30 bytes."""
 
 _MAGIC: dict[str, Callable[[bytes], bool]] = {
     "GIF": lambda d: d[:4] == b"GIF8",
@@ -36,7 +38,8 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Reads the header alone.
 
     Raises:
-        BadImage: it is empty, of an unsupported format, broken, or announces more than ``max_pixels`` pixels.
+        BadImage: it is empty, of an unsupported format, broken, or announces more than ``max_pixels`` pixels,
+            or has more than :data:`MAX_SCANS` scans.
     """
     if not data:
         raise BadImage("empty image")
@@ -52,6 +55,9 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise BadImage(f"{width}x{height} is more than {max_pixels} pixels")
+    scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 0
+    if scans > MAX_SCANS:
+        raise BadImage(f"a JPEG of {scans} scans is more than {MAX_SCANS}")
     return image
 
 

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import tarfile
-import tomllib
-import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +14,17 @@ from typing import Any, BinaryIO
 import numpy as np
 from tokenizers import Tokenizer
 
+from mmoe import reading
 from mmoe.errors import UserError
 
 FORMAT = 1
 INDEX, CARD = "index.npz", "dataset.toml"
+LARGEST_CARD = 1 << 25
+"""Bytes."""
+_CARD = {"samples": int, "samples_per_shard": int, "skipped": list, "shard": list} | dict.fromkeys(
+    ("name", "source", "license", "tokenizer", "fingerprint"), str
+)
+_SHARD = {"file": str, "bytes": int, "sha256": str}
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,10 @@ class DatasetWriter:
     @property
     def up_to_date(self) -> bool:
         """Whether ``out`` already is this data set."""
-        return is_dataset(self.out) and read_card(self.out)["fingerprint"] == self.description.fingerprint
+        try:
+            return read_card(self.out)["fingerprint"] == self.description.fingerprint
+        except UserError:
+            return False
 
     @property
     def missing(self) -> list[int]:
@@ -235,47 +243,26 @@ def read_card(path: Path) -> dict[str, Any]:
     """The ``dataset.toml`` of a data set.
 
     Raises:
-        UserError: the folder is no data set, or its format is not :data:`FORMAT`.
+        UserError: the folder is no data set, its format is not :data:`FORMAT`, or a field is missing or of another
+            type.
     """
     if not is_dataset(path):
         raise UserError("no data set here", str(path), "make it with `mmoe data prepare`")
     try:
-        card = tomllib.loads((path / CARD).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        card = reading.toml(reading.text(path / CARD, LARGEST_CARD, follow=False))
+    except (OSError, ValueError) as error:
         raise UserError(f"unreadable card: {error}", str(path / CARD), "prepare the data set again") from error
     if card.get("format") != FORMAT:
-        raise UserError(f"data set format {card.get('format')}, expected {FORMAT}", str(path), "prepare it again")
+        raise UserError(f"data set format {card.get('format')!r}, expected {FORMAT}", str(path), "prepare it again")
+    card.setdefault("shard", [])
+    tables = [(card, _CARD), *((shard, _SHARD) for shard in card["shard"] if isinstance(card["shard"], list))]
+    for table, fields in tables:
+        for name, kind in fields.items():
+            value: Any = table.get(name) if isinstance(table, dict) else None
+            if type(value) is not kind or (kind is int and not 0 <= value < 2**63):
+                what = f"unreadable card: {name} is {value!r}, not a {'number' if kind is int else kind.__name__}"
+                raise UserError(what, str(path / CARD), "prepare the data set again")
     return card
-
-
-def read_index(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a data set's ``index.npz``, in memory. `data/FORMAT.md` lists them.
-
-    Raises:
-        UserError: the file is unreadable.
-    """
-    try:
-        # From memory: numpy leaves a file open that turns out to be no archive.
-        with np.load(io.BytesIO((path / INDEX).read_bytes()), allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"unreadable index: {error}", str(path / INDEX), "prepare the data set again") from error
-
-
-def read_sample(path: Path, index: dict[str, np.ndarray], number: int) -> Sample:
-    """Sample ``number`` of a data set, for tools; training reads through its own loader.
-
-    The images' suffixes are not in the index and come back as ``""``.
-    """
-    with (path / shard_name(int(index["shard"][number]))).open("rb") as file:
-
-        def read(offset: np.integer, length: np.integer) -> bytes:
-            return os.pread(file.fileno(), int(length), int(offset))
-
-        record = json.loads(read(index["json_offset"][number], index["json_length"][number]))
-        pictures = range(int(index["image_start"][number]), int(index["image_start"][number + 1]))
-        images = [("", read(index["image_offset"][i], index["image_length"][i])) for i in pictures]
-    return Sample(index["key"][number].decode(), record, images)
 
 
 def token_counter(tokenizer: Tokenizer) -> Callable[[str], int]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from mmoe.data.shards import Sample, read_card, read_index, read_sample
+from mmoe.data.index import read_index, read_sample
+from mmoe.data.shards import Sample, read_card
 
 SHOWN = 24
 """Samples with their pictures on the page."""

@@ -6,8 +6,15 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from mmoe import reading
 from mmoe.errors import UserError
 from mmoe.recipe.tokens import SPECIAL
+
+LARGEST = 1 << 26
+"""Bytes of a tokenizer's file."""
+_PARTS = {"model": "BPE", "pre_tokenizer": "ByteLevel", "normalizer": None, "truncation": None, "padding": None}
+"""What a tokenizer of ours is made of. Others can hold regular expressions that never end, texts that grow and padding
+to any length."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> Tokenizer:
@@ -32,15 +39,25 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     """Read a tokenizer.json; a special token's name inside a text is read as plain text.
 
     Raises:
-        UserError: the file is missing, unreadable, or does not number the specials 0 to 3.
+        UserError: the file is missing, unreadable, no byte-level BPE, or does not number the specials 0 to 3.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError("no such tokenizer", str(path), "`mmoe data prepare` writes one beside the data sets")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        source = reading.text(path, LARGEST)
+        parts = reading.json_object(source)
+        tokenizer = Tokenizer.from_str(source)
     except Exception as error:  # tokenizers raises bare Exception for whatever is wrong with the file
         raise UserError(f"cannot read the tokenizer: {error}", str(path), "prepare the data again") from error
+    for name, kind in _PARTS.items():
+        found = parts.get(name)
+        if (found.get("type") if kind and isinstance(found, dict) else found) != kind:
+            what = f"its {name} is not {kind or 'absent'}"
+            raise UserError(f"no tokenizer of ours: {what}", str(path), "use a tokenizer made by `mmoe data prepare`")
+    if set(tokenizer.get_vocab().values()) != set(range(tokenizer.get_vocab_size())):
+        what = "its tokens are not numbered from 0 without gaps"
+        raise UserError(f"no tokenizer of ours: {what}", str(path), "use a tokenizer made by `mmoe data prepare`")
     for number, token in enumerate(SPECIAL):
         if tokenizer.token_to_id(token) != number:
             raise UserError(f"{token} must be token {number}", str(path), "use a tokenizer made by `mmoe data prepare`")

@@ -7,10 +7,11 @@ import made_stamps
 import pytest
 from PIL import Image
 
+from mmoe.data.index import read_index, read_sample
 from mmoe.data.prepare import prepare_stamps
 from mmoe.data.prepare.catalogue import Catalogue, Stamp, load_card, load_catalogue, original
 from mmoe.data.prepare.stamps import CAPTION_BYTES, LONGEST_SIDE, StampMaker, parts, usable
-from mmoe.data.shards import read_card, read_index, read_sample
+from mmoe.data.shards import read_card
 from mmoe.errors import UserError
 
 

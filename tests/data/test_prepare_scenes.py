@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmoe.data.index import read_index, read_sample
 from mmoe.data.lint import lint
 from mmoe.data.prepare import parallel, prepare_scenes
 from mmoe.data.prepare.compose import load_sprites
 from mmoe.data.prepare.questions import COLUMNS, MOST, MOST_OF_ONE, ROWS, stratum, wording
 from mmoe.data.prepare.scenes import HELD_OUT, TEST, TRAIN, SceneMaker
-from mmoe.data.shards import Sample, read_card, read_index, read_sample
+from mmoe.data.shards import Sample, read_card
 from mmoe.data.tokenizer import load_tokenizer
 
 SIDE = 64

@@ -13,14 +13,13 @@ from tokenizers import Tokenizer
 from webdataset import tariterators
 
 from mmoe.data.document import tokenize
+from mmoe.data.index import read_arrays, read_index, read_sample
 from mmoe.data.shards import (
     DatasetWriter,
     Description,
     Sample,
     is_dataset,
     read_card,
-    read_index,
-    read_sample,
     shard_name,
     text_tokens,
     token_counter,
@@ -191,7 +190,7 @@ def test_no_data_set_and_another_format_are_the_users_errors(path: Path, tmp_pat
         read_card(path)
     (path / "index.npz").write_bytes(b"PK\x03\x04")
     with pytest.raises(UserError, match="unreadable index"):
-        read_index(path)
+        read_arrays(path)
 
 
 def test_a_shard_of_nothing_but_text_has_no_images(tmp_path: Path, tokenizer: Tokenizer) -> None:

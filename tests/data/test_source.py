@@ -60,7 +60,9 @@ def test_a_data_set_without_samples_is_refused(tmp_path):
     path = write_set(tmp_path, "one", [Sample("k", record(0), [])])
     with np.load(path / "index.npz") as index:
         arrays = {name: index[name][:0] if index[name].ndim else index[name] for name in index.files}
-    np.savez(path / "index.npz", **arrays)
+    np.savez(path / "index.npz", **(arrays | {"image_start": np.zeros(1, np.int64)}))
+    card = (path / "dataset.toml").read_text()
+    (path / "dataset.toml").write_text(card.replace("samples = 1", "samples = 0"))
     with pytest.raises(UserError, match="no samples"):
         Source(path, "one")
 
