@@ -143,3 +143,51 @@ def test_the_cache_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/somewhere")
     assert cache_folder() == Path("/somewhere/.cache/mmoe")
+
+
+def hostile(name: str, kind: bytes = tarfile.REGTYPE, size: int = 1) -> bytes:
+    """A package whose one member is not what it should be."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname, member.size = kind, "/etc/hostname", size if kind == tarfile.REGTYPE else 0
+        tar.addfile(member, io.BytesIO(bytes(size)))
+    return content.getvalue()
+
+
+def refused(content: bytes, cache: Path, message: str) -> None:
+    cache.mkdir()
+    (cache / "made-stamps_1-1.deb").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        fetch_stamps(card(content), cache)
+    assert [path.name for path in cache.rglob("*")] == ["made-stamps_1-1.deb"]
+
+
+@pytest.mark.parametrize("name", ["../../out.png", "/out.png", f"./{FOLDER}/../../../../out.png"])
+def test_a_member_that_leads_out_is_refused(commands: Path, tmp_path: Path, name: str) -> None:
+    del commands
+    refused(hostile(name), tmp_path / "cache", "out.png' leads out of the package")
+    assert not list(tmp_path.rglob("out.png"))
+
+
+def test_members_beyond_all_measure_are_refused(
+    commands: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del commands
+    monkeypatch.setattr("mmoe.data.prepare.package.LARGEST", 1000)
+    refused(hostile("./a.png", size=1001), tmp_path / "cache", "goes beyond 1000 bytes")
+
+
+@pytest.mark.parametrize("content", [b"", bytes(100), b"x" * 2000])
+def test_what_is_no_package_is_refused(commands: Path, tmp_path: Path, content: bytes) -> None:
+    del commands
+    refused(content, tmp_path / "cache", "no package")
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices_are_left_out(commands: Path, tmp_path: Path, kind: bytes) -> None:
+    del commands
+    cache, content = tmp_path / "cache", hostile(f"./{FOLDER}/a.png", kind)
+    cache.mkdir()
+    (cache / "made-stamps_1-1.deb").write_bytes(content)
+    assert not fetch_stamps(card(content), cache).exists()

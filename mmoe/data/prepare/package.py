@@ -12,6 +12,8 @@ from typing import Any
 from mmoe.errors import UserError
 
 WANTED = (".png", ".txt", "/copyright")
+LARGEST = 1 << 30
+"""Bytes of what is unpacked, in all."""
 
 
 def cache_folder() -> Path:
@@ -96,14 +98,25 @@ def _unpack(deb: Path, folder: Path) -> None:
     dpkg = shutil.which("dpkg-deb")
     if dpkg is None:
         raise UserError("cannot unpack a .deb without dpkg-deb", str(deb), "install dpkg")
+    room = LARGEST
+    folder.mkdir()
     with subprocess.Popen([dpkg, "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        with tarfile.open(fileobj=process.stdout, mode="r|") as tar:
-            for member in tar:
-                content = tar.extractfile(member) if member.name.endswith(WANTED) else None
-                if content is not None:
+        try:
+            with tarfile.open(fileobj=process.stdout, mode="r|") as tar:
+                for member in tar:
+                    if not member.name.endswith(WANTED) or not member.isfile() or member.issparse():
+                        continue
+                    room -= member.size
                     path = folder / member.name
+                    if room < 0 or not Path(os.path.normpath(path)).is_relative_to(folder):
+                        what = "leads out of the package" if room >= 0 else f"goes beyond {LARGEST} bytes in all"
+                        raise UserError(f"{member.name!r} {what}", str(deb), "delete the package")
+                    content = tar.extractfile(member)
+                    assert content is not None
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(content.read())
+        except tarfile.TarError as error:
+            raise UserError(f"no package: {error}", str(deb), "delete it, and it is fetched again") from None
     if process.returncode:
         raise UserError("dpkg-deb failed", str(deb), "see its message above; is the disk full?")
