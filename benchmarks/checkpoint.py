@@ -105,7 +105,7 @@ class _Bench:
         return torch.randint(0, 256, (count,), dtype=torch.uint8)
 
     def _write(self, content: Tensor) -> None:
-        digest, data = hashlib.sha256(), memoryview(content.numpy())
+        digest, data = hashlib.sha256(), content.numpy().data
         with (self.folder / "plain").open("wb") as file:
             file.write(data)
             file.flush()

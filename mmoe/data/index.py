@@ -178,6 +178,7 @@ class Shards:
 
         Raises:
             BadSample: they are not there, or more than ``largest``.
+            UserError: the whole tar is gone: what it held is too much to be passed over sample by sample.
         """
         name = shard_name(shard)
         if length > largest:
@@ -188,6 +189,9 @@ class Shards:
             handle = self._files[shard]
             there = max(0, os.fstat(handle).st_size - offset)
             data = os.pread(handle, min(length, there), offset)
+        except FileNotFoundError:
+            fix = "bring it back, or prepare the data set again, and go on with --resume"
+            raise UserError("a shard of the data set is gone", str(self.path / name), fix) from None
         except OSError as error:
             raise BadSample(f"cannot read {name}: {error.strerror}") from None
         except ValueError as error:

@@ -81,11 +81,11 @@ def test_a_truncated_shard_is_bad_from_there_on(path):
     source.read(20)
 
 
-def test_a_missing_shard_is_bad(path):
+def test_a_missing_shard_is_more_than_a_bad_sample(path):
     (path / "shard-000002.tar").unlink()
     source = Source(path, "made/train")
     source.read(19)
-    with pytest.raises(BadSample, match=r"cannot read shard-000002.tar: No such file"):
+    with pytest.raises(UserError, match=r"shard of the data set is gone .*shard-000002\.tar"):
         source.read(20)
 
 

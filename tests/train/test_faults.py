@@ -3,6 +3,7 @@
 The ranks are started one by one, without an agent: the job's store is rank 0's, as under mpirun and Slurm.
 """
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -110,6 +111,23 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_with_it(finished: tuple[Pat
     assert ranks.wait() == [0, 0]
     assert "rank 1 is stopped or dead: not heard of for" in ranks.log(0)
     assert [row["step"] for row in training.curve(run)] == list(range(1, 41))
+
+
+def test_a_vanished_shard_ends_the_run_by_its_name_and_the_run_goes_on_once_it_is_back(
+    finished: tuple[Path, Path], ranks: Ranks
+) -> None:
+    root, run = ranks.folder / "data", ranks.folder / "run"
+    shutil.copytree(finished[0].parent, root, ignore=lambda folder, names: [n for n in names if n == "whole"])
+    shard = root / "varied" / "shard-000002.tar"
+    shard.rename(root / "gone")
+    ranks.start(finished[0], run, *TWO, "train.steps=10", f"data.root={root}")
+    assert set(ranks.wait()) <= {2, 69}
+    assert all("a shard of the data set is gone" in line and str(shard) in line for line in ranks.lines())
+    assert ranks.lines()
+    (root / "gone").rename(shard)
+    done = training.run(finished[0], run, "--resume", *TWO, "train.steps=10", f"data.root={root}", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in training.curve(run)] == list(range(1, 11))
 
 
 def test_the_others_end_after_a_rank_with_an_error(finished: tuple[Path, Path], ranks: Ranks) -> None:
