@@ -111,9 +111,10 @@ class Peers:
         return None
 
     def without_store(self, noticed: str) -> End | None:
-        """What is known where the store has ended: if rank 0 kept it, that this one is gone."""
-        lost = self.gone([0]) if self.store_in_first else []
-        return End(self.describe(lost, noticed), tell=self.rank == 1) if lost else None
+        """What is known where the store does not answer. Where rank 0 keeps it, others may have ended after that one:
+        they are not looked at."""
+        lost = self.gone([0] if self.store_in_first else range(self.world))
+        return End(self.describe(lost, noticed), tell=self.rank == 1 or not self.store_in_first) if lost else None
 
     def tell(self, text: str) -> End:
         """The line that all ranks end with: ``text``, unless another rank was faster."""

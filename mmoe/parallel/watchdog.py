@@ -44,6 +44,7 @@ from mmoe.parallel import calls
 from mmoe.parallel.peers import End, Peers
 from mmoe.parallel.stalls import Entry, Record, judge, only_ahead, show_ranks
 
+THREAD = "the watchdog"
 SILENT_INTERVALS = 3
 """A rank that has not published for so many intervals is silent."""
 GRACE_SECONDS = 20.0
@@ -68,6 +69,7 @@ class Watchdog(threading.Thread):
         self.told: set[str] = set()
         self.still: tuple[Any, float] = (None, 0.0)
         self.answered = time.monotonic()
+        self.said = False
         self.alone = threading.Thread(target=self._alone, name="watchdog alone", daemon=True)
 
     def run(self) -> None:
@@ -85,7 +87,7 @@ class Watchdog(threading.Thread):
             self.peers.leave_word("")
         except RuntimeError:
             # The store's host has ended: a launcher, which the ranks outlive, or rank 0.
-            if not self.leaving.is_set() and (end := self.peers.without_store(self._seen_by("the watchdog"))):
+            if not self.leaving.is_set() and (end := self.peers.without_store(self._seen_by(THREAD))):
                 self._end(end)
 
     def _seen_by(self, where: str) -> str:
@@ -120,17 +122,20 @@ class Watchdog(threading.Thread):
         self.peers.close()
 
     def _alone(self) -> None:
-        """What can be said while the other thread is held up by the store."""
+        """What can be said, and done, while the other thread is held up by the store."""
         while self.is_alive() and not self.leaving.wait(self.interval):
+            quiet = time.monotonic() - self.answered
+            if quiet > SILENT_INTERVALS * self.interval and (end := self.peers.without_store(self._seen_by(THREAD))):
+                self._end(end)
             waits = self._record().waits
-            if time.monotonic() - self.answered > self.limit and waits and waits[0][1] > 1.5 * self.limit:
+            if quiet > self.limit and waits and waits[0][1] > 1.5 * self.limit and not self.said:
                 entry, seconds = waits[0]
+                self.said = True
                 self._print(
                     f"rank {self.rank} has waited {seconds:.0f} s in {entry.text} of {entry.title} "
                     f"({show_ranks(entry.ranks)}) at {entry.site}; of the others nothing is known: "
                     "the job's store does not answer, its host is stopped or dead"
                 )
-                return
 
     def _print(self, line: str) -> None:
         print(f"mmoe: watchdog: {line}", file=sys.stderr, flush=True)
@@ -175,7 +180,7 @@ class Watchdog(threading.Thread):
             return
         silent = self._silent(list(range(self.world)), keys)
         if lost := self.peers.silent_ends(silent):
-            self._end(self.peers.tell(self.peers.describe(lost, self._seen_by("the watchdog"))))
+            self._end(self.peers.tell(self.peers.describe(lost, self._seen_by(THREAD))))
         ranks = [rank for rank, (beat, _) in self.heard.items() if _longest(beat) >= self.limit]
         if not ranks:
             self.told.clear()

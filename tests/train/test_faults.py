@@ -3,6 +3,7 @@
 The ranks are started one by one, without an agent: the job's store is rank 0's, as under mpirun and Slurm.
 """
 
+import os
 import shutil
 import signal
 import socket
@@ -15,6 +16,7 @@ import pytest
 import training
 
 pytestmark = pytest.mark.latest
+FIRST_ADDRESS, SECOND_ADDRESS = "10.213.77.1", "10.213.77.2"
 TWO = ("--set", "train.steps=40", "parallel.expert=2")
 
 
@@ -24,8 +26,16 @@ class Ranks:
     def __init__(self, folder: Path) -> None:
         self.folder, self.processes = folder, list[subprocess.Popen[bytes]]()
 
-    def start(self, recipe: Path, out: Path, *options: str, of_second: tuple[str, ...] = (), **second: str) -> None:
-        """``of_second`` and ``second``: the second rank's own options and variables."""
+    def start(
+        self,
+        recipe: Path,
+        out: Path,
+        *options: str,
+        of_second: tuple[str, ...] = (),
+        hosts: tuple[str, str] | None = None,
+        **second: str,
+    ) -> None:
+        """``of_second`` and ``second``: the second rank's own options and variables; ``hosts``: network namespaces."""
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
@@ -33,6 +43,9 @@ class Ranks:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
             variables = {**training.environment(), **own, "MASTER_PORT": str(port), **(second if rank else {})}
             command = training.command(recipe, out, *options, *(of_second if rank else ()))
+            if hosts:
+                variables |= {"MASTER_ADDR": FIRST_ADDRESS, "GLOO_SOCKET_IFNAME": "link"}
+                command = ["ip", "netns", "exec", hosts[rank], *command]
             with (self.folder / f"{rank}.log").open("wb") as log:
                 self.processes.append(subprocess.Popen(command, env=variables, stderr=log))
 
@@ -68,6 +81,28 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
         job.close()
 
 
+@pytest.fixture
+def hosts() -> Iterator[tuple[str, str]]:
+    """Two network namespaces joined by a link."""
+    names = f"mmoe-a-{os.getpid()}", f"mmoe-b-{os.getpid()}"
+
+    def ip(*arguments: str) -> bool:
+        return subprocess.run(["ip", *arguments], capture_output=True, check=False).returncode == 0
+
+    if shutil.which("ip") is None or not all(ip("netns", "add", name) for name in names):
+        pytest.skip("no network namespace can be made here: needs root and Debian's iproute2")
+    try:
+        assert ip("-n", names[0], "link", "add", "link", "type", "veth", "peer", "name", "link", "netns", names[1])
+        for name, address in zip(names, (FIRST_ADDRESS, SECOND_ADDRESS), strict=True):
+            assert ip("-n", name, "addr", "add", f"{address}/24", "dev", "link")
+            assert ip("-n", name, "link", "set", "lo", "up")
+            assert ip("-n", name, "link", "set", "link", "up")
+        yield names
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
 def stepping(run: Path, steps: int = 3) -> Callable[[], bool]:
     path = run / "metrics.jsonl"
     return lambda: path.exists() and path.read_text().count("\n") >= steps
@@ -86,6 +121,21 @@ def test_a_killed_rank_is_named_by_the_other(finished: tuple[Path, Path], ranks:
     assert f"mmoe: rank {victim} on " in ranks.lines()[0]
     assert "is lost" in ranks.lines()[0]
     assert "Traceback" not in ranks.log(1 - victim)
+
+
+@pytest.mark.slow
+def test_two_hosts_that_lose_each_other_both_end(
+    finished: tuple[Path, Path], ranks: Ranks, hosts: tuple[str, str]
+) -> None:
+    """No connection is closed: packets stop. To each of the two the other one is the host that is gone."""
+    run = ranks.folder / "run"
+    ranks.start(finished[0], run, "--set", "train.steps=100000", "parallel.expert=2", hosts=hosts)
+    ranks.until(stepping(run))
+    subprocess.run(["ip", "-n", hosts[1], "link", "set", "link", "down"], check=True)
+    assert ranks.wait(60) == [69, 69]
+    for rank in range(2):
+        (line,) = [line for line in ranks.log(rank).splitlines() if line.startswith("mmoe: ")]
+        assert f"mmoe: rank {1 - rank} on " in line
 
 
 @pytest.mark.parametrize("one", [0, 1])
