@@ -16,7 +16,7 @@ import pytest
 import training
 
 pytestmark = pytest.mark.latest
-FIRST_ADDRESS, SECOND_ADDRESS = "10.213.77.1", "10.213.77.2"
+LINK, FIRST_ADDRESS, SECOND_ADDRESS = "veth0", "10.213.77.1", "10.213.77.2"
 TWO = ("--set", "train.steps=40", "parallel.expert=2")
 
 
@@ -44,7 +44,7 @@ class Ranks:
             variables = {**training.environment(), **own, "MASTER_PORT": str(port), **(second if rank else {})}
             command = training.command(recipe, out, *options, *(of_second if rank else ()))
             if hosts:
-                variables |= {"MASTER_ADDR": FIRST_ADDRESS, "GLOO_SOCKET_IFNAME": "link"}
+                variables |= {"MASTER_ADDR": FIRST_ADDRESS, "GLOO_SOCKET_IFNAME": LINK}
                 command = ["ip", "netns", "exec", hosts[rank], *command]
             with (self.folder / f"{rank}.log").open("wb") as log:
                 self.processes.append(subprocess.Popen(command, env=variables, stderr=log))
@@ -92,11 +92,11 @@ def hosts() -> Iterator[tuple[str, str]]:
     if shutil.which("ip") is None or not all(ip("netns", "add", name) for name in names):
         pytest.skip("no network namespace can be made here: needs root and Debian's iproute2")
     try:
-        assert ip("-n", names[0], "link", "add", "link", "type", "veth", "peer", "name", "link", "netns", names[1])
+        assert ip("-n", names[0], "link", "add", LINK, "type", "veth", "peer", "name", LINK, "netns", names[1])
         for name, address in zip(names, (FIRST_ADDRESS, SECOND_ADDRESS), strict=True):
-            assert ip("-n", name, "addr", "add", f"{address}/24", "dev", "link")
+            assert ip("-n", name, "addr", "add", f"{address}/24", "dev", LINK)
             assert ip("-n", name, "link", "set", "lo", "up")
-            assert ip("-n", name, "link", "set", "link", "up")
+            assert ip("-n", name, "link", "set", LINK, "up")
         yield names
     finally:
         for name in names:
@@ -131,7 +131,7 @@ def test_two_hosts_that_lose_each_other_both_end(
     run = ranks.folder / "run"
     ranks.start(finished[0], run, "--set", "train.steps=100000", "parallel.expert=2", hosts=hosts)
     ranks.until(stepping(run))
-    subprocess.run(["ip", "-n", hosts[1], "link", "set", "link", "down"], check=True)
+    subprocess.run(["ip", "-n", hosts[1], "link", "set", LINK, "down"], check=True)
     assert ranks.wait(60) == [69, 69]
     for rank in range(2):
         (line,) = [line for line in ranks.log(rank).splitlines() if line.startswith("mmoe: ")]
