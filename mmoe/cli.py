@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
-from mmoe.ending import DEFECT, DONE, INTERRUPTED, KEYBOARD, LOST, USER_ERROR, enter
+from mmoe.ending import DEFECT, DONE, INTERRUPTED, KEYBOARD, LOST, USER_ERROR, enter, say
 from mmoe.errors import Interrupted, RankLost, UserError
 
 LONGEST = 2000
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:
             status, message = DEFECT, f"{type(error).__name__}\n{''.join(traceback.format_exception(error)).rstrip()}"
     if not _told_by_another_rank(rank, status, message) and tell:
-        print(f"mmoe: {name}{message}", file=sys.stderr, flush=True)
+        say(f"mmoe: {name}{message}")
     return status
 
 
@@ -65,7 +65,7 @@ def _told_by_another_rank(rank: int, status: int, message: str) -> bool:
     known = enter(rank, status, message)
     failed = [entry for entry in known if entry["status"] in (DEFECT, USER_ERROR)]
     if status == DEFECT and failed:
-        print(f"mmoe: rank {rank}: ended after rank {failed[0]['rank']}: {message.splitlines()[-1]}", file=sys.stderr)
+        say(f"mmoe: rank {rank}: ended after rank {failed[0]['rank']}: {message.splitlines()[-1]}")
         return True
     return any(entry["message"] == message for entry in known)
 

@@ -1,8 +1,9 @@
-"""How a process ends: its exit status, and the launcher's list of how each rank ended."""
+"""How a process ends: its exit status, the line that it says, and the launcher's list of how each rank ended."""
 
 import fcntl
 import json
 import os
+import sys
 from typing import Any
 
 DONE, DEFECT, USER_ERROR, LOST, INTERRUPTED, KEYBOARD = 0, 1, 2, 69, 75, 130
@@ -20,3 +21,10 @@ def enter(rank: int, status: int, message: str) -> list[dict[str, Any]]:
         known = [json.loads(line) for line in file]
         file.write(json.dumps({"rank": rank, "status": status, "message": message}) + "\n")
     return known
+
+
+def say(line: str) -> None:
+    """``line`` on stderr in one write: print() makes two where Python runs unbuffered, as under torchrun, and lines of
+    several ranks would mix."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()

@@ -1,5 +1,6 @@
 """Exit statuses, one-line errors, the ranks' silence and the help pages."""
 
+import io
 import re
 import shlex
 import subprocess
@@ -134,6 +135,16 @@ def test_ranks_under_a_launcher_tell_an_error_once(
         "mmoe: rank 2: no picture",
         "mmoe: rank 3: ended after rank 0: ConnectionError: closed by peer",
     ]
+
+
+def test_a_line_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines of several ranks on one pipe must not mix."""
+    writes: list[str] = []
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "write", writes.append)
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert ended_with(UserError("no data"), monkeypatch) == 2
+    assert writes == ["mmoe: no data\n"]
 
 
 def test_verify_checks_one_checkpoints_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

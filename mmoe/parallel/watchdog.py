@@ -96,7 +96,7 @@ class Watchdog(threading.Thread):
     def _end(self, end: End) -> None:
         """Ends the process, unless its main thread ends by itself meanwhile."""
         if end.tell:
-            print(f"mmoe: {end.text}", file=sys.stderr, flush=True)
+            ending.say(f"mmoe: {end.text}")
         if not self.leaving.wait(GRACE_SECONDS):
             ending.enter(self.rank, ending.LOST, end.text)
             os._exit(ending.LOST)
@@ -138,7 +138,7 @@ class Watchdog(threading.Thread):
                 )
 
     def _print(self, line: str) -> None:
-        print(f"mmoe: watchdog: {line}", file=sys.stderr, flush=True)
+        ending.say(f"mmoe: watchdog: {line}")
 
     def _publish(self, record: Record) -> None:
         self.beats += 1

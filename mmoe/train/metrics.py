@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from mmoe.ending import say
 from mmoe.layers.router import Tally
 from mmoe.recipe.schema import MoE, Recipe, Train
 from mmoe.train.step import Outcome
@@ -146,7 +146,7 @@ class Recorder:
         state = f"loss {outcome.loss:.3f} · {speed:,.0f} tokens/s · {active:.2f} active"
         self.progress.update(self.bar, completed=step, state=state)
         if often and not self.console.is_terminal:
-            print(f"step {step}/{self.recipe.train.steps} · {state}", file=sys.stderr, flush=True)
+            say(f"step {step}/{self.recipe.train.steps} · {state}")
 
     def saved(self, step: int, stall: float, seconds: float) -> None:
         """A checkpoint, the seconds that the training stood still for it and those until it was whole."""
