@@ -1,18 +1,25 @@
 """From a Hugging Face directory to a checkpoint."""
 
 import dataclasses
-import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mmoe import reading
 from mmoe.convert.export import RECIPE
 from mmoe.convert.families import longcat, multimodal
 from mmoe.errors import UserError
+from mmoe.recipe.checks import model_problems
 from mmoe.recipe.load import load_recipe
 from mmoe.recipe.schema import MTP, Data, Model, Optimizer, Parallel, Recipe, Train
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_CONFIG = 1 << 24
+"""Bytes."""
 
 
 class Imported(NamedTuple):
@@ -27,7 +34,9 @@ class Imported(NamedTuple):
 def read_hf(directory: Path) -> Imported:
     """Read an export of ours, its ``language`` folder, or another ``LongcatFlashForCausalLM``.
 
-    A directory without our recipe gives one that names the model and leaves data and training to be chosen.
+    A directory without our recipe gives one that names the model and leaves data and training to be chosen. Nothing in
+    it is run, no pickle is read, and no file that an index of it names: its own ``*.safetensors`` are. They may be
+    links, as in the hub's cache.
 
     Raises:
         UserError: a file is missing or unreadable, or tensors and configuration do not fit.
@@ -37,13 +46,17 @@ def read_hf(directory: Path) -> Imported:
     mtp = MTP() if any(longcat.MTP in name for name in tensors) else None
     fused = any(name.endswith("experts.gate_up_proj") for name in tensors)
     where = str(directory / "config.json")
-    if config.get("model_type") == "mmoe":
+    whole = config.get("model_type") == "mmoe"
+    if whole:
         model = dataclasses.replace(multimodal.from_config(config, where), mtp=mtp)
-        table = multimodal.table(model, fused=fused)
     else:
         backbone, moe = longcat.from_config(config, where)
         model = Model(backbone=backbone, moe=moe, mtp=mtp)
-        table = longcat.table(backbone, moe, fused=fused, mtp=mtp is not None)
+    _plausible(model, tensors, where)
+    if whole:
+        table = multimodal.table(model, fused=fused)
+    else:
+        table = longcat.table(model.backbone, model.moe, fused=fused, mtp=mtp is not None)
     recipe = load_recipe(directory / RECIPE) if (directory / RECIPE).is_file() else _recipe(directory, model)
     unread = "gate and up projections of zero experts are not read: no computation uses them"
     notes = [unread] if model.moe.zero_experts else []
@@ -67,20 +80,21 @@ def from_hf(directory: Path, out: Path) -> None:
 
 
 def _save(imported: Imported, out: Path) -> None:
-    from mmoe.checkpoint.load import fill
+    from mmoe.checkpoint.load import fill, weights
     from mmoe.checkpoint.save import save
     from mmoe.models.multimodal import build
     from mmoe.parallel import engine
 
     engine.start(Parallel(), imported.recipe.train.seed)
     network = build(imported.recipe)
+    _fits({name: tensor.shape for name, tensor in weights(network).items()}, imported)
     fill(network, imported.state)
     save(out, 0, [network], None, {}, imported.recipe, imported.tokenizer)
 
 
 def _config(directory: Path) -> dict[str, Any]:
     try:
-        return json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        return reading.json_object(reading.text(directory / "config.json", LARGEST_CONFIG))
     except FileNotFoundError:
         raise UserError("no config.json", str(directory), "name a Hugging Face model directory") from None
     except (ValueError, OSError) as error:
@@ -94,11 +108,45 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
+            os.close(reading.open_regular(file))
             with safe_open(file, "pt") as reader:
-                tensors |= {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - not a dict
-        except (SafetensorError, OSError) as error:
+                found = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - not a dict
+        except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"unreadable: {error}", str(file), "copy or export the file again") from None
+        for name, tensor in found.items():
+            if tensor.dtype not in DTYPES:
+                raise UserError(f"tensor {name} is {tensor.dtype}", str(file), "export it in fp32, bf16 or fp16")
+            if name in tensors:
+                raise UserError(f"tensor {name} is in another file too", str(file), "leave one of the files")
+        tensors |= found
     return tensors
+
+
+def _plausible(model: Model, tensors: dict[str, Tensor], where: str) -> None:
+    """Raises :class:`UserError` where the configuration cannot be that of ``tensors``, before any size in it is taken.
+
+    Every layer has a tensor of its own, and every other size is a dimension of one.
+    """
+    for path, what, fix in model_problems(model):
+        raise UserError(f"{path}: {what}", where, fix)
+    parts = (model.backbone, model.moe, *model.encoders, *([model.connector] if model.connector else []))
+    layers = max(getattr(part, "layers", 0) for part in parts)
+    elements = sum(tensor.numel() for tensor in tensors.values())
+    free = ("max_position", "image_size", "balance_groups")
+    sizes = [value for part in parts for name, value in vars(part).items() if type(value) is int and name not in free]
+    rows = model.backbone.layers * (model.moe.experts + model.moe.zero_experts)
+    if layers > len(tensors) or max(*sizes, rows) > elements:
+        what = f"it tells of {layers} layers and sizes up to {max(*sizes, rows)}, the tensors have {elements} numbers"
+        raise UserError(what, where, "the weights do not fit the configuration")
+
+
+def _fits(wanted: dict[str, torch.Size], imported: Imported) -> None:
+    """Raises :class:`UserError` unless the tensors are those of the recipe's model."""
+    found = {name: tensor.shape for name, tensor in imported.state.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            here, there = (str(list(shapes[name])) if name in shapes else "absent" for shapes in (found, wanted))
+            raise UserError(f"{name} is {here}, by the recipe {there}", RECIPE, "the weights do not fit the recipe")
 
 
 def _recipe(directory: Path, model: Model) -> Recipe:

@@ -77,11 +77,18 @@ class Table:
         """Their state dict → ours.
 
         Raises:
-            UserError: a tensor that is missing, or that no entry reads.
+            UserError: a tensor that is missing, that no entry reads, or of another shape.
         """
         names = {name for entry in self.entries for name in entry.theirs}
         _compare(names, set(theirs) - set(self.padding), where)
-        return {entry.ours: entry.read(theirs) for entry in self.entries}
+        ours = {}
+        for entry in self.entries:
+            try:
+                ours[entry.ours] = entry.read(theirs)
+            except (RuntimeError, IndexError):
+                what = f"{where} has shapes that do not make up {entry.ours}, from tensor {entry.theirs[0]}"
+                raise UserError(what, "", "the weights do not fit the configuration") from None
+        return ours
 
 
 def _compare(wanted: set[str], found: set[str], where: str) -> None:

@@ -7,9 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmoe import reading
 from mmoe.data.pixels import BadImage, open_image, preprocess, to_rgb
 from mmoe.errors import UserError
 from mmoe.recipe.tokens import BOS, EOS, IMAGE
+
+PROCESSOR = "processor_config.json"
 
 
 def generate(
@@ -95,19 +98,31 @@ def _from_export(path: Path, prompt: str, pictures: list[bytes], max_tokens: int
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    whole = (path / "processor_config.json").is_file()
+    whole = (path / PROCESSOR).is_file()
     if pictures and not whole:
         raise UserError("this model takes no pictures", str(path), "leave --image out")
+    # Our own classes: the copies of them in the directory are not run, whatever stands there.
     if whole:
-        processor: Any = transformers.AutoProcessor.from_pretrained(path, trust_remote_code=True)
+        from mmoe.convert.hf.modeling_mmoe import MmoeForConditionalGeneration
+        from mmoe.convert.hf.processing_mmoe import MmoeImageProcessor, MmoeProcessor
+
+        try:
+            tokens = int(reading.json_object(reading.text(path / PROCESSOR, 1 << 20))["image_tokens"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"unreadable {PROCESSOR}: {error}", str(path), "export the model again") from None
+        processor: Any = MmoeProcessor(
+            MmoeImageProcessor.from_pretrained(path),
+            transformers.PreTrainedTokenizerFast.from_pretrained(path),
+            image_tokens=tokens,
+        )
         inputs = dict(processor(text="<image>" * len(pictures) + prompt, images=pictures))
-        kind: Any = transformers.AutoModelForImageTextToText
+        kind: Any = MmoeForConditionalGeneration
     else:
-        processor = transformers.AutoTokenizer.from_pretrained(path)
+        processor = transformers.PreTrainedTokenizerFast.from_pretrained(path)
         ids = [BOS, *processor.encode(prompt, add_special_tokens=False)]
         inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-        kind = transformers.AutoModelForCausalLM
-    model = kind.from_pretrained(path, trust_remote_code=whole).eval()
+        kind = transformers.LongcatFlashForCausalLM
+    model = kind.from_pretrained(path, use_safetensors=True).eval()
     torch.manual_seed(seed)
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     out = model.generate(**inputs, max_new_tokens=max_tokens, **drawn)

@@ -44,7 +44,7 @@ def row_unit(recipe: Recipe) -> int:
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Everything wrong with the values of a well-typed recipe, in the order of its tables."""
-    yield from _ranges(recipe, "", "")
+    yield from ranges(recipe)
     name = recipe.name
     if not name.isprintable() or name in ("", "..") or Path(name).name != name:
         yield "name", f"{name!r} is no name of a folder", "a run's folder is called so: leave out slashes"
@@ -78,14 +78,14 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
         yield "optimizer.min_lr", f"{optimizer.min_lr:g} is above optimizer.lr = {optimizer.lr:g}", "lower it"
 
 
-def _ranges(value: Any, path: str, name: str) -> Iterator[Problem]:
+def ranges(value: Any, path: str = "", name: str = "") -> Iterator[Problem]:
     """Sizes and rates are positive and finite unless listed above."""
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
-            yield from _ranges(getattr(value, field.name), f"{path}.{field.name}".lstrip("."), field.name)
+            yield from ranges(getattr(value, field.name), f"{path}.{field.name}".lstrip("."), field.name)
     elif isinstance(value, tuple):
         for index, item in enumerate(value):
-            yield from _ranges(item, f"{path}.{index}", name)
+            yield from ranges(item, f"{path}.{index}", name)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         if not math.isfinite(value):
             yield path, f"{value} is not a finite number", "give a finite one"

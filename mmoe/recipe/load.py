@@ -9,13 +9,14 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from mmoe import reading
 from mmoe.errors import UserError
-from mmoe.recipe.checks import problems
+from mmoe.recipe.checks import problems, ranges
 from mmoe.recipe.schema import Recipe
 
+T = TypeVar("T")
 LARGEST = 1 << 18
 """Bytes of a recipe's file."""
 _KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
@@ -51,6 +52,19 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     for path, what, fix in problems(recipe):
         reader.fail(path, f"{path}: {what}", fix)
     return recipe
+
+
+def typed(cls: type[T], table: Any, source: str) -> T:
+    """A table of somebody else's file as the dataclass ``cls`` of the schema, strictly as in a recipe.
+
+    Raises:
+        UserError: an unknown or a missing key, a value of the wrong type or out of its range, at ``source``.
+    """
+    reader = _Reader(source)
+    made = reader.build(cls, table, "")
+    for path, what, fix in ranges(made):
+        reader.fail(path, f"{path}: {what}", fix)
+    return made
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -146,7 +160,7 @@ class _Reader:
             self.fail(path, f"{path} does not fit in 64 bits", "correct the value")
         if hint in (bool, int, str) and type(value) is hint:
             return value
-        return self.fail(path, f"{path} must be {_expected(hint)}, found {_found(value)}", "correct the value")
+        return self.fail(path, f"{path or 'it'} must be {_expected(hint)}, found {_found(value)}", "correct the value")
 
     def _table(self, cls: type, table: Mapping[str, Any], path: str) -> Any:
         prefix = f"{path}." if path else ""

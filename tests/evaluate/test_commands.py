@@ -67,6 +67,12 @@ def test_a_checkpoint_is_evaluated_exported_asked_and_reported(trained: tuple[Pa
     assert (seen["n"], seen["chance"], seen["majority"]) == (12, 0.25, 0.25)
     # Without the picture every answer is the same, and each colour is the truth of a quarter.
     assert (blank["n"], blank["correct"]) == (8, 2)
+    marker = tmp_path / "marker"
+    for source in Path(hf).glob("*.py"):
+        source.write_text(f"open({str(marker)!r}, 'w')")
+    done = run_commands(["generate", hf, *ask])
+    assert done.stdout.splitlines() == [ours], done.stderr
+    assert not marker.exists()  # the directory's own code is for others, who trust it
 
 
 def test_what_cannot_be_loaded_or_evaluated_is_a_user_error(trained: tuple[Path, Path], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from mmoe.convert.mapping import Entry, Table
 from mmoe.errors import UserError
+from mmoe.recipe.load import typed
 from mmoe.recipe.schema import Backbone, MoE
 
 ATTENTION = (
@@ -140,15 +141,18 @@ def to_config(backbone: Backbone, moe: MoE, dtype: str) -> dict[str, Any]:
     }
 
 
-def from_config(config: dict[str, Any], where: str) -> tuple[Backbone, MoE]:
+def from_config(config: Any, where: str) -> tuple[Backbone, MoE]:
     """The sizes in a ``config.json``; ``active_experts`` is what uniform routing gives, since the file does not say.
 
     Raises:
         UserError: another kind of model, a missing field, or a variant that is not supported.
     """
-    if config.get("model_type") != "longcat_flash":
-        raise UserError(f"model_type is {config.get('model_type')!r}", where, "only longcat_flash models are read")
+    if not isinstance(config, dict) or config.get("model_type") != "longcat_flash":
+        kind = config.get("model_type") if isinstance(config, dict) else config
+        raise UserError(f"model_type is {kind!r}", where, "only longcat_flash models are read")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"rope_parameters is {rope!r}", where, "export the model again")
     for name, value, supported in (
         ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
         ("attention_bias", config.get("attention_bias", False), False),
@@ -160,31 +164,34 @@ def from_config(config: dict[str, Any], where: str) -> tuple[Backbone, MoE]:
         if value != supported:
             raise UserError(f"{name} is {value!r}", where, f"only {supported!r} is supported")
     try:
-        backbone = Backbone(
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            layers=config["num_layers"],
-            heads=config["num_attention_heads"],
-            q_lora_rank=config["q_lora_rank"],
-            kv_lora_rank=config["kv_lora_rank"],
-            qk_nope_head_dim=config["qk_nope_head_dim"],
-            qk_rope_head_dim=config["qk_rope_head_dim"],
-            v_head_dim=config["v_head_dim"],
-            ffn_hidden_size=config["ffn_hidden_size"],
-            max_position=config["max_position_embeddings"],
-            rope_theta=rope.get("rope_theta", config.get("rope_theta", 1e7)),
-            norm_eps=config.get("rms_norm_eps", 1e-5),
-            init_std=config.get("initializer_range", 0.02),
-        )
+        backbone = {
+            "vocab_size": config["vocab_size"],
+            "hidden_size": config["hidden_size"],
+            "layers": config["num_layers"],
+            "heads": config["num_attention_heads"],
+            "q_lora_rank": config["q_lora_rank"],
+            "kv_lora_rank": config["kv_lora_rank"],
+            "qk_nope_head_dim": config["qk_nope_head_dim"],
+            "qk_rope_head_dim": config["qk_rope_head_dim"],
+            "v_head_dim": config["v_head_dim"],
+            "ffn_hidden_size": config["ffn_hidden_size"],
+            "max_position": config["max_position_embeddings"],
+            "rope_theta": rope.get("rope_theta", config.get("rope_theta", 1e7)),
+            "norm_eps": config.get("rms_norm_eps", 1e-5),
+            "init_std": config.get("initializer_range", 0.02),
+        }
         experts, zeros, top_k = config["n_routed_experts"], config["zero_expert_num"] or 0, config["moe_topk"]
-        moe = MoE(
-            experts=experts,
-            zero_experts=zeros,
-            top_k=top_k,
-            expert_hidden_size=config["expert_ffn_hidden_size"],
-            routed_scaling_factor=config["routed_scaling_factor"],
-            active_experts=top_k * experts / (experts + zeros),
-        )
+        if any(type(number) is not int or not 0 <= number < 2**31 for number in (experts, zeros, top_k)) or not experts:
+            what = "n_routed_experts, zero_expert_num and moe_topk are not numbers of experts"
+            raise UserError(what, where, "export the model again")
+        moe = {
+            "experts": experts,
+            "zero_experts": zeros,
+            "top_k": top_k,
+            "expert_hidden_size": config["expert_ffn_hidden_size"],
+            "routed_scaling_factor": config["routed_scaling_factor"],
+            "active_experts": top_k * experts / (experts + zeros),
+        }
     except KeyError as error:
         raise UserError(f"config.json lacks {error.args[0]}", where, "is it a whole export?") from None
-    return backbone, moe
+    return typed(Backbone, backbone, where), typed(MoE, moe, where)

@@ -6,6 +6,7 @@ from mmoe.convert.families import longcat
 from mmoe.convert.mapping import Entry, Table
 from mmoe.errors import UserError
 from mmoe.models.count import vision_modules
+from mmoe.recipe.load import typed
 from mmoe.recipe.schema import Connector, Encoder, Model
 
 
@@ -24,12 +25,15 @@ def from_config(config: dict[str, Any], where: str) -> Model:
         UserError: see :func:`mmoe.convert.families.longcat.from_config`; or an unknown field.
     """
     backbone, moe = longcat.from_config(config.get("text_config", {}), where)
-    try:
-        encoders = tuple(Encoder(**{**fields, "widths": tuple(fields["widths"])}) for fields in config["encoders"])
-        connector = Connector(**config["connector"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"encoders or connector: {error}", where, "export the model again") from None
-    return Model(backbone=backbone, moe=moe, encoders=encoders, connector=connector)
+    encoders, connector = config.get("encoders"), config.get("connector")
+    if not isinstance(encoders, list) or not encoders:
+        raise UserError("no encoders", where, "export the model again")
+    return Model(
+        backbone=backbone,
+        moe=moe,
+        encoders=tuple(typed(Encoder, fields, where) for fields in encoders),
+        connector=typed(Connector, connector, where),
+    )
 
 
 def _vision_names(model: Model) -> list[str]:
