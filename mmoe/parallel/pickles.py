@@ -4,6 +4,7 @@
 torch.save's; torch reads them with its own list (``weights_only``), which upstream switches off in one place.
 """
 
+import io
 import os
 import pickle
 import zipfile
@@ -95,18 +96,77 @@ def check(folder: Path) -> None:
     if not common.is_file():  # Megatron-Core 0.19.2 keeps what is common among the objects
         return
     try:
-        with zipfile.ZipFile(common) as parts:
-            if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
-                raise UserError(f"{COMMON} is compressed, which torch.save never does", str(folder), FIX)
-        torch.load(common, map_location="cpu", weights_only=True)
+        with _only_stored():
+            torch.load(common, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError) as error:
         raise UserError(f"{COMMON} is not data: {str(error).splitlines()[0]}", str(folder), FIX) from None
+
+
+class _Archive(io.RawIOBase):
+    """A file to be looked at: torch's view of a part of a ``*.distcp`` (checkpoint/utils.py:388) takes a place that is
+    counted from the end with the wrong sign."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        file.seek(0, os.SEEK_END)
+        self.end = file.tell()
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self.end}[whence]
+        self.file.seek(start + offset)
+        return start + offset
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self.end - self.tell())
+        return self.file.read(left if size < 0 else min(size, left))
+
+
+def _check_stored(file: Any) -> None:
+    """Raises UnpicklingError where a torch.save'd file is compressed: it could be a thousandth of what it unpacks to.
+    What is no archive is left to torch."""
+    if isinstance(file, str | os.PathLike):
+        with open(file, "rb") as opened:
+            _check_stored(opened)
+        return
+    place = file.tell()
+    try:
+        with zipfile.ZipFile(_Archive(file)) as parts:
+            packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist())
+    except zipfile.BadZipFile:
+        return
+    finally:
+        file.seek(place)
+    if packed:
+        raise pickle.UnpicklingError("it is compressed, which torch.save never does")
+
+
+@contextmanager
+def _only_stored() -> Iterator[None]:
+    """While it lasts, torch.load refuses archives that are compressed: upstream reads every tensor and object in
+    ``*.distcp`` and the common part through it."""
+    load = torch.load
+
+    def checked(f: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_stored(f)
+        return load(f, *args, **kwargs)
+
+    setattr(torch, "load", checked)
+    try:
+        yield
+    finally:
+        setattr(torch, "load", load)
 
 
 @contextmanager
 def read_as_data(folder: Path) -> Iterator[None]:
     """While it lasts, torch's checkpoint reader unpickles with :func:`load_metadata`, and torch.load plain types only,
-    whatever its caller asks for.
+    out of archives that are not compressed, whatever its caller asks for.
 
     Raises:
         UserError: an object in ``folder`` is something else.
@@ -116,7 +176,8 @@ def read_as_data(folder: Path) -> Iterator[None]:
     setattr(filesystem, "pickle", SimpleNamespace(load=load_metadata))
     os.environ[key] = "1"
     try:
-        yield
+        with _only_stored():
+            yield
     except CheckpointException as error:
         wrong = [failure for failure, _ in error.failures.values() if isinstance(failure, pickle.UnpicklingError)]
         if not wrong:

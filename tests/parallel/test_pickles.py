@@ -114,16 +114,40 @@ def test_a_call_in_the_common_part(run: Stepper, folder: Path, tmp_path: Path) -
     assert not marker.exists()
 
 
+def packed(value: Any) -> bytes:
+    """What torch.save writes, compressed: zeros unpack to a thousand times their size."""
+    plain, out = io.BytesIO(), io.BytesIO()
+    torch.save(value, plain)
+    with zipfile.ZipFile(plain) as parts, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as squeezed:
+        for part in parts.namelist():
+            squeezed.writestr(part, parts.read(part))
+    return out.getvalue()
+
+
+def redirect(folder: Path, chosen: str, content: bytes) -> None:
+    """Has the index find what it knows by a name with ``chosen`` in it in a file of ``content``."""
+    (folder / "hostile.distcp").write_bytes(content)
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    key = next(key for key in index.storage_data if chosen in key.fqn)
+    index.storage_data[key] = dataclasses.replace(
+        index.storage_data[key], relative_path="hostile.distcp", offset=0, length=len(content)
+    )
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+
+
 def test_a_compressed_common_part(run: Stepper, folder: Path) -> None:
-    """Zeros that unpack to a thousand times their size."""
-    torch.save({}, folder / "common.pt")
-    with zipfile.ZipFile(folder / "common.pt") as parts:
-        content = {part: parts.read(part) for part in parts.namelist()}
-    with zipfile.ZipFile(folder / "common.pt", "w", zipfile.ZIP_DEFLATED) as parts:
-        for name, value in content.items():
-            parts.writestr(name, value + bytes(1 << 20))
+    (folder / "common.pt").write_bytes(packed({"zeros": torch.zeros(1 << 20)}))
     with pytest.raises(UserError, match="compressed"):
         load(run, folder)
+
+
+@pytest.mark.parametrize("chosen", ["random", "final_layernorm"])
+def test_a_compressed_object_or_tensor(run: Stepper, folder: Path, chosen: str) -> None:
+    loaded = torch.load
+    redirect(folder, chosen, packed(torch.zeros(1 << 20)))
+    with pytest.raises(UserError, match="an object in the state is not data: it is compressed"):
+        load(run, folder)
+    assert torch.load is loaded
 
 
 def test_a_call_in_an_object_among_the_tensors(run: Stepper, folder: Path, tmp_path: Path) -> None:
@@ -131,13 +155,7 @@ def test_a_call_in_an_object_among_the_tensors(run: Stepper, folder: Path, tmp_p
     marker = tmp_path / "marker"
     hostile = io.BytesIO()
     torch.save(Call(os.system, f"touch {marker}"), hostile)
-    (folder / "hostile.distcp").write_bytes(hostile.getvalue())
-    index = pickle.loads((folder / ".metadata").read_bytes())
-    key = next(key for key in index.storage_data if "random" in key.fqn)
-    index.storage_data[key] = dataclasses.replace(
-        index.storage_data[key], relative_path="hostile.distcp", offset=0, length=len(hostile.getvalue())
-    )
-    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    redirect(folder, "random", hostile.getvalue())
     with pytest.raises(UserError, match=r"an object in the state is not data: .*posix\.system"):
         load(run, folder)
     assert not marker.exists()
