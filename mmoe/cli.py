@@ -190,7 +190,12 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     bench.add_argument("--data", type=Path, default=Path("data-cache"), metavar="DIR", help=text)
     text = "where --sweep, --profile and ablations write (default: docs)"
     bench.add_argument("--out", type=Path, default=Path("docs"), metavar="DIR", help=text)
-    _command(commands, "doctor", _doctor, "what is installed and which kernels are in use", "doctor")
+    doctor = _command(commands, "doctor", _doctor, "what is installed and which kernels are in use", "doctor")
+    text = "compare all ranks of this launch instead: versions, code, recipe, clocks, disk, bandwidth"
+    doctor.add_argument("--preflight", action="store_true", help=text)
+    doctor.add_argument("recipe", nargs="?", metavar="RECIPE", help="with --preflight: the run's recipe")
+    doctor.add_argument("--out", type=Path, metavar="DIR", help="with --preflight: the run's folder")
+    _add_set(doctor)
     return parser
 
 
@@ -342,6 +347,15 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from mmoe.doctor import run
+    if not options.preflight:
+        if options.recipe or options.out or options.set:
+            raise UserError("a recipe is compared between ranks", "mmoe doctor", "add --preflight")
+        from mmoe.doctor import run
 
-    run()
+        run()
+        return
+    from mmoe import preflight
+    from mmoe.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.set) if options.recipe else None
+    preflight.run(recipe, options.out or Path("runs") / (recipe.name if recipe else ""))

@@ -1,6 +1,5 @@
 """`mmoe doctor`: what is installed, which kernels and fallbacks are in use, what this machine answers to."""
 
-import importlib.metadata
 import importlib.util
 import os
 import pkgutil
@@ -15,18 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 import mmoe
+from mmoe.preflight import PACKAGES, version
 
-PACKAGES = (
-    "torch",
-    "megatron-core",
-    "nvidia-dali-cuda130",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "tensorboard",
-    "numpy",
-    "pillow",
-)
 OPTIONAL = {"transformer-engine": "transformer_engine", "mpi4py": "mpi4py"}
 COMMANDS = {"nvcc": ["--version"], "nvidia-smi": ["-L"], "mpirun": ["--version"], "srun": ["--version"]}
 
@@ -46,9 +35,9 @@ def rows() -> Iterator[tuple[str, str]]:
     yield "mmoe", mmoe.__version__
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     for package in PACKAGES:
-        yield package, _version(package)
+        yield package, version(package)
     for package, module in OPTIONAL.items():
-        yield package, _version(package) if importlib.util.find_spec(module) else "absent (optional)"
+        yield package, version(package) if importlib.util.find_spec(module) else "absent (optional)"
     # The package that PyPI calls apex is another one; NVIDIA's has fused optimizers.
     apex = importlib.util.find_spec("apex") and importlib.util.find_spec("apex.optimizers")
     yield "apex", "present" if apex else "absent (optional)"
@@ -59,13 +48,6 @@ def rows() -> Iterator[tuple[str, str]]:
         yield command, _answer(command, arguments)
     yield "cores", str(len(os.sched_getaffinity(0)))
     yield "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "unset")
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
 
 
 def _kernels() -> Iterator[tuple[str, str]]:

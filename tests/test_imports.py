@@ -18,6 +18,7 @@ CHAIN = [
     {"parallel"},
     {"layers"},
     {"models"},
+    {"preflight"},
     {"checkpoint"},
     {"train"},
     {"convert"},
