@@ -129,16 +129,19 @@ class _Archive(io.RawIOBase):
 
 def _check_stored(file: Any) -> None:
     """Raises UnpicklingError where a torch.save'd file is compressed: it could be a thousandth of what it unpacks to.
-    What is no archive is left to torch."""
+    What does not begin as an archive is left to torch, which reads its older format then."""
     if isinstance(file, str | os.PathLike):
         with open(file, "rb") as opened:
             _check_stored(opened)
         return
     place = file.tell()
+    begins = file.read(4)
     try:
         with zipfile.ZipFile(_Archive(file)) as parts:
             packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist())
-    except zipfile.BadZipFile:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        if begins == b"PK\3\4":
+            raise pickle.UnpicklingError(f"it is no archive: {error}") from None
         return
     finally:
         file.seek(place)

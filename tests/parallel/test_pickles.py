@@ -150,6 +150,14 @@ def test_a_compressed_object_or_tensor(run: Stepper, folder: Path, chosen: str) 
     assert torch.load is loaded
 
 
+def test_an_archive_cut_short(run: Stepper, folder: Path) -> None:
+    plain = io.BytesIO()
+    torch.save(torch.zeros(8), plain)
+    redirect(folder, "random", plain.getvalue()[:-30])
+    with pytest.raises(UserError, match="an object in the state is not data: it is no archive"):
+        load(run, folder)
+
+
 def test_a_call_in_an_object_among_the_tensors(run: Stepper, folder: Path, tmp_path: Path) -> None:
     """The random state is an object of its own file, which upstream reads with weights_only=False."""
     marker = tmp_path / "marker"
