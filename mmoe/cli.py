@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.run(options)
             return DONE
         except UserError as error:
-            status, message = USER_ERROR, _line(error)
+            status, message, tell = USER_ERROR, _line(error), error.tell
         except Interrupted as error:
             status, message, name, tell = INTERRUPTED, str(error), "", rank == 0
         except RankLost as error:

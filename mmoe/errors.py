@@ -6,6 +6,8 @@ class UserError(Exception):
 
     def __init__(self, what: str, where: str = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, where, fix
+        self.tell = True
+        """Whether this rank is the one to say so, where all ranks raise the same."""
         super().__init__(f"{what}{f' ({where})' if where else ''}{f': {fix}' if fix else ''}")
 
 

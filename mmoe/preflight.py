@@ -44,6 +44,8 @@ SLOW = 0.5
 LEAST_FREE = 1 << 30
 """Bytes in the run's folder."""
 ROUND_TRIPS = 8
+QUESTIONS = 1024
+"""Of all ranks together, from so many ranks on one each: the first rank answers one after another."""
 BYTES = 1 << 24
 """Of each rank's tensor in a measured collective."""
 REPEATS = 3
@@ -243,8 +245,9 @@ def _clock() -> tuple[float, float]:
     shared: Any = distributed_c10d._get_default_store()
     store = PrefixStore(f"preflight {next(_calls)}", shared.clone())
     best = (0.0, float("inf")) if rank else (0.0, 0.0)
+    trips = max(1, min(ROUND_TRIPS, QUESTIONS // world))
     for other in range(1, world) if rank == 0 else [rank]:
-        for trip in range(ROUND_TRIPS):
+        for trip in range(trips):
             question, answer = f"{other} asks {trip}", f"{other} is told {trip}"
             if rank == 0:
                 store.get(question)

@@ -7,6 +7,7 @@ that ends by an error of its own leaves a word in the store first, so that the o
 The first rank that finds out puts the line into the store; one of all prints it.
 """
 
+import hashlib
 import json
 import os
 import socket
@@ -64,6 +65,10 @@ class Peers:
     def leave_word(self, text: str) -> None:
         """Says that this rank ends, and why: first of all ranks or, with an empty ``text``, because another did."""
         self.store.compare_set(f"word {self.rank}", "", text)
+
+    def first_to_say(self, text: str) -> bool:
+        """Whether no other rank has asked this of the same text."""
+        return self.store.add(f"said {hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
 
     def gone(self, ranks: Iterable[int]) -> list[int]:
         """Those of ``ranks`` whose process has ended or whose host does not answer."""

@@ -39,7 +39,7 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed import distributed_c10d
 
 from mmoe import ending
-from mmoe.errors import Interrupted, RankLost
+from mmoe.errors import Interrupted, RankLost, UserError
 from mmoe.parallel import calls
 from mmoe.parallel.peers import End, Peers
 from mmoe.parallel.stalls import Entry, Record, judge, only_ahead, show_ranks
@@ -106,6 +106,8 @@ class Watchdog(threading.Thread):
         if not calls.broken and not _of_a_connection(error):
             first = str(error).partition("\n")[0]
             with suppress(RuntimeError):
+                if isinstance(error, UserError):
+                    error.tell = self.peers.first_to_say(str(error))
                 self.peers.leave_word(f"{type(error).__name__}: {first}")
             return None
         end = self.peers.search(self._seen_by(calls.show(calls.raised_in(error))))

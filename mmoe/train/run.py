@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
+from mmoe import preflight
 from mmoe.checkpoint import layout as files
 from mmoe.checkpoint.load import resume as load_checkpoint
 from mmoe.checkpoint.save import Saved, Saver
 from mmoe.data.loader import Loader
 from mmoe.data.tokenizer import load_tokenizer
+from mmoe.ending import say
 from mmoe.errors import Interrupted, RankLost, UserError
 from mmoe.models.multimodal import build_stages
 from mmoe.parallel import cpu_platform, engine, layout, watchdog
@@ -181,6 +183,9 @@ def _train(recipe: Recipe, out: Path, resume: bool, stop: "_StopRequest") -> Non
     here = engine.start(recipe.parallel, recipe.train.seed, stall_warning_seconds=recipe.train.stall_warning_seconds)
     # Not before: who waits for the others to start has nothing to save.
     stop.listen()
+    for warning in preflight.agree(recipe, out):
+        if here.first:
+            say(f"mmoe: warning: {warning}")
     start = engine.from_first(start)
     torch.use_deterministic_algorithms(True)
     # It would also write NaN into all memory that is only taken to be written: a pass over every result.

@@ -4,6 +4,7 @@ The ranks are started one by one, without an agent: the job's store is rank 0's,
 """
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -181,11 +182,48 @@ def test_a_vanished_shard_ends_the_run_by_its_name_and_the_run_goes_on_once_it_i
 
 
 def test_the_others_end_after_a_rank_with_an_error(finished: tuple[Path, Path], ranks: Ranks) -> None:
-    """The second rank's data lies elsewhere, and is not there."""
+    """The second rank finds another tokenizer where the first one's lies."""
     run = ranks.folder / "run"
-    (ranks.folder / "tokenizer.json").write_bytes((finished[0].parent / "tokenizer.json").read_bytes())
-    ranks.start(finished[0], run, *TWO, of_second=(f"data.root={ranks.folder}",))
+    script = ranks.folder / "sitecustomize.py"
+    script.write_text("import mmoe.data.loader as loader\nloader.tokenizer_hash = lambda path: 'another'\n")
+    ranks.start(finished[0], run, *TWO, PYTHONPATH=f"{ranks.folder}{os.pathsep}{training.ROOT}")
     assert ranks.wait() == [69, 2]
     assert len(ranks.lines()) == 1, ranks.lines()
-    assert ranks.lines()[0].startswith("mmoe: rank 1: ")
-    assert str(ranks.folder) in ranks.lines()[0]
+    assert ranks.lines()[0].startswith("mmoe: rank 1: the data set varied was prepared with another tokenizer")
+
+
+@pytest.mark.parametrize("what", ["the recipe", "the code of mmoe", "torch"])
+def test_ranks_that_are_not_alike_are_refused_before_the_first_step(
+    finished: tuple[Path, Path], ranks: Ranks, what: str
+) -> None:
+    run, options, variables = ranks.folder / "run", (), {}
+    if what == "the recipe":
+        options = ("optimizer.lr=0.01",)
+    else:
+        name, lie = {
+            "the code of mmoe": ("code", "'another one'"),
+            "torch": ("versions", "{**right(), 'torch': '2.0'}"),
+        }[what]
+        text = f"import mmoe.preflight as preflight\nright = preflight.{name}\npreflight.{name} = lambda: {lie}\n"
+        (ranks.folder / "sitecustomize.py").write_text(text)
+        variables = {"PYTHONPATH": f"{ranks.folder}{os.pathsep}{training.ROOT}"}
+    ranks.start(finished[0], run, *TWO, of_second=options, **variables)
+    assert ranks.wait() == [2, 2]
+    (line,) = ranks.lines()
+    assert re.search(rf"the ranks differ: .*{what} is .* on rank 1 \(", line)
+    assert not (run / "metrics.jsonl").exists()
+
+
+def test_a_clock_an_hour_off_is_named_and_changes_nothing(finished: tuple[Path, Path], ranks: Ranks) -> None:
+    run = ranks.folder / "run"
+    (ranks.folder / "sitecustomize.py").write_text(
+        "import time\nright, right_ns = time.time, time.time_ns\n"
+        "time.time, time.time_ns = lambda: right() + 3600, lambda: right_ns() + 3600 * 10**9\n"
+    )
+    ranks.start(finished[0], run, *TWO, PYTHONPATH=f"{ranks.folder}{os.pathsep}{training.ROOT}")
+    assert ranks.wait() == [0, 0]
+    (line,) = ranks.lines()
+    assert re.match(r"mmoe: warning: the clock of rank 1 \(.*\) is 3600\.\d s ahead", line)
+    right = training.run(finished[0], ranks.folder / "right", *TWO, ranks=2)
+    assert right.returncode == 0, right.stderr
+    assert training.curve(run) == training.curve(ranks.folder / "right")
