@@ -82,18 +82,22 @@ def questions(record: dict[str, Any], key: str) -> list[Question]:
     """The branches with choices; branches without any are there for training only.
 
     Raises:
-        BadSample: an answer is not among its choices.
+        BadSample: an answer is not among its choices, or one of them is no text.
     """
     found = []
-    for number, branch in enumerate(record.get("branches", [])):
+    branches = record.get("branches", [])
+    for number, branch in enumerate(branches if isinstance(branches, list) else []):
         if isinstance(branch, dict) and branch.get("choices"):
             try:
                 texts = [branch[name] for name in ("task", "prompt", "answer")]
             except KeyError as error:
                 raise BadSample(f"branches[{number}] has no {error}") from None
-            if branch["answer"] not in branch["choices"]:
+            choices = branch["choices"]
+            if not isinstance(choices, list) or not all(isinstance(text, str) for text in (*texts, *choices)):
+                raise BadSample(f"branches[{number}]: a question's texts and its list of choices are no texts")
+            if branch["answer"] not in choices:
                 raise BadSample(f"branches[{number}]: the answer is not among the choices")
-            found.append(Question(key, *texts, choices=list(branch["choices"])))
+            found.append(Question(key, *texts, choices=list(choices)))
     return found
 
 

@@ -12,6 +12,7 @@ from fakes import FakeModel, FakeSource, png, record
 from PIL import Image
 
 import mmoe
+from mmoe.data.document import BadSample
 from mmoe.data.source import Encoded
 from mmoe.errors import UserError
 from mmoe.evaluate import scenes
@@ -174,3 +175,13 @@ def test_a_data_set_that_asks_nothing_is_a_user_error(tmp_path: Path, monkeypatc
     monkeypatch.setattr(scenes, "Source", lambda path, name: FakeSource([sample()]))
     with pytest.raises(UserError, match="no sample asks a question"):
         scenes.run(tmp_path, tmp_path / "test", None)
+
+
+@pytest.mark.parametrize(
+    "change", [{"choices": [1, 2]}, {"choices": "12"}, {"choices": {"1": 1}}, {"prompt": 3}, {"task": []}]
+)
+def test_a_question_of_other_things_than_texts_is_bad(change: dict[str, Any]) -> None:
+    branch = {"task": "t", "prompt": "p", "answer": " 1", "choices": [" 1", " 2"], **change}
+    with pytest.raises(BadSample, match="are no texts"):
+        questions({"branches": [branch]}, "k")
+    assert questions({"branches": 3}, "k") == []
