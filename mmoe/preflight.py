@@ -164,13 +164,15 @@ def refuse(findings: Iterable[Finding]) -> None:
 
 def gather(recipe: Recipe | None, out: Path, *, bandwidth: bool = False) -> list[Facts]:
     """Every rank's facts, by rank, on every rank; with ``bandwidth`` a collective of each kind is timed."""
+    import torch.distributed as dist
+
     from mmoe.parallel import engine
 
     clock, error = _clock()
     reduce, exchange = _bandwidths() if bandwidth else (None, None)
     return engine.gather(
         Facts(
-            rank=engine.ranks().rank,
+            rank=dist.get_rank(),
             host=socket.gethostname(),
             versions=versions(),
             code=code(),
@@ -300,13 +302,15 @@ def run(recipe: Recipe | None, out: Path) -> None:
     Raises:
         UserError: versions, code or recipe differ, on every rank alike.
     """
+    import torch.distributed as dist
+
     from mmoe.parallel import engine
     from mmoe.recipe.schema import Parallel
 
-    here = engine.start(Parallel(), seed=0)
+    engine.join(Parallel())
     everyone = gather(recipe, out, bandwidth=True)
     findings = judge(everyone)
-    if here.first:
+    if dist.get_rank() == 0:
         show(everyone, findings)
     refuse(findings)
 

@@ -10,12 +10,16 @@ DIR/checkpoints/step_00000100/state/        Megatron's torch_dist: weights, cont
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from mmoe import reading
 from mmoe.errors import UserError
 
 MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 1 << 26
+"""Bytes."""
 
 
 def folder(run: Path, step: int) -> Path:
@@ -54,22 +58,22 @@ def write_manifest(checkpoint: Path, known: dict[str, dict]) -> None:
     sync(checkpoint / MANIFEST)
 
 
-def verify(checkpoint: Path) -> int:
+def verify(checkpoint: Path, rank: int = 0, ranks: int = 1) -> int:
     """How many files ``checkpoint`` has; raises :class:`UserError` unless each is there and unaltered, and names an
-    older checkpoint."""
+    older checkpoint. One of several ``ranks`` looks at its part of the files."""
     if not checkpoint.is_dir():
         raise UserError("no checkpoint", str(checkpoint), "name a folder like DIR/checkpoints/step_00000100")
     older = max((path for path in checkpoint.parent.glob("step_*") if path < checkpoint), default=None)
     instead = f"move this folder away to go on from {older.name}" if older else "there is no older checkpoint here"
     fix = f"restore the file, or {instead}"
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        files = reading.json_object(reading.text(checkpoint / MANIFEST, LARGEST_MANIFEST, follow=False))["files"]
         entries = [(name, entry["bytes"], entry["sha256"]) for name, entry in files.items()]
     except FileNotFoundError:
         raise UserError(f"checkpoint without {MANIFEST}", str(checkpoint), fix) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"unreadable {MANIFEST}", str(checkpoint), fix) from None
-    for name, size, digest in entries:
+    for name, size, digest in entries[rank::ranks]:
         path = checkpoint / name
         if not path.resolve().is_relative_to(checkpoint.resolve()):
             raise UserError(f"{MANIFEST} names {name!r}, which is not in the checkpoint", str(checkpoint), fix)
@@ -87,9 +91,9 @@ def newest(run: Path) -> Path | None:
     """
     folders = run / "checkpoints"
     pointer = folders / "latest"
-    named = folders / pointer.read_text().strip() if pointer.is_file() else None
-    if named is not None and named.is_dir():
-        return named
+    name = pointer.read_text().strip() if pointer.is_file() else ""
+    if re.fullmatch(r"step_\d+", name) and (folders / name).is_dir():
+        return folders / name
     return max((path for path in folders.glob("step_*") if path.is_dir()), default=None)
 
 

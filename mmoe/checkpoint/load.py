@@ -1,7 +1,6 @@
 """Reads checkpoints: to go on training, to evaluate on one process, or to convert."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from mmoe import reading
 from mmoe.checkpoint import layout
+from mmoe.data.tokenizer import load_tokenizer
 from mmoe.layers.router import CONTROLLER_STATE
 from mmoe.models.multimodal import MultimodalModel, build
 from mmoe.parallel import calls, cpu_platform, engine, state
@@ -22,7 +23,7 @@ from mmoe.recipe.schema import Parallel, Recipe
 def resume(checkpoint: Path, models: Sequence[Any], optimizer: Any) -> dict:
     """Fills the pipeline chunks ``models``, ``optimizer`` and the random states; returns the progress beside them."""
     state.load(checkpoint / "state", models, optimizer)
-    return json.loads((checkpoint / "progress.json").read_text())
+    return reading.json_object((checkpoint / "progress.json").read_bytes())
 
 
 class Loaded:
@@ -32,7 +33,7 @@ class Loaded:
         self.recipe = recipe
         self.network = network.eval()
         self.tokenizer_path = tokenizer
-        self.tokenizer: Tokenizer = Tokenizer.from_file(str(tokenizer))
+        self.tokenizer: Tokenizer = load_tokenizer(tokenizer)
         connector, encoders = recipe.model.connector, recipe.model.encoders
         self.image_tokens = connector.grid**2 if connector else 0
         self.image_size = encoders[0].image_size if encoders else 0

@@ -103,35 +103,36 @@ def announced() -> tuple[int, int]:
     return 0, 1
 
 
-def start(
-    parallel: Parallel,
-    seed: int,
-    *,
-    alone: bool = False,
-    timeout_seconds: int = 600,
-    stall_warning_seconds: float = 30.0,
-) -> Ranks:
-    """Joins the process group that the launcher announced, or one of this process ``alone``, and builds the grid.
-
-    Called again, it leaves the grid as it is where the sizes are the same, and else ends its groups; the process group
-    itself, with its timeout and its watchdog, stays. Random generators start from ``seed``, the same on every
-    data-parallel rank. A collective that a rank waits for longer than ``stall_warning_seconds`` is named
-    (:mod:`mmoe.parallel.watchdog`).
-    """
+def join(
+    parallel: Parallel, *, alone: bool = False, timeout_seconds: int = 600, stall_warning_seconds: float = 30.0
+) -> None:
+    """Joins the process group that the launcher announced, or one of this process ``alone``; does nothing where this
+    process is in one. A collective that a rank waits for longer than ``stall_warning_seconds`` is named
+    (:mod:`mmoe.parallel.watchdog`)."""
+    if dist.is_initialized():
+        return
     if parallel.tensor > 1:
         # Megatron's linears launch a collective and count on the kernel behind it not to overtake it on the GPU.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if not dist.is_initialized():
-        rank, world = (0, 1) if alone else announced()
-        if torch.cuda.is_available():
-            # cuBLAS is deterministic only with a workspace of its own, chosen before the first handle is made.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        store = None if world > 1 else HashStore()
-        options: dict[str, Any] = {"store": store, "rank": rank, "world_size": world} if store else {}
-        dist.init_process_group(cpu_platform.backend(), timeout=timedelta(seconds=timeout_seconds), **options)
-        watchdog.start(stall_warning_seconds, blocking=cpu_platform.backend() == "gloo")
-        atexit.register(stop)
+    rank, world = (0, 1) if alone else announced()
+    if torch.cuda.is_available():
+        # cuBLAS is deterministic only with a workspace of its own, chosen before the first handle is made.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    store = None if world > 1 else HashStore()
+    options: dict[str, Any] = {"store": store, "rank": rank, "world_size": world} if store else {}
+    dist.init_process_group(cpu_platform.backend(), timeout=timedelta(seconds=timeout_seconds), **options)
+    watchdog.start(stall_warning_seconds, blocking=cpu_platform.backend() == "gloo")
+    atexit.register(stop)
+
+
+def start(parallel: Parallel, seed: int, *, alone: bool = False) -> Ranks:
+    """Builds the grid, in the process group that :func:`join` joins if this process is in none.
+
+    Called again, it leaves the grid as it is where the sizes are the same, and else ends its groups. Random generators
+    start from ``seed``, the same on every data-parallel rank.
+    """
+    join(parallel, alone=alone)
     sizes = {
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,

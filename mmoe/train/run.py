@@ -62,8 +62,6 @@ def _starting_point(recipe: Recipe, out: Path, resume: bool) -> Path | None:
         raise UserError(
             f"{out} holds a run already", newest.name, "add --resume to go on with it, or choose another --out"
         )
-    if newest is not None:
-        files.verify(newest)
     return newest
 
 
@@ -180,13 +178,17 @@ def _train(recipe: Recipe, out: Path, resume: bool, stop: "_StopRequest") -> Non
     layout.check(recipe, world)
     lock = _claim(out) if rank == 0 else None
     start = _starting_point(recipe, out, resume) if rank == 0 else None
-    here = engine.start(recipe.parallel, recipe.train.seed, stall_warning_seconds=recipe.train.stall_warning_seconds)
+    engine.join(recipe.parallel, stall_warning_seconds=recipe.train.stall_warning_seconds)
     # Not before: who waits for the others to start has nothing to save.
     stop.listen()
+    # Before the grid: ranks with different layouts would wait for each other in different groups.
     for warning in preflight.agree(recipe, out):
-        if here.first:
+        if rank == 0:
             say(f"mmoe: warning: {warning}")
+    here = engine.start(recipe.parallel, recipe.train.seed)
     start = engine.from_first(start)
+    if start is not None:
+        files.verify(start, rank, world)
     torch.use_deterministic_algorithms(True)
     # It would also write NaN into all memory that is only taken to be written: a pass over every result.
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)

@@ -31,6 +31,14 @@ def test_newest_is_the_one_named_or_else_the_last(checkpoint: Path, tmp_path: Pa
     assert layout.newest(tmp_path / "other") is None
 
 
+@pytest.mark.parametrize("text", ["../elsewhere", "/etc", "", ".step_00000010.tmp", "step_00000099"])
+def test_a_latest_that_names_no_checkpoint_is_passed_over(checkpoint: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    layout.folder(tmp_path, 10).with_name(".step_00000010.tmp").mkdir()
+    (checkpoint.parent / "latest").write_text(text + "\n")
+    assert layout.newest(tmp_path) == checkpoint
+
+
 def test_an_older_one_is_offered(checkpoint: Path, tmp_path: Path) -> None:
     later = layout.folder(tmp_path, 9)
     later.mkdir()
@@ -52,6 +60,13 @@ def test_one_flipped_bit(checkpoint: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(UserError, match="state/weights was altered"):
         layout.verify(checkpoint)
+
+
+def test_ranks_share_the_files(checkpoint: Path) -> None:
+    (checkpoint / "state" / "weights").write_bytes(b"altered")
+    assert layout.verify(checkpoint, 0, 2) == 2
+    with pytest.raises(UserError, match="state/weights was altered"):
+        layout.verify(checkpoint, 1, 2)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", json.dumps({"files": 3})])

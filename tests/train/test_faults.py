@@ -198,7 +198,7 @@ def test_ranks_that_are_not_alike_are_refused_before_the_first_step(
 ) -> None:
     run, options, variables = ranks.folder / "run", (), {}
     if what == "the recipe":
-        options = ("optimizer.lr=0.01",)
+        options = ("parallel.expert=1", "optimizer.lr=0.01")  # another grid too
     else:
         name, lie = {
             "the code of mmoe": ("code", "'another one'"),
