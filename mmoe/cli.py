@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             status, message, name = KEYBOARD, "stopped by the keyboard", ""
         except Exception as error:
             status, message = DEFECT, f"{type(error).__name__}\n{''.join(traceback.format_exception(error)).rstrip()}"
-    if not _told_by_another_rank(rank, status, message) and tell:
+    if not _told_by_another_rank(rank, status, message, tell) and tell:
         say(f"mmoe: {name}{message}")
     return status
 
@@ -56,18 +56,18 @@ def _line(value: object) -> str:
     return shown if len(text) <= LONGEST else f"{shown}… ({len(text)} characters)"
 
 
-def _told_by_another_rank(rank: int, status: int, message: str) -> bool:
+def _told_by_another_rank(rank: int, status: int, message: str, tell: bool) -> bool:
     """Enter this rank's end in the launcher's list; True where it would tell nothing new.
 
     That is the same message from another rank, or a defect after another rank's failure: when a rank ends, its peers
     lose their connections to it, and their tracebacks would bury its message.
     """
-    known = enter(rank, status, message)
+    known = enter(rank, status, message, tell=tell)
     failed = [entry for entry in known if entry["status"] in (DEFECT, USER_ERROR)]
     if status == DEFECT and failed:
         say(f"mmoe: rank {rank}: ended after rank {failed[0]['rank']}: {message.splitlines()[-1]}")
         return True
-    return any(entry["message"] == message for entry in known)
+    return any(entry["message"] == message and entry["tell"] for entry in known)
 
 
 class _Parser(argparse.ArgumentParser):

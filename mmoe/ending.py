@@ -10,8 +10,9 @@ DONE, DEFECT, USER_ERROR, LOST, INTERRUPTED, KEYBOARD = 0, 1, 2, 69, 75, 130
 """Done; a defect of ours; the user can mend it; another rank is gone; interrupted and saved; Ctrl-C."""
 
 
-def enter(rank: int, status: int, message: str) -> list[dict[str, Any]]:
-    """Enter this rank's end in the launcher's list, `MMOE_STATUS_FILE`; the entries before it, none without a list."""
+def enter(rank: int, status: int, message: str, *, tell: bool) -> list[dict[str, Any]]:
+    """Enter this rank's end in the launcher's list, `MMOE_STATUS_FILE`, and whether it says so itself; returns the
+    entries before it, none without a list."""
     path = os.environ.get("MMOE_STATUS_FILE")
     if not path:
         return []
@@ -19,7 +20,7 @@ def enter(rank: int, status: int, message: str) -> list[dict[str, Any]]:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         known = [json.loads(line) for line in file]
-        file.write(json.dumps({"rank": rank, "status": status, "message": message}) + "\n")
+        file.write(json.dumps({"rank": rank, "status": status, "message": message, "tell": tell}) + "\n")
     return known
 
 

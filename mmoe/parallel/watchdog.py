@@ -98,7 +98,7 @@ class Watchdog(threading.Thread):
         if end.tell:
             ending.say(f"mmoe: {end.text}")
         if not self.leaving.wait(GRACE_SECONDS):
-            ending.enter(self.rank, ending.LOST, end.text)
+            ending.enter(self.rank, ending.LOST, end.text, tell=end.tell)
             os._exit(ending.LOST)
 
     def end_after(self, error: BaseException) -> RankLost | None:
