@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # launch/torchrun.sh N ARGS…   runs `mmoe ARGS` on N ranks of this machine through torch.distributed.run.
 #
-# Exit status: that of the first rank that failed (1 a defect, 2 the user can mend it), 75 interrupted and saved.
+# On several hosts, run it on each of them:
+#   NNODES=2 MASTER_ADDR=host1 launch/torchrun.sh 8 train RECIPE --out RUN
+# NNODES=MIN:MAX goes on with MIN hosts or more when one is gone for good. What else the environment says, exit statuses
+# and restarts: launch/README.md.
 # SIGTERM goes to every rank, which then has TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (55) to save and end.
 # PYTHON_BIN names the interpreter (.venv/bin/python); OMP_NUM_THREADS defaults to cores / N.
 set -euo pipefail
@@ -10,13 +13,9 @@ if [[ ! ${1:-} =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: launch/torchrun.sh N ARGS…   (N ranks; ARGS as after \`mmoe\`, for example: 2 train quickstart)" >&2
     exit 2
 fi
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-python=${PYTHON_BIN:-$here/../.venv/bin/python}
-if ! command -v "$python" > /dev/null; then
-    echo "torchrun.sh: no Python at $python: run \`make build\`, or name one with PYTHON_BIN" >&2
-    exit 2
-fi
-threads=$(($(nproc) / $1))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+ranks=$1
+shift
+# shellcheck source-path=SCRIPTDIR source=environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" "$ranks"
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-55}
-exec "$python" "$here/elastic.py" "$@"
+exec "$python" "$here/attempts.py" "$python" "$here/elastic.py" "$ranks" -- "$@"

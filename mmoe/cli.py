@@ -11,6 +11,7 @@ from typing import NoReturn, TypeAlias
 
 from mmoe.ending import DEFECT, DONE, INTERRUPTED, KEYBOARD, LOST, USER_ERROR, enter, say
 from mmoe.errors import Interrupted, RankLost, UserError
+from mmoe.parallel import launch
 
 LONGEST = 2000
 """Characters of a message that are printed."""
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 done; 1 a defect of ours (traceback); 2 the user can mend it (one line); 69 another rank is gone; 75 interrupted
     and saved; 130 Ctrl-C.
     """
+    launch.adopt()
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     # Before torch is imported: a rank that loses its connections says so itself, in one line instead of C++ traces.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed import distributed_c10d
 
-from mmoe.errors import UserError
 from mmoe.parallel import calls, cpu_platform, watchdog
+from mmoe.parallel.launch import announced, device_index
 from mmoe.recipe.schema import Parallel
 
 cpu_platform.install()
@@ -89,20 +89,6 @@ class Ranks:
         return self.has_losses and self.context_rank == 0
 
 
-def announced() -> tuple[int, int]:
-    """(rank, world) as the launcher announced them in RANK and WORLD_SIZE; (0, 1) without a launcher.
-
-    Raises:
-        UserError: a launcher that sets other variables has started several processes; each would take itself for all.
-    """
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
-        if int(os.environ.get(name, "1")) > 1:
-            raise UserError("several processes without RANK and WORLD_SIZE", name, "start them by launch/torchrun.sh")
-    return 0, 1
-
-
 def join(
     parallel: Parallel, *, alone: bool = False, timeout_seconds: int = 600, stall_warning_seconds: float = 30.0
 ) -> None:
@@ -118,7 +104,7 @@ def join(
     if torch.cuda.is_available():
         # cuBLAS is deterministic only with a workspace of its own, chosen before the first handle is made.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device_index(torch.cuda.device_count()))
     store = None if world > 1 else HashStore()
     options: dict[str, Any] = {"store": store, "rank": rank, "world_size": world} if store else {}
     dist.init_process_group(cpu_platform.backend(), timeout=timedelta(seconds=timeout_seconds), **options)
