@@ -31,6 +31,8 @@ class Attempts:
         self.backoff = float(os.environ.get("MMOE_BACKOFF", "10"))
         self.grace = float(os.environ.get("MMOE_GRACE", "120"))
         self.number = int(os.environ.get("MMOE_ATTEMPT", "0"))
+        # Open MPI 5 ends with status 0 when it has lost a host.
+        self.needs_word = os.environ.get("MMOE_NEEDS_WORD") == "1"
         # Hosts that come and go with a run are started at different times, and any of them may get rank 0.
         self.elastic = ":" in os.environ.get("NNODES", "")
         # mpirun and srun hand this one on to the ranks; SIGTERM would have them killed.
@@ -80,9 +82,13 @@ class Attempts:
             self.process.send_signal(self.stop_signal)
         code = self.finish(self.process)
         self.process = None
-        ended = self.ended() if code else []  # ranks may have been interrupted for others to join them
-        failed = [status for status in ended if status != INTERRUPTED]
-        return (failed or ended or [128 - code if code < 0 else code])[0]
+        ended = self.ended()
+        if code == 0:
+            # Ranks may have been interrupted so that others could join them.
+            return DONE if DONE in ended or not self.needs_word else LOST
+        failed = [status for status in ended if status not in (DONE, INTERRUPTED)]
+        interrupted = [status for status in ended if status == INTERRUPTED]
+        return (failed or interrupted or [128 - code if code < 0 else code])[0]
 
     def finish(self, process: "subprocess.Popen[bytes]") -> int:
         """Waits for the attempt's end, and brings it about where a rank has failed and the others do not notice: not
@@ -90,7 +96,7 @@ class Attempts:
         failed_at = None
         while (code := process.poll()) is None:
             time.sleep(POLL_SECONDS)
-            if failed_at is None and any(status != INTERRUPTED for status in self.ended()):
+            if failed_at is None and set(self.ended()) - {DONE, INTERRUPTED}:
                 failed_at = time.monotonic()
             late = time.monotonic() - failed_at - self.grace if failed_at is not None else 0.0
             if late > KILL_SECONDS:

@@ -37,6 +37,12 @@ def answering(shell: str, hosts: list[str]) -> list[str]:
     return [host for host, there in zip(hosts, found, strict=True) if there]
 
 
+def default_mpirun() -> str:
+    """That of a wheel beside the interpreter, else of the system."""
+    places = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    return shutil.which("mpirun", path=places) or "mpirun"
+
+
 def command(mpirun: str, ranks: int, hosts: list[str]) -> list[str]:
     """mpirun with its placement: ranks one after the other on a host, then on the next one.
 
@@ -68,7 +74,7 @@ def prepare(shell: str) -> None:
 def main(ranks: int, arguments: list[str]) -> int:
     """Becomes mpirun; an exit status is for where it cannot."""
     hosts = os.environ.get("HOSTS", "").split()
-    shell, mpirun = os.environ.get("MMOE_RSH", "ssh"), os.environ.get("MPIRUN", "mpirun")
+    shell, mpirun = os.environ.get("MMOE_RSH", "ssh"), os.environ.get("MPIRUN") or default_mpirun()
     least = int(os.environ.get("NNODES", str(len(hosts))).split(":")[0])
     there = answering(shell, hosts)
     if len(there) < least:

@@ -17,5 +17,5 @@ ranks=$1
 shift
 # shellcheck source-path=SCRIPTDIR source=environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" "$ranks"
-export MMOE_STOP_SIGNAL=SIGUSR1
+export MMOE_STOP_SIGNAL=SIGUSR1 MMOE_NEEDS_WORD=1
 exec "$python" "$here/attempts.py" "$python" "$here/mpi.py" "$ranks" -- "$@"

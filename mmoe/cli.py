@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             options = _parser(arguments).parse_args(arguments)
             options.run(options)
+            enter(rank, DONE, "", tell=False)
             return DONE
         except UserError as error:
             status, message, tell = USER_ERROR, _line(error), error.tell

@@ -134,9 +134,9 @@ def _from_mpi() -> dict[str, str]:
     MPI.Init()
     world = MPI.COMM_WORLD
     expected = os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or world.size
-    if world.size != int(expected):
+    if (size := world.size) != int(expected):
         MPI.Finalize()
-        what = f"mpirun started {expected} ranks, and MPI sees {world.size}"
+        what = f"mpirun started {expected} ranks, and MPI sees {size}"
         raise UserError(what, "mpi4py has the library of another MPI", f"install that of this mpirun, {otherwise}")
     host = world.Split_type(MPI.COMM_TYPE_SHARED)
     found = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": host.rank, "LOCAL_WORLD_SIZE": host.size}
