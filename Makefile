@@ -26,7 +26,7 @@ endef
 export REQUIREMENTS
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-full test-latest test-cuda-build test-gpu checks bench format build system clean
+.PHONY: help quickstart test test-full test-latest test-cuda-build test-gpu checks bench format build system cluster clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -35,14 +35,14 @@ help: ## this list
 quickstart: build ## train a small vision-language MoE from scratch, evaluate, export and report (about 12 minutes)
 	launch/quickstart.sh
 
-test: build ## checks, the short quickstart and every test that this machine can run
+test: build cluster ## checks, the short quickstart and every test that this machine can run
 	@status=0; \
 	$(MAKE) --no-print-directory checks || status=1; \
 	launch/quickstart.sh --short || status=1; \
 	$(BIN)/python -m pytest || status=1; \
 	exit $$status
 
-test-full: build ## every test, the long matrices among them
+test-full: build cluster ## every test, the long matrices among them
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 # A run of its own: the other lane's would count as up to date.
@@ -83,6 +83,7 @@ checks: build ## lint, formats and types
 	$(BIN)/ruff format --check . || status=1; \
 	$(BIN)/pyright --pythonpath $(BIN)/python || status=1; \
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED) || status=1; \
+	$(BIN)/shellcheck --external-sources launch/*.sh launch/slurm/*.sbatch || status=1; \
 	exit $$status
 
 bench: build ## all benchmarks (two hours on two quiet cores; the ablations want the quickstart's data); rows also go to build/bench-*.json
@@ -106,11 +107,13 @@ $(BUILT): $(INSTALLED) setup.py pyproject.toml $(CSRC)
 	@$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 
+# MPICH lies in a folder of its own: its mpirun has the name of Open MPI's, which lies beside the interpreter.
 $(INSTALLED): pyproject.toml constraints.txt | system
 	@echo "installing the environment $(VENV)"
 	@test -x $(BIN)/python || $(INTERPRETER) -m venv $(VENV)
 	@$(BIN)/python -c "$$REQUIREMENTS" >$(VENV)/requirements.txt
 	@$(PIP_INSTALL) --requirement $(VENV)/requirements.txt
+	@$(PIP_INSTALL) --no-deps --prefix $(VENV)/mpich mpich
 	@touch $@
 
 # What pip cannot bring. Said in one line where it cannot be installed from here.
@@ -125,6 +128,17 @@ system:
 	if [ -n "$$need" ]; then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -qq -y $$need; \
 	  else echo "missing system packages: apt-get install$$need (as root), then run make again" >&2; exit 2; fi; \
+	fi
+
+# Slurm and network namespaces for the launchers' tests, which are skipped without them. RUNLEVEL=1: no service is started.
+cluster:
+	@need=""; \
+	PATH=$$PATH:/usr/sbin command -v slurmctld >/dev/null || need="$$need slurm-wlm munge"; \
+	PATH=$$PATH:/usr/sbin command -v ip >/dev/null || need="$$need iproute2"; \
+	if [ -n "$$need" ]; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && RUNLEVEL=1 apt-get install -qq -y --no-install-recommends $$need; \
+	  else echo "without apt-get install$$need (as root) some tests of the launchers are skipped"; fi; \
 	fi
 
 clean: ## remove the environments and what was built; runs and prepared data stay

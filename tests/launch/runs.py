@@ -16,6 +16,7 @@ ONE = ("--set", "train.micro_batch=1", f"train.steps={STEPS}", "checkpoint.every
 FOUR = (*ONE, "parallel.expert=2")
 # Sums of gradients in another order; Adam's epsilon in the recipe keeps them from growing.
 OTHER_ORDER = 2e-6
+MPI = ("openmpi", "mpich")
 MPI_EXTRA = "pip install 'mmoe[mpi]'"
 
 
