@@ -108,7 +108,9 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """Power off: slurmd, what watches its tasks, and the tasks, none of which gets to say anything."""
-        self.daemons.pop(node).kill()
+        slurmd = self.daemons.pop(node)
+        slurmd.kill()
+        slurmd.wait()
         self.kill_tasks(node)
 
     def kill_tasks(self, *nodes: str) -> None:
@@ -135,6 +137,7 @@ class Cluster:
                 daemon.wait(20)
             except subprocess.TimeoutExpired:
                 daemon.kill()
+                daemon.wait()
 
     def ask(self, *command: str) -> str:
         done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True)

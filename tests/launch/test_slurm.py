@@ -47,7 +47,7 @@ def test_the_time_limit_itself(two_nodes: Cluster, recipe: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_job_goes_on_without_a_lost_node(two_nodes: Cluster, recipe: Path, whole: Path, tmp_path: Path) -> None:
-    job = submit(two_nodes, recipe, tmp_path / "run", "--nodes=1-2", "--ntasks-per-node=2", MMOE_BACKOFF="5")
+    job = submit(two_nodes, recipe, tmp_path / "run", "--nodes=1-2", "--exclusive", MMOE_RANKS="2", MMOE_BACKOFF="5")
     runs.wait_for_checkpoint(tmp_path / "run")
     two_nodes.kill_node("n2")
     try:
