@@ -90,7 +90,8 @@ def write_recipe(root: Path, mixture: str) -> Path:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON_BIN": sys.executable, **extra}
+    ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON_BIN": sys.executable, "MMOE_RESTARTS": "0"}
+    variables = os.environ | ours | extra
     return {name: value for name, value in variables.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 
 

@@ -80,12 +80,12 @@ def device_index(devices: int) -> int:
 
 
 def _leave_status_file_of_another_host() -> None:
-    """Forgets MMOE_STATUS_FILE where this host does not have it, or cannot lock it: the launcher then goes by the exit
-    status alone."""
+    """Forgets MMOE_STATUS_FILE where this host does not have its folder, or cannot lock it: the launcher then goes by
+    the exit status alone."""
     path = os.environ.get("MMOE_STATUS_FILE")
     if path:
         try:
-            with open(path, "r+") as file:
+            with open(path, "a") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
             del os.environ["MMOE_STATUS_FILE"]

@@ -1,5 +1,6 @@
 """mmoe.parallel.launch: RANK and its peers from what each launcher gives."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -96,10 +97,7 @@ def test_ranks_of_another_mpi_are_refused(openmpi: dict[str, str]) -> None:
 
 
 def test_a_status_file_of_another_host_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "statuses"
-    path.touch()
-    for there in (True, False):
+    for path, there in ((tmp_path / "statuses", True), (tmp_path / "elsewhere" / "statuses", False)):
         monkeypatch.setenv("MMOE_STATUS_FILE", str(path))
         launch.adopt()
-        assert (launch.os.environ.get("MMOE_STATUS_FILE") == str(path)) is there
-        path.unlink(missing_ok=True)
+        assert ("MMOE_STATUS_FILE" in os.environ) is there
