@@ -110,7 +110,7 @@ class Attempts:
 
 
 def meaning(status: int) -> str:
-    if status > 128:
+    if status - 128 in signal.valid_signals():
         return f" ({signal.Signals(status - 128).name})"
     return f" ({MEANING[status]})" if status in MEANING else ""
 

@@ -59,11 +59,11 @@ def test_failures_are_followed_by_attempts_that_resume(tmp_path: Path) -> None:
 
 def test_restarts_are_bounded_and_wait_twice_as_long_each_time(tmp_path: Path) -> None:
     begin = time.monotonic()
-    process = start(tmp_path, "3", "train", MMOE_RESTARTS="2", MMOE_BACKOFF="0.3")
+    process = start(tmp_path, "255", "train", MMOE_RESTARTS="2", MMOE_BACKOFF="0.3")
     printed = process.communicate(timeout=60)[0].splitlines()
     assert time.monotonic() - begin > 0.3 + 0.6
-    assert (process.returncode, len(attempts(tmp_path))) == (3, 3)
-    assert printed[-1] == "mmoe: attempt 2 ended with status 3: MMOE_RESTARTS=2 restarts are used up"
+    assert (process.returncode, len(attempts(tmp_path))) == (255, 3)
+    assert printed[-1] == "mmoe: attempt 2 ended with status 255: MMOE_RESTARTS=2 restarts are used up"
 
 
 @pytest.mark.parametrize(
