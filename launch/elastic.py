@@ -62,8 +62,10 @@ def main(ranks: str, arguments: list[str]) -> int:
         silent, status = set(), LOST
         message = f"the hosts did not meet at {os.environ.get('MASTER_ADDR')} ({type(error).__name__})"
     ended = Path(os.environ["MMOE_STATUS_FILE"]).read_text(encoding="utf-8").splitlines()
-    told = {json.loads(line)["rank"] for line in ended}
-    if not told or silent - told:
+    entries = [json.loads(line) for line in ended]
+    told = {entry["rank"] for entry in entries}
+    named = any(entry["status"] == LOST and entry["tell"] for entry in entries)
+    if not told or (silent - told and not named):
         print(f"mmoe: {message}", file=sys.stderr)
     return status
 

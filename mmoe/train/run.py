@@ -152,10 +152,8 @@ def train(recipe: Recipe, out: Path, resume: bool = False) -> None:
     """
     stop = _StopRequest()
     try:
-        # A launcher that starts a run again says so.
-        again = int(os.environ.get("MMOE_ATTEMPT", "0")) > 0
         with watchdog.guard(), _disk_trouble_told(out):
-            _train(recipe, out, resume or again, stop)
+            _train(recipe, out, resume, stop)
     finally:
         # After a loss the launcher's SIGTERM comes next: it must not end this process before it has said why it ends.
         if not isinstance(sys.exception(), RankLost):
