@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 DONE, USER_ERROR, LOST, INTERRUPTED, KEYBOARD = 0, 2, 69, 75, 130
 MEANING = {1: "a defect", LOST: "another rank was lost"}
@@ -80,7 +81,10 @@ class Attempts:
         )
         if self.stopped:
             self.process.send_signal(self.stop_signal)
-        code = self.finish(self.process)
+        try:
+            code = self.finish(self.process)
+        finally:
+            self.process.kill()  # where it has not ended
         self.process = None
         ended = self.ended()
         if code == 0:
@@ -93,7 +97,7 @@ class Attempts:
     def finish(self, process: "subprocess.Popen[bytes]") -> int:
         """Waits for the attempt's end, and brings it about where a rank has failed and the others do not notice: not
         every mpirun ends its ranks when one of them has."""
-        failed_at = None
+        failed_at, asked = None, False
         while (code := process.poll()) is None:
             time.sleep(POLL_SECONDS)
             if failed_at is None and set(self.ended()) - {DONE, INTERRUPTED}:
@@ -101,12 +105,22 @@ class Attempts:
             late = time.monotonic() - failed_at - self.grace if failed_at is not None else 0.0
             if late > KILL_SECONDS:
                 process.kill()
-            elif late > 0:
+            elif late > 0 and not asked:
+                asked = True
                 process.terminate()
         return code
 
     def ended(self) -> list[int]:
-        return [json.loads(line)["status"] for line in self.statuses.read_text(encoding="utf-8").splitlines()]
+        return [entry["status"] for entry in entries(self.statuses)]
+
+
+def entries(statuses: Path) -> list[dict[str, Any]]:
+    """The ranks' ends; a line that is still being written is read the next time."""
+    try:
+        lines = statuses.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, ValueError):
+        return []
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
 def meaning(status: int) -> str:

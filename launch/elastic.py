@@ -6,13 +6,13 @@ The agent turns every failure into exit status 1 and, on a signal, loses the sta
 into the file that MMOE_STATUS_FILE names (`mmoe.cli`), which `attempts.py` reads.
 """
 
-import json
 import logging
 import os
 import signal
 import sys
 from pathlib import Path
 
+from attempts import entries
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -61,10 +61,9 @@ def main(ranks: str, arguments: list[str]) -> int:
     except RendezvousError as error:
         silent, status = set(), LOST
         message = f"the hosts did not meet at {os.environ.get('MASTER_ADDR')} ({type(error).__name__})"
-    ended = Path(os.environ["MMOE_STATUS_FILE"]).read_text(encoding="utf-8").splitlines()
-    entries = [json.loads(line) for line in ended]
-    told = {entry["rank"] for entry in entries}
-    named = any(entry["status"] == LOST and entry["tell"] for entry in entries)
+    ended = entries(Path(os.environ["MMOE_STATUS_FILE"]))
+    told = {entry["rank"] for entry in ended}
+    named = any(entry["status"] == LOST and entry["tell"] for entry in ended)
     if not told or (silent - told and not named):
         print(f"mmoe: {message}", file=sys.stderr)
     return status

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
-from mmoe.ending import DEFECT, DONE, INTERRUPTED, KEYBOARD, LOST, USER_ERROR, enter, say
+from mmoe.ending import DEFECT, DONE, INTERRUPTED, KEYBOARD, USER_ERROR, enter, say
 from mmoe.errors import Interrupted, RankLost, UserError
 from mmoe.parallel import launch
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before torch is imported: a rank that loses its connections says so itself, in one line instead of C++ traces.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = list(sys.argv[1:] if argv is None else argv)
-    name, tell = f"rank {rank}: " if ranks > 1 else "", True
+    name, tell, lost = f"rank {rank}: " if ranks > 1 else "", True, False
     with contextlib.ExitStack() as stack:
         if rank:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
@@ -42,13 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Interrupted as error:
             status, message, name, tell = INTERRUPTED, str(error), "", rank == 0
         except RankLost as error:
-            status, message, name, tell = LOST, _line(error), "", error.tell
+            status, message, name, tell, lost = error.status, _line(error), "", error.tell, True
         except KeyboardInterrupt:
             status, message, name = KEYBOARD, "stopped by the keyboard", ""
         except Exception as error:
             status, message = DEFECT, f"{type(error).__name__}\n{''.join(traceback.format_exception(error)).rstrip()}"
     if not _told_by_another_rank(rank, status, message, tell) and tell:
         say(f"mmoe: {name}{message}")
+    if lost and ranks > 1:
+        # An orderly exit would wait for collectives that will never end.
+        sys.stdout.flush()
+        os._exit(status)
     return status
 
 

@@ -16,8 +16,9 @@ class Interrupted(Exception):
 
 
 class RankLost(Exception):
-    """Another rank is gone; exit status 69, start again with --resume. ``tell``: this rank is the one to say so."""
+    """Another rank is gone, exit ``status`` 69: start again with --resume; or it has ended by an error of its own, of
+    which this is the status. ``tell``: this rank is the one to say so."""
 
-    def __init__(self, what: str, tell: bool) -> None:
-        self.tell = tell
+    def __init__(self, what: str, status: int, tell: bool) -> None:
+        self.status, self.tell = status, tell
         super().__init__(what)

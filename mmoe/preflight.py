@@ -2,9 +2,10 @@
 
 Facts are gathered on every rank (:class:`Facts`), then judged in one place (:func:`judge`, which is pure): versions,
 code and recipe by majority, clocks and bandwidths against the median. Another version, code or recipe is an error; the
-rest are warnings. Clocks are among those: nothing in mmoe compares the times of two ranks. The watchdog counts seconds
-since a rank's record changed by the reader's own monotonic clock, checkpoints are ordered by their step, and the wall
-clock is written to TensorBoard's files only. A clock that is off makes logs of several hosts hard to lay side by side.
+rest are warnings. Clocks are among those: nothing in training compares the times of two ranks. The watchdog counts
+seconds since a rank's record changed by the reader's own monotonic clock, checkpoints are ordered by their step, and
+the wall clock is written to TensorBoard's files and to events.jsonl only. A clock that is off makes logs of several
+hosts hard to lay side by side, and the goodput of a run wrong that goes on with another host as its first.
 """
 
 import hashlib

@@ -87,8 +87,8 @@ def ended_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
     [
         (UserError("no data", "there", "prepare it"), 2, "mmoe: no data (there): prepare it\n"),
         (Interrupted("saved at step 3"), 75, "mmoe: saved at step 3\n"),
-        (RankLost("rank 3 is lost", tell=True), 69, "mmoe: rank 3 is lost\n"),
-        (RankLost("rank 3 is lost", tell=False), 69, ""),
+        (RankLost("rank 3 is lost", 69, tell=True), 69, "mmoe: rank 3 is lost\n"),
+        (RankLost("ended after rank 3: no data", 2, tell=False), 2, ""),
         (KeyboardInterrupt(), 130, "mmoe: stopped by the keyboard\n"),
     ],
 )

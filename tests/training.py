@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -114,3 +115,12 @@ def curve(out: Path) -> list[dict]:
     """The run's metrics without the fields that hold wall time."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def save_state(folder: Path, stepper: Any) -> None:
+    """The state of a ``Stepper`` of all ranks, into the empty ``folder``."""
+    from mmoe.parallel import state
+
+    write = state.Write(folder, state.sharded(stepper.wrapped, stepper.optimizer))
+    write.run()
+    write.finish()

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,14 +48,14 @@ class _Pending:
         self.step, self.partial, self.write, self.size, self.begin = step, partial, write, size, begin
         self.stall = 0.0
         self.entries: dict[str, dict] = {}
-        self.problem: OSError | None = None
+        self.problem: Exception | None = None
         self.thread = threading.Thread(target=self._run, name=f"checkpoint {step}", daemon=True)
 
     def _run(self) -> None:
-        self.write.run()
         try:
+            self.write.run()
             self.entries = layout.entries(self.partial, (path for path in self.write.files if path.exists()))
-        except OSError as error:
+        except Exception as error:
             self.problem = error
 
 
@@ -64,8 +65,8 @@ class Saver:
     The training stands still while the state is copied (:meth:`start`) and while the files of all ranks, written by
     then, become a checkpoint (:meth:`finish`); with ``checkpoint.asynchronous = false`` until the whole is on disk.
 
-    Raises UserError on all ranks from every method where a checkpoint could not be written. What was there before is
-    untouched.
+    Raises UserError from every method where a checkpoint could not be written: on all ranks, or on the one that could
+    not, after which the others end. What was there before is untouched.
     """
 
     def __init__(self, run: Path, recipe: Recipe, tokenizer: Path) -> None:
@@ -81,12 +82,13 @@ class Saver:
         before = self.finish()
         begin = time.perf_counter()
         final = layout.folder(self.run, step)
-        partial = final.with_name(f".{final.name}.tmp")
+        # A name of this attempt's own: a rank that an attempt before left behind may still write.
+        partial = final.with_name(f".{final.name}.{engine.from_first(os.urandom(4).hex())}.tmp")
         first = engine.ranks().first
 
         def prepare() -> None:
             for leftover in final.parent.glob(".step_*.tmp"):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
             (partial / "state").mkdir(parents=True)
             free = shutil.disk_usage(partial).free
             if free < size:
@@ -102,6 +104,10 @@ class Saver:
             self.pending = _Pending(step, partial, state.Write(partial / "state", content), size, begin)
         except (_NotWrittenError, CheckpointException, OSError) as error:
             raise self._explain(error, final, partial) from None
+        except RuntimeError as error:
+            if "PytorchStreamWriter" not in str(error):
+                raise
+            raise self._explain(error, final, partial) from None  # common.pt on a disk that takes no more
         self.pending.thread.start()
         self.pending.stall = time.perf_counter() - begin
         return before if self.recipe.checkpoint.asynchronous else before + self.finish()
@@ -139,8 +145,8 @@ class Saver:
             layout.point_to(final)
 
         try:
-            pending.write.finish()
             parts = [part or {} for part in _everywhere(hashed)]
+            pending.write.finish()
             _everywhere(publish, here.first)
         except (_NotWrittenError, CheckpointException, OSError) as error:
             raise self._explain(error, final, pending.partial) from None
@@ -196,8 +202,10 @@ def _everywhere(action: Callable[[], Result], runs: bool = True) -> list[Result 
 
 
 def _delete(checkpoints: Sequence[Path]) -> None:
-    """Under another name first, so that one half deleted is never taken for a whole one."""
+    """Under another name first, so that one half deleted is never taken for a whole one. What cannot be deleted stays:
+    the checkpoint that made room for itself is whole."""
     for checkpoint in checkpoints:
         gone = checkpoint.with_name(f".{checkpoint.name}.tmp")
-        os.replace(checkpoint, gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        with suppress(OSError):
+            os.replace(checkpoint, gone)
+            shutil.rmtree(gone)

@@ -72,12 +72,20 @@ def read(run: Path) -> History:
     path = run / "skipped.jsonl"
     skipped = [f"step {line['step']}: {line['sample']}" for line in _lines(path)] if path.is_file() else []
     journal = run / "events.jsonl"
-    events = _lines(journal) if journal.is_file() else []
+    events = [event for event in map(_event, journal.read_text().splitlines()) if event] if journal.is_file() else []
     try:
         goodput = account(events, rows, (run / "metrics.jsonl").stat().st_mtime)
     except (KeyError, TypeError) as error:
         raise UserError(f"not what training writes: {error}", str(journal), "remove the line") from None
     return History(recipe=recipe, rows=rows, skipped=skipped, evaluations=evaluations, goodput=goodput)
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    """None for what a full disk or a lost host left of a line."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -108,7 +108,7 @@ def join(
     store = None if world > 1 else HashStore()
     options: dict[str, Any] = {"store": store, "rank": rank, "world_size": world} if store else {}
     dist.init_process_group(cpu_platform.backend(), timeout=timedelta(seconds=timeout_seconds), **options)
-    watchdog.start(stall_warning_seconds, blocking=cpu_platform.backend() == "gloo")
+    watchdog.start(stall_warning_seconds, cpu_platform.backend() == "gloo", timeout_seconds)
     atexit.register(stop)
 
 

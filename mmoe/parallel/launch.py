@@ -5,11 +5,13 @@ without MPI_Finalize would be an error of its own, and MPI's progress threads wo
 """
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import re
 import signal
 import socket
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +23,7 @@ _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
 # Below the ports that Linux gives to outgoing connections (32768 and above), which could be taken.
 _FIRST_PORT, _PORTS = 20000, 12000
 _ANSWER_SECONDS = 3.0
+_PR_SET_PDEATHSIG = 1
 
 _refusal: UserError | None = None
 
@@ -32,6 +35,7 @@ def adopt() -> None:
     What hinders it is for :func:`announced` to say, as commands that need no other rank run all the same.
     """
     global _refusal
+    _end_with_the_agent()
     _leave_status_file_of_another_host()
     if "WORLD_SIZE" in os.environ or _refusal:
         return
@@ -77,6 +81,13 @@ def device_index(devices: int) -> int:
         what = f"{os.environ.get('LOCAL_WORLD_SIZE', rank + 1)} ranks on a host with {devices} GPUs"
         raise UserError(what, socket.gethostname(), f"start {devices} ranks a host")
     return rank
+
+
+def _end_with_the_agent() -> None:
+    """Under torchrun: a rank whose agent is killed would go on without anybody who ends it, and keep the run's folder
+    from the next attempt."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _leave_status_file_of_another_host() -> None:

@@ -124,13 +124,6 @@ def _own(tensor: torch.Tensor, live: set[int]) -> torch.Tensor:
     return tensor.clone() if tensor.untyped_storage().data_ptr() in live else tensor
 
 
-def save(folder: Path, state: dict[str, Any]) -> None:
-    """Writes the :func:`sharded` state of all ranks into the empty ``folder``."""
-    write = Write(folder, state)
-    write.run()
-    write.finish()
-
-
 def load(folder: Path, models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None) -> None:
     """Fills the pipeline chunks ``models`` (and ``optimizer`` and random states, unless None) from ``folder``, saved at
     any layout. Nothing in its files is called.

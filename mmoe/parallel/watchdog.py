@@ -49,16 +49,16 @@ SILENT_INTERVALS = 3
 """A rank that has not published for so many intervals is silent."""
 GRACE_SECONDS = 20.0
 """From the news that a rank is gone until a process ends whose main thread has not noticed."""
-OTHERS_SECONDS = 5.0
-"""For how long the rank that keeps the store waits for those that look for the reason in it."""
+OTHERS_SECONDS = 10.0
+"""For how long the rank that keeps the store waits, when it ends, for those that look for the reason in it."""
 
 
 class Watchdog(threading.Thread):
     """One rank's part; ``blocking`` says that a call does not return before its collective is done (not so on CUDA)."""
 
-    def __init__(self, store: Any, rank: int, world: int, limit: float, blocking: bool) -> None:
+    def __init__(self, peers: Peers, store: Any, limit: float, blocking: bool) -> None:
         super().__init__(name="watchdog", daemon=True)
-        self.peers = Peers(store, rank, world)
+        self.peers, rank, world = peers, peers.rank, peers.world
         self.store = PrefixStore("watchdog", store.clone())
         self.rank, self.world, self.limit, self.blocking = rank, world, limit, blocking
         self.interval = min(5.0, limit / 4)
@@ -77,7 +77,6 @@ class Watchdog(threading.Thread):
         try:
             self._publish(Record(at="the start"))
             while not self.leaving.wait(self.interval):
-                self.peers.drain()
                 self._publish(self._record())
                 self._look()
                 self.answered = time.monotonic()
@@ -86,7 +85,7 @@ class Watchdog(threading.Thread):
             self._publish(Record(at="the end of its run"))
             self.peers.leave_word("")
         except RuntimeError:
-            # The store's host has ended: a launcher, which the ranks outlive, or rank 0.
+            # The store's host has ended: rank 0's, or an agent's.
             if not self.leaving.is_set() and (end := self.peers.without_store(self._seen_by(THREAD))):
                 self._end(end)
 
@@ -98,25 +97,30 @@ class Watchdog(threading.Thread):
         if end.tell:
             ending.say(f"mmoe: {end.text}")
         if not self.leaving.wait(GRACE_SECONDS):
-            ending.enter(self.rank, ending.LOST, end.text, tell=end.tell)
-            os._exit(ending.LOST)
+            # The list may lie where the lost host was, too.
+            threading.Thread(
+                target=ending.enter, args=(self.rank, end.status, end.text), kwargs={"tell": end.tell}, daemon=True
+            ).start()
+            time.sleep(1)
+            os._exit(end.status)
 
     def end_after(self, error: BaseException) -> RankLost | None:
         """What to raise in the place of ``error``; None where it is this rank's own, which the others get to know."""
-        if not calls.broken and not _of_a_connection(error):
-            first = str(error).partition("\n")[0]
-            with suppress(RuntimeError):
-                if isinstance(error, UserError):
-                    error.tell = self.peers.first_to_say(str(error))
-                self.peers.leave_word(f"{type(error).__name__}: {first}")
-            return None
-        end = self.peers.search(self._seen_by(calls.show(calls.raised_in(error))))
-        if end is None:
-            return None
+        if calls.broken or _of_a_connection(error):
+            end = self.peers.search(self._seen_by(calls.show(calls.raised_in(error))))
+            if end is not None:
+                with suppress(RuntimeError):
+                    self.peers.leave_word("")
+                    self.peers.wait_for_the_others(OTHERS_SECONDS)
+                return end.error()
+        first = str(error).partition("\n")[0]
         with suppress(RuntimeError):
-            self.peers.leave_word("")
-        self.peers.wait_for_the_others(OTHERS_SECONDS)
-        return RankLost(end.text, end.tell)
+            if isinstance(error, UserError):
+                error.tell = self.peers.first_to_say(str(error))
+            status = ending.USER_ERROR if isinstance(error, UserError) else ending.DEFECT
+            self.peers.leave_word(f"{type(error).__name__}: {first}", status)
+            self.peers.wait_for_the_others(OTHERS_SECONDS)
+        return None
 
     def stop(self) -> None:
         self.leaving.set()
@@ -125,10 +129,13 @@ class Watchdog(threading.Thread):
 
     def _alone(self) -> None:
         """What can be said, and done, while the other thread is held up by the store."""
+        look_after = SILENT_INTERVALS
         while self.is_alive() and not self.leaving.wait(self.interval):
             quiet = time.monotonic() - self.answered
-            if quiet > SILENT_INTERVALS * self.interval and (end := self.peers.without_store(self._seen_by(THREAD))):
-                self._end(end)
+            if quiet > look_after * self.interval:
+                if end := self.peers.without_store(self._seen_by(THREAD)):
+                    self._end(end)
+                look_after *= 2  # who is only stopped must not drown in questions
             waits = self._record().waits
             if quiet > self.limit and waits and waits[0][1] > 1.5 * self.limit and not self.said:
                 entry, seconds = waits[0]
@@ -181,8 +188,8 @@ class Watchdog(threading.Thread):
         if not self.store.check(keys):
             return
         silent = self._silent(list(range(self.world)), keys)
-        if lost := self.peers.silent_ends(silent):
-            self._end(self.peers.tell(self.peers.describe(lost, self._seen_by(THREAD))))
+        if silent and (end := self.peers.lost(silent, self._seen_by(THREAD))):
+            self._end(end)
         ranks = [rank for rank, (beat, _) in self.heard.items() if _longest(beat) >= self.limit]
         if not ranks:
             self.told.clear()
@@ -224,13 +231,18 @@ def _of_a_connection(error: BaseException) -> bool:
 _watchdog: Watchdog | None = None
 
 
-def start(limit: float, blocking: bool) -> None:
-    """Watches this process's ranks from now on; does nothing where there is one rank alone."""
+def start(limit: float, blocking: bool, seconds: float = 600.0) -> None:
+    """Watches this process's ranks from now on; does nothing where there is one rank alone.
+
+    Raises:
+        RankLost: ranks have not come within ``seconds``.
+    """
     global _watchdog
     calls.reset()
     rank, world = dist.get_rank(), dist.get_world_size()
     if world > 1 and _watchdog is None:
-        _watchdog = Watchdog(distributed_c10d._get_default_store(), rank, world, limit, blocking)
+        store: Any = distributed_c10d._get_default_store()
+        _watchdog = Watchdog(Peers(store, rank, world, seconds), store, limit, blocking)
         _watchdog.start()
 
 

@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +150,10 @@ def train(recipe: Recipe, out: Path, resume: bool = False) -> None:
         Interrupted: SIGTERM or SIGINT came; a checkpoint was saved.
         RankLost: another rank is gone, or ended by an error.
     """
-    stop = _StopRequest()
+    stop, journal = _StopRequest(), Journal(out, engine.announced()[0] == 0)
     try:
-        with watchdog.guard(), _disk_trouble_told(out):
-            _train(recipe, out, resume, stop)
+        with journal.until_the_end(), watchdog.guard(), _disk_trouble_told(out):
+            _train(recipe, out, resume, stop, journal)
     finally:
         # After a loss the launcher's SIGTERM comes next: it must not end this process before it has said why it ends.
         if not isinstance(sys.exception(), RankLost):
@@ -171,7 +171,7 @@ def _disk_trouble_told(out: Path) -> Iterator[None]:
         raise UserError(what, str(error.filename or out), "make room or mend the disk, then --resume") from None
 
 
-def _train(recipe: Recipe, out: Path, resume: bool, stop: "_StopRequest") -> None:
+def _train(recipe: Recipe, out: Path, resume: bool, stop: _StopRequest, journal: Journal) -> None:
     rank, world = engine.announced()
     layout.check(recipe, world)
     lock = _claim(out) if rank == 0 else None
@@ -214,23 +214,16 @@ def _train(recipe: Recipe, out: Path, resume: bool, stop: "_StopRequest") -> Non
     recorder = Recorder(recipe, out, here.first, progress["step"])
     if resume and start is None:
         recorder.say(f"{out} holds no checkpoint: starting from the first step")
-    journal = Journal(out, here.first)
     hosts = list(dict.fromkeys(engine.gather(socket.gethostname())))
-    attempt = int(os.environ.get("MMOE_ATTEMPT", "0"))
-    journal.add("start", step=progress["step"], ranks=world, hosts=hosts, attempt=attempt, **recorder.lost)
-    # The gathering above has come after the first rank trimmed the run's files: any rank may add to them now.
-    how, why = "done", ""
-    try:
-        _loop(recipe, out, stepper, loader, recorder, journal, stop, progress)
-    except BaseException as error:
-        how, why = type(error).__name__.lower(), str(error).partition("\n")[0]
-        raise
-    finally:
-        journal.add("end", step=progress["step"], how=how, why=why)
-        recorder.close()
-        loader.close()
+    # The gathering has come after the first rank trimmed the run's files: any rank may add to them now.
+    with ExitStack() as closing:
         if lock:
-            lock.close()
+            closing.callback(lock.close)
+        closing.callback(loader.close)
+        closing.callback(recorder.close)
+        attempt = int(os.environ.get("MMOE_ATTEMPT", "0"))
+        journal.start(step=progress["step"], ranks=world, hosts=hosts, attempt=attempt, **recorder.lost)
+        _loop(recipe, out, stepper, loader, recorder, journal, stop, progress)
 
 
 def _loop(
@@ -270,7 +263,7 @@ def _loop(
         bias = bias_rate(recipe.model.moe, step, steps)
         measure = is_logged(recipe.train, step + 1)
         outcome: Outcome = stepper.step(watch, rate, lambda: stop.asked, bias, measure)
-        progress["step"] = step + 1
+        progress["step"] = journal.step = step + 1
         progress["skipped_samples"] += outcome.skipped_samples
         progress["taken"] += outcome.taken
         skipped_in_a_row = 0 if outcome.taken else skipped_in_a_row + 1

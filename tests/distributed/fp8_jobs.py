@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import training
 from torch import Tensor
 
 from mmoe.layers import fp8, providers
@@ -85,7 +86,7 @@ def train(saved: str = "", resumed: str = "", **parallel: Any) -> tuple[list[flo
         state.load(Path(resumed), stepper.wrapped, stepper.optimizer)
     losses = [stepper.step(iter(jobs.batches(int(bool(resumed)))), 1e-3).loss]
     if saved:
-        state.save(Path(saved), state.sharded(stepper.wrapped, stepper.optimizer))
+        training.save_state(Path(saved), stepper)
     scales = {}
     for name, tensor in stepper.models[0].state_dict().items():
         if name.endswith("fp8.scale"):

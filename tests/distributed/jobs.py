@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import training
 
 from mmoe.layers import mla
 from mmoe.models.multimodal import MultimodalModel, build_stages
@@ -130,7 +131,7 @@ def train(
                 if here.first:
                     Path(save[1]).mkdir()
                 engine.barrier()
-                state.save(Path(save[1]), state.sharded(stepper.wrapped, stepper.optimizer))
+                training.save_state(Path(save[1]), stepper)
     finally:
         adam.update = update
     assert all(outcome.taken for outcome in outcomes)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import small
 import torch
+import training
 from torch.distributed.checkpoint import filesystem
 
 from mmoe.errors import UserError
@@ -44,7 +45,7 @@ def run() -> Stepper:
 def folder(run: Stepper, tmp_path: Path) -> Path:
     path = tmp_path / "state"
     path.mkdir()
-    state.save(path, state.sharded(run.wrapped, run.optimizer))
+    training.save_state(path, run)
     return path
 
 

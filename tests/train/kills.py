@@ -107,8 +107,8 @@ class Campaign:
                 metrics = out / "metrics.jsonl"
                 self._wait(lambda: metrics.exists() and metrics.read_text().count("\n") >= case.step, process)
             elif case.kind == "save":
-                partial = out / "checkpoints" / f".step_{case.step:08d}.tmp"
-                self._wait(lambda: partial.exists() or (out / "checkpoints" / partial.name[1:-4]).exists(), process)
+                folder, name = out / "checkpoints", f"step_{case.step:08d}"
+                self._wait(lambda: any(folder.glob(f".{name}.*")) or (folder / name).exists(), process)
             time.sleep(case.delay)
             begin = time.monotonic()
             for pid in _ranks(out, case.victim):
@@ -116,7 +116,8 @@ class Campaign:
             stderr = process.communicate(timeout=120)[1]
             seconds = time.monotonic() - begin
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
+            for pid in (process.pid, *_ranks(out)):
+                os.kill(pid, signal.SIGKILL)
             raise
         latest = out / "checkpoints" / "latest"
         saved = int(latest.read_text().strip().removeprefix("step_")) if latest.exists() else 0

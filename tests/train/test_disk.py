@@ -54,7 +54,7 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
     monkeypatch.setattr(save.shutil, "disk_usage", lambda _: usage._replace(free=10**5))
     monkeypatch.setattr(save.state, "sharded", lambda *_: {})
     monkeypatch.setattr(save.state, "size", lambda _: 2 * 10**9)
-    monkeypatch.setattr(save.state, "save", lambda *_: pytest.fail("it was written"))
+    monkeypatch.setattr(save.state, "Write", lambda *_: pytest.fail("it was written"))
     recipe: Any = None
     with pytest.raises(UserError, match=r"step 7 was not written: rank 0: it takes 2\.000 GB, the disk has 0\.000 GB"):
         save.save(tmp_path, 7, [], None, {}, recipe, Path("tokenizer.json"))

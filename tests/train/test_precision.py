@@ -8,6 +8,7 @@ from typing import Literal
 import pytest
 import small
 import torch
+import training
 from torch import Tensor
 
 from mmoe.models.multimodal import build
@@ -67,7 +68,7 @@ def test_delayed_scales_go_on_bitwise(tmp_path: Path) -> None:
     expected = losses(whole, 6)
     first = stepper("delayed")
     begun = losses(first, 3)
-    state.save(tmp_path, state.sharded(first.wrapped, first.optimizer))
+    training.save_state(tmp_path, first)
     second = stepper("delayed")
     state.load(tmp_path, second.wrapped, second.optimizer)
     assert begun + losses(second, 3) == expected
@@ -90,7 +91,7 @@ def test_a_delayed_checkpoint_loads_without_its_scales(tmp_path: Path) -> None:
     """Evaluation, export and conversion build the model without FP8 (mmoe.checkpoint.load)."""
     run = stepper("delayed")
     losses(run, 1)
-    state.save(tmp_path, state.sharded(run.wrapped, run.optimizer))
+    training.save_state(tmp_path, run)
     network = build(small.RECIPE)
     state.load(tmp_path, [network], None)
     weights = tensors(run)
