@@ -125,7 +125,9 @@ def _odd(everyone: Sequence[Facts], name: str, value: Callable[[Facts], str]) ->
     """A line for each value that is not the majority's; of equally many, the first rank's counts."""
     counts = Counter(value(facts) for facts in everyone)
     usual, ranks = counts.most_common(1)[0]
-    for other in counts.keys() - {usual}:
+    for other in counts:  # in the order of the ranks, so that every rank finds the same first line
+        if other == usual:
+            continue
         odd = [facts for facts in everyone if value(facts) == other]
         yield f"{name} is {other} on {_named(odd)}, {usual} on {ranks} of {len(everyone)} ranks"
 

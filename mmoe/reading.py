@@ -15,6 +15,10 @@ _PART = r"(?:[A-Za-z0-9_-]++|\"[^\"\n]*+\"|'[^'\n]*+')[ \t]*+"
 _DEEP = re.compile(rf"(?<![A-Za-z0-9_-]){_PART}(?:\.[ \t]*+{_PART}){{{DEEPEST_KEY}}}")
 
 
+class LargeNumber(ValueError):
+    """A whole number beyond 64 bits: nothing of ours holds one, and Python refuses to print the longest."""
+
+
 def open_regular(path: Path, *, follow: bool = True) -> int:
     """A descriptor to read ``path`` by; a FIFO or a device is never waited for.
 
@@ -62,14 +66,24 @@ def toml(source: str) -> dict[str, Any]:
     """The tables of a TOML text.
 
     Raises:
-        ValueError: it is no TOML, or nested too deeply.
+        ValueError: it is no TOML, nested too deeply, or has a whole number beyond 64 bits (:class:`LargeNumber`).
     """
     if _DEEP.search(source):
         raise ValueError(f"a key of more than {DEEPEST_KEY} parts")
     try:
-        return tomllib.loads(source)
+        table = tomllib.loads(source)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    left: list[Any] = [table]
+    while left:
+        match left.pop():
+            case dict() as inner:
+                left += inner.values()
+            case list() as inner:
+                left += inner
+            case int() as number if not -(2**63) <= number < 2**63:
+                raise LargeNumber("a whole number that does not fit in 64 bits")
+    return table
 
 
 def json_object(source: str | bytes) -> dict[str, Any]:

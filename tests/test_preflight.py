@@ -78,6 +78,13 @@ def test_many_odd_ranks_are_one_line() -> None:
     )
 
 
+def test_many_values_are_told_in_the_order_of_the_ranks() -> None:
+    """Each rank judges for itself, and their hash seeds differ."""
+    odd: dict[str, Any] = {f"r{rank}": {"code": f"{9 - rank}" * 64} for rank in range(1, 7)}
+    found = [finding.what for finding in judge(ranks(16, **odd))]
+    assert [line.split(" is ")[1][:2] for line in found] == ["88", "77", "66", "55", "44", "33"]
+
+
 def test_errors_come_first_and_are_counted() -> None:
     found = judge(ranks(4, r1={"code": "0" * 64, "recipe": "0" * 64}, r2={"clock": 9.0}))
     assert [finding.fatal for finding in found] == [True, True, False]

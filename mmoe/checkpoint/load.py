@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,18 @@ class Loaded:
         self.recipe = recipe
         self.network = network.eval()
         self.tokenizer_path = tokenizer
-        self.tokenizer: Tokenizer = load_tokenizer(tokenizer)
         connector, encoders = recipe.model.connector, recipe.model.encoders
         self.image_tokens = connector.grid**2 if connector else 0
         self.image_size = encoders[0].image_size if encoders else 0
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Read only where texts are: an imported model may bring one that is not ours, and converts all the same.
+
+        Raises:
+            UserError: it is not of our kind.
+        """
+        return load_tokenizer(self.tokenizer_path)
 
     @torch.no_grad()
     def forward_batch(self, batch: dict[str, Any]) -> Tensor:

@@ -62,7 +62,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         UserError: the file is unreadable.
     """
     try:
-        with open(reading.open_regular(path / INDEX, follow=False), "rb") as file, zipfile.ZipFile(file) as parts:
+        with open(reading.open_regular(path / INDEX), "rb") as file, zipfile.ZipFile(file) as parts:
             members = [part for part in parts.infolist() if part.filename.removesuffix(".npy") in _NAMES]
             if len(members) > len(_NAMES):
                 raise ValueError("an array is there twice")
@@ -167,7 +167,7 @@ def _name(key: np.ndarray, where: np.ndarray) -> str:
 
 
 class Shards:
-    """The tars of a data set, opened when they are first read; nothing but a regular file in its folder is."""
+    """The tars of a data set, opened when first read: regular files, or links to some, as on clusters."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -178,27 +178,33 @@ class Shards:
 
         Raises:
             BadSample: they are not there, or more than ``largest``.
-            UserError: the whole tar is gone: what it held is too much to be passed over sample by sample.
+            UserError: the tar cannot be opened, whatever the reason: what it holds is too much to be passed over sample
+                by sample.
         """
         name = shard_name(shard)
         if length > largest:
             raise BadSample(f"{length} bytes at {offset} of {name} are more than {largest}")
+        if shard not in self._files:
+            self._files[shard] = self._open(self.path / name)
+        handle = self._files[shard]
         try:
-            if shard not in self._files:
-                self._files[shard] = reading.open_regular(self.path / name, follow=False)
-            handle = self._files[shard]
             there = max(0, os.fstat(handle).st_size - offset)
             data = os.pread(handle, min(length, there), offset)
-        except FileNotFoundError:
-            fix = "bring it back, or prepare the data set again, and go on with --resume"
-            raise UserError("a shard of the data set is gone", str(self.path / name), fix) from None
         except OSError as error:
             raise BadSample(f"cannot read {name}: {error.strerror}") from None
-        except ValueError as error:
-            raise BadSample(f"cannot read {name}: {error}") from None
         if len(data) < length:
             raise BadSample(f"{name} is truncated: {length} bytes wanted at {offset}, {len(data)} there")
         return data
+
+    def _open(self, file: Path) -> int:
+        try:
+            return reading.open_regular(file)
+        except FileNotFoundError:
+            what, fix = "is gone", "bring it back, or prepare the data set again, and go on with --resume"
+        except (OSError, ValueError) as error:
+            what = f"cannot be opened: {error.strerror if isinstance(error, OSError) else error}"
+            fix = "make it a readable file, or a link to one, and go on with --resume"
+        raise UserError(f"a shard of the data set {what}", str(file), fix)
 
     def sample(self, index: dict[str, np.ndarray], number: int) -> tuple[dict[str, Any], list[bytes]]:
         """The record and the encoded images of a sample.

@@ -115,7 +115,7 @@ def _walk(path: Path) -> list[tuple[str, int, int]]:
         OSError, ValueError, tarfile.TarError: it is no plain tar of regular files.
     """
     found = []
-    with open(reading.open_regular(path, follow=False), "rb") as file:
+    with open(reading.open_regular(path), "rb") as file:
         end = os.fstat(file.fileno()).st_size
         while (block := file.read(tarfile.BLOCKSIZE)).strip(b"\0"):
             member = tarfile.TarInfo.frombuf(block, "utf-8", "strict")

@@ -6,6 +6,7 @@ everywhere. An exported model ships this file as it is.
 """
 
 import io
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -19,6 +20,8 @@ MEAN, SCALE = 127.5, 63.75
 MAX_PIXELS = 64_000_000
 MAX_SCANS = 32
 """Of a progressive JPEG, which encoders give ten or so. Each is a pass over all pixels for as little as 30 bytes."""
+MAX_SEGMENTS = 1 << 16
+"""Of a JPEG, up to its end: each of them costs a step here. An ICC profile or a long EXIF has some hundred."""
 
 _MAGIC: dict[str, Callable[[bytes], bool]] = {
     "GIF": lambda d: d[:4] == b"GIF8",
@@ -28,6 +31,9 @@ _MAGIC: dict[str, Callable[[bytes], bool]] = {
     "JPEG XL": lambda d: d[:2] == b"\xff\x0a" or d[4:8] == b"JXL ",
 }
 _ORIENTATION = 0x0112
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+"""Of a JPEG's segment or of its end; stuffed bytes, restarts and filling are none."""
+_SCAN, _END = 0xDA, 0xD9
 
 
 class BadImage(ValueError):
@@ -55,10 +61,23 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise BadImage(f"{width}x{height} is more than {max_pixels} pixels")
-    scans = data.count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 0
+    scans = _scans(data) if image.format in ("JPEG", "MPO") else 0
     if scans > MAX_SCANS:
         raise BadImage(f"a JPEG of {scans} scans is more than {MAX_SCANS}")
     return image
+
+
+def _scans(data: bytes) -> int:
+    """Scans of a JPEG, as a decoder meets them: segments are passed over by their length, and what follows the end (a
+    phone's film, further pictures) is not looked at."""
+    found = at = 0
+    for _ in range(MAX_SEGMENTS):
+        marker = _MARKER.search(data, at)
+        if marker is None or data[marker.start() + 1] == _END:
+            return found
+        found += data[marker.start() + 1] == _SCAN
+        at = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2]))
+    raise BadImage(f"a JPEG of more than {MAX_SEGMENTS} segments")
 
 
 def _orientation(image: Image.Image) -> int:

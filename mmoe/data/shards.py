@@ -249,17 +249,18 @@ def read_card(path: Path) -> dict[str, Any]:
     if not is_dataset(path):
         raise UserError("no data set here", str(path), "make it with `mmoe data prepare`")
     try:
-        card = reading.toml(reading.text(path / CARD, LARGEST_CARD, follow=False))
+        card = reading.toml(reading.text(path / CARD, LARGEST_CARD))
     except (OSError, ValueError) as error:
         raise UserError(f"unreadable card: {error}", str(path / CARD), "prepare the data set again") from error
     if card.get("format") != FORMAT:
         raise UserError(f"data set format {card.get('format')!r}, expected {FORMAT}", str(path), "prepare it again")
     card.setdefault("shard", [])
-    tables = [(card, _CARD), *((shard, _SHARD) for shard in card["shard"] if isinstance(card["shard"], list))]
+    entries = card["shard"] if isinstance(card["shard"], list) else []  # else the first of the tables says so
+    tables = [(card, _CARD), *((entry, _SHARD) for entry in entries)]
     for table, fields in tables:
         for name, kind in fields.items():
             value: Any = table.get(name) if isinstance(table, dict) else None
-            if type(value) is not kind or (kind is int and not 0 <= value < 2**63):
+            if type(value) is not kind or (kind is int and value < 0):
                 what = f"unreadable card: {name} is {value!r}, not a {'number' if kind is int else kind.__name__}"
                 raise UserError(what, str(path / CARD), "prepare the data set again")
     return card

@@ -128,9 +128,18 @@ class _Reader:
                     "`mmoe recipes NAME` shows the keys",
                 )
         if isinstance(place, list):
-            place[self._index(place, last, path)] = _value(text)
+            place[self._index(place, last, path)] = self._value(path, text)
         else:
-            place[last] = _value(text)
+            place[last] = self._value(path, text)
+
+    def _value(self, path: str, text: str) -> Any:
+        try:
+            parsed = reading.toml(f"value = {text}")
+        except reading.LargeNumber:
+            self.fail(path, f"{path} does not fit in 64 bits", "correct the value")
+        except ValueError:
+            return text
+        return parsed["value"] if len(parsed) == 1 else text
 
     def _index(self, items: list[Any], key: str, path: str) -> int:
         if key.isdecimal() and len(key) < 10 and int(key) < len(items):
@@ -173,14 +182,6 @@ class _Reader:
             if required and name not in table:
                 self.fail(path, f"missing key {prefix + name!r}", f"it must be {_expected(hints[name])}")
         return cls(**{key: self.build(hints[key], value, prefix + key) for key, value in table.items()})
-
-
-def _value(text: str) -> Any:
-    try:
-        parsed = reading.toml(f"value = {text}")
-    except ValueError:
-        return text
-    return parsed["value"] if len(parsed) == 1 else text
 
 
 def _nearest(key: str, prefix: str, names: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from sets import tokenizer
 
 from mmoe.data.image import Decoder
 from mmoe.data.mixture import load_mixture
-from mmoe.data.pixels import MAX_SCANS
+from mmoe.data.pixels import MAX_SCANS, MAX_SEGMENTS, BadImage, open_image
 from mmoe.data.shipped import shipped
 from mmoe.data.tokenizer import load_tokenizer
 from mmoe.errors import UserError
@@ -29,7 +30,8 @@ pytestmark = pytest.mark.latest
         ('[[source]]\npath = "/etc"', "leads out of data.root"),
         ('[[source]]\npath = "a\\u001b[2J"', "leads out of data.root"),
         ('[[source]]\npath = "a"\nweight = 1e300', "at most 1e9"),
-        (f"[[source]]\npath = 'a'\nweight = {'9' * 400}", "at most 1e9"),
+        (f"[[source]]\npath = 'a'\nweight = {'9' * 400}", "does not fit in 64 bits"),
+        (f"[[source]]\npath = 'a'\nweight = 0x{'f' * 5000}", "does not fit in 64 bits"),
         ("source = [3]", "a source is 3"),
         ("x = " + "[" * 100_000, "nested too deeply"),
         ("#" * (1 << 18) + "\n", "more than 262144 bytes"),
@@ -155,3 +157,20 @@ def test_a_jpeg_of_endless_scans_is_bad(decoder: Decoder) -> None:
     _, bad = decoder([content, content[:-2] + scan * MAX_SCANS + content[-2:]])
     assert list(bad) == [1]
     assert "scans" in bad[1]
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_what_is_no_scan_of_a_jpeg_is_not_counted(progressive: bool) -> None:
+    """A motion photo's film, and an application's segment, hold any bytes."""
+    content = encode(smooth(1, 64, 64), "JPEG", progressive=progressive)
+    film = random.Random(0).randbytes(1 << 22)
+    assert film.count(b"\xff\xda") > MAX_SCANS
+    inside = b"\xff\xda" * 1000
+    held = content[:2] + b"\xff\xef" + (len(inside) + 2).to_bytes(2) + inside + content[2:]
+    assert open_image(content + film).size == open_image(held).size == (64, 64)
+
+
+def test_a_jpeg_of_endless_segments_is_bad() -> None:
+    content = encode(smooth(1, 64, 64), "JPEG")
+    with pytest.raises(BadImage, match="segments"):
+        open_image(content[:-2] + b"\xff\xfe\0\2" * MAX_SEGMENTS + content[-2:])

@@ -21,6 +21,7 @@ TEXTS = {
     "a deep header": ("[" + "a." * 50_000 + "b]", "a key of more than 16 parts"),
     "a deep quoted key": ("'a' .\t" * 20_000 + "b = 1", "a key of more than 16 parts"),
     "a long number": ("x = " + "9" * 5000, "not valid TOML"),
+    "a long hexadecimal number": ("x = [{y = 0x" + "f" * 5000 + "}]", "does not fit in 64 bits"),
     "a long file": ("#" * (1 << 18), "more than 262144 bytes"),
     "zeros": ("\0" * 10, "not valid TOML"),
 }
@@ -39,7 +40,8 @@ def test_a_file_that_no_parser_survives(tiny: Path, case: str) -> None:
     [
         (f"train.steps={2**63}", "train.steps does not fit in 64 bits"),
         (f"train.seed={'9' * 30}", "train.seed does not fit in 64 bits"),
-        (f"optimizer.lr={'9' * 400}", "optimizer.lr is larger than any number"),
+        (f"optimizer.lr={'9' * 400}", "optimizer.lr does not fit in 64 bits"),
+        (f"train.steps=0x{'f' * 5000}", "train.steps does not fit in 64 bits"),
         ("optimizer.lr=1e999", "inf is not a finite number"),
         ("optimizer.min_lr=-inf", "-inf is not a finite number"),
         ("optimizer.betas=[nan, 0.9]", "nan is not a finite number"),
