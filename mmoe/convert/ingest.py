@@ -13,7 +13,7 @@ from mmoe import reading
 from mmoe.convert.export import RECIPE
 from mmoe.convert.families import longcat, multimodal
 from mmoe.errors import UserError
-from mmoe.recipe.checks import model_problems
+from mmoe.recipe.checks import encoder_grid, model_problems
 from mmoe.recipe.load import load_recipe
 from mmoe.recipe.schema import MTP, Data, Model, Optimizer, Parallel, Recipe, Train
 
@@ -57,7 +57,11 @@ def read_hf(directory: Path) -> Imported:
         table = multimodal.table(model, fused=fused)
     else:
         table = longcat.table(model.backbone, model.moe, fused=fused, mtp=mtp is not None)
-    recipe = load_recipe(directory / RECIPE) if (directory / RECIPE).is_file() else _recipe(directory, model)
+    if (directory / RECIPE).exists():
+        recipe = load_recipe(directory / RECIPE)
+        _plausible(recipe.model, tensors, str(directory / RECIPE))  # its model is the one that is built
+    else:
+        recipe = _recipe(directory, model)
     unread = "gate and up projections of zero experts are not read: no computation uses them"
     notes = [unread] if model.moe.zero_experts else []
     return Imported(recipe, table.read(tensors, str(directory)), directory / "tokenizer.json", notes)
@@ -86,8 +90,10 @@ def _save(imported: Imported, out: Path) -> None:
     from mmoe.parallel import engine
 
     engine.start(Parallel(), imported.recipe.train.seed)
+    with torch.device("meta"):  # what its sizes make together is known before any of it takes memory
+        wanted = {name: tensor.shape for name, tensor in weights(build(imported.recipe)).items()}
+    _fits(wanted, imported)
     network = build(imported.recipe)
-    _fits({name: tensor.shape for name, tensor in weights(network).items()}, imported)
     fill(network, imported.state)
     save(out, 0, [network], None, {}, imported.recipe, imported.tokenizer)
 
@@ -125,18 +131,30 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
 def _plausible(model: Model, tensors: dict[str, Tensor], where: str) -> None:
     """Raises :class:`UserError` where the configuration cannot be that of ``tensors``, before any size in it is taken.
 
-    Every layer has a tensor of its own, and every other size is a dimension of one.
+    Every layer has a tensor of its own, as has every expert unless they are fused, and every other size is a dimension
+    of one.
     """
     for path, what, fix in model_problems(model):
         raise UserError(f"{path}: {what}", where, fix)
     parts = (model.backbone, model.moe, *model.encoders, *([model.connector] if model.connector else []))
-    layers = max(getattr(part, "layers", 0) for part in parts)
+    layers = model.backbone.layers + (model.connector.layers if model.connector else 0)
+    layers += sum(encoder.layers if encoder.type == "vit" else len(encoder.widths) for encoder in model.encoders)
+    if not any(name.endswith("experts.gate_up_proj") for name in tensors):
+        layers = max(layers, model.backbone.layers * model.moe.experts)
     elements = sum(tensor.numel() for tensor in tensors.values())
     free = ("max_position", "image_size", "balance_groups")
     sizes = [value for part in parts for name, value in vars(part).items() if type(value) is int and name not in free]
     rows = model.backbone.layers * (model.moe.experts + model.moe.zero_experts)
     if layers > len(tensors) or max(*sizes, rows) > elements:
-        what = f"it tells of {layers} layers and sizes up to {max(*sizes, rows)}, the tensors have {elements} numbers"
+        what = f"it tells of {layers} layers or experts and sizes up to {max(*sizes, rows)}"
+        what = f"{what}, the {len(tensors)} tensors have {elements} numbers"
+        raise UserError(what, where, "the weights do not fit the configuration")
+    longest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    widths = [width for encoder in model.encoders if encoder.type == "convnet" for width in encoder.widths]
+    places = [encoder_grid(encoder) ** 2 for encoder in model.encoders if encoder.type == "vit"]
+    everyone = model.moe.experts + model.moe.zero_experts
+    if max([*widths, *places, everyone]) > longest:
+        what = f"it tells of sizes up to {max([*widths, *places, everyone])}, no tensor's is above {longest}"
         raise UserError(what, where, "the weights do not fit the configuration")
 
 

@@ -36,11 +36,13 @@ def illustrate(sample: Encoded, tokenizer: Tokenizer, image_tokens: int, key: st
     parts = prefix if isinstance(prefix, list) else []
     shown = [part["image"] for part in parts if isinstance(part, dict) and "image" in part]
     for i in shown:
-        if isinstance(i, int) and not 0 <= i < there:
+        if type(i) is not int:
+            raise BadSample("an image is named by something else than a number")
+        if not 0 <= i < there:
             raise BadSample(f"image {i} is named but not there, of {there}")
     # Before its tokens are made: 12 bytes of JSON that show an image again would become image_tokens of them.
-    if len(shown) > there:
-        raise BadSample(f"it shows {len(shown)} images and has {there}")
+    if len(shown) > len(set(shown)):
+        raise BadSample("it shows an image twice")
     return Illustrated(document=tokenize(sample.record, tokenizer, image_tokens, key=key), images=sample.images)
 
 

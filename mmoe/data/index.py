@@ -64,8 +64,11 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with open(reading.open_regular(path / INDEX), "rb") as file, zipfile.ZipFile(file) as parts:
             members = [part for part in parts.infolist() if part.filename.removesuffix(".npy") in _NAMES]
-            if len(members) > len(_NAMES):
+            names = [part.filename.removesuffix(".npy") for part in members]
+            if len(names) > len(set(names)):
                 raise ValueError("an array is there twice")
+            if sum(part.file_size for part in members) > os.fstat(file.fileno()).st_size:
+                raise ValueError("its arrays are larger than the file")
             return {part.filename.removesuffix(".npy"): _array(parts, part) for part in members}
     except _UNREADABLE as error:
         raise UserError(f"unreadable index: {error}", str(path / INDEX), "prepare the data set again") from error
@@ -151,6 +154,13 @@ def _values(card: dict[str, Any], index: dict[str, np.ndarray]) -> Iterator[str]
         if np.any(outside):
             yield f"the {part} of {_name(key[of], outside)} lies outside of its shard"
             return
+    # Members that overlap would make of a small file as many bytes as there are samples.
+    used = np.zeros(len(shards), np.int64)
+    np.add.at(used, shard, index["json_length"])
+    np.add.at(used, shard[owner], index["image_length"])
+    if np.any(used > room):
+        number = int(np.argmax(used > room))
+        yield f"the members of shard {number} have {used[number]} bytes, the shard {room[number]}"
 
 
 def _plain(key: np.ndarray) -> bool:

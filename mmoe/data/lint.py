@@ -193,8 +193,10 @@ def _record(sample: Sample) -> Iterator[str]:
 
 def _named(branch: dict[str, Any]) -> list[str]:
     """The choices that the prompt names, in its order."""
-    words = branch["prompt"].split()
-    return sorted((c for c in branch["choices"] if c.strip() in words), key=lambda c: words.index(c.strip()))
+    places: dict[str, int] = {}
+    for place, word in enumerate(branch["prompt"].split()):
+        places.setdefault(word, place)
+    return sorted((c for c in branch["choices"] if c.strip() in places), key=lambda c: places[c.strip()])
 
 
 def _images(sample: Sample) -> Iterator[str]:

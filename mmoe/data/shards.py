@@ -165,11 +165,17 @@ class DatasetWriter:
 
     @property
     def up_to_date(self) -> bool:
-        """Whether ``out`` already is this data set."""
+        """Whether ``out`` already is this data set.
+
+        Raises:
+            UserError: there is one that cannot be read, or something else: :meth:`finish` would remove it.
+        """
+        if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
+            return False
         try:
             return read_card(self.out)["fingerprint"] == self.description.fingerprint
-        except UserError:
-            return False
+        except UserError as error:
+            raise UserError(error.what, error.where or str(self.out), "move it away, then prepare again") from None
 
     @property
     def missing(self) -> list[int]:

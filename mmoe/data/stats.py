@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from mmoe.data.document import BadSample
 from mmoe.data.index import read_index, read_sample
 from mmoe.data.shards import Sample, read_card
 
 SHOWN = 24
 """Samples with their pictures on the page."""
+TASKS = 30
+"""Tasks with a histogram of their answers, the most frequent first."""
 BARS = 12
 """Answers of a task that get a bar of their own."""
 
@@ -32,16 +35,29 @@ def report(path: Path, out_html: Path) -> None:
     samples = len(index["key"])
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     categories: Counter[str] = Counter()
-    shown: list[Sample] = []
+    shown: list[str] = []
+    bad = 0
     for number in range(samples):
-        sample = read_sample(path, index, number)
-        categories[sample.record["category"]] += 1
-        for branch in sample.record["branches"]:
-            answers[branch["task"]][branch["answer"]] += 1
-        if number % max(1, samples // SHOWN) == 0 and len(shown) < SHOWN:
-            shown.append(sample)
+        try:
+            sample = read_sample(path, index, number)
+            category = f"{sample.record['category']}"
+            given = [(f"{branch['task']}", f"{branch['answer']}") for branch in sample.record["branches"]]
+            if number % max(1, samples // SHOWN) == 0 and len(shown) < SHOWN:
+                shown.append(_shown(sample))
+        except (
+            BadSample,
+            AttributeError,
+            KeyError,
+            TypeError,
+        ):  # training skips and counts it, `mmoe data lint` says why
+            bad += 1
+            continue
+        categories[category] += 1
+        for task, answer in given:
+            answers[task][answer] += 1
     facts = {
         "samples": samples,
+        **({"bad samples, not counted below": bad} if bad else {}),
         "images": len(index["image_offset"]),
         "text tokens": int(index["prefix_tokens"].sum() + index["branch_tokens"].sum()),
         "licence": card["license"],
@@ -54,23 +70,25 @@ def report(path: Path, out_html: Path) -> None:
 figure{{display:inline-block;vertical-align:top;width:330px;margin:8px}}figure img{{height:128px}}</style>
 <h1>{html.escape(card["name"])}</h1><table>{rows}</table>
 <img src="{_picture(_histograms(index, categories, answers))}">
-<h2>Samples</h2>{"".join(_shown(sample) for sample in shown)}
+<h2>Samples</h2>{"".join(shown)}
 """
     out_html.parent.mkdir(parents=True, exist_ok=True)
-    out_html.write_text(page, encoding="utf-8")
+    # Half of a surrogate pair, which JSON lets through, is no UTF-8.
+    out_html.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
 
 
 def _histograms(index: dict[str, np.ndarray], categories: Counter[str], answers: dict[str, Counter[str]]) -> Figure:
-    columns, panels = 3, 3 + len(answers)
+    tasks = sorted(sorted(answers, key=lambda task: -answers[task].total())[:TASKS])
+    columns, panels = 3, 3 + len(tasks)
     rows = -(-panels // columns)
     figure = Figure(figsize=(11, 2.6 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    axes[0].hist(index["prefix_tokens"] + index["branch_tokens"], bins=40)
+    axes[0].hist(index["prefix_tokens"].astype(np.int64) + index["branch_tokens"], bins=40)
     axes[0].set_title("text tokens a sample")
     _bars(axes[1], "images a sample", Counter(str(n) for n in np.diff(index["image_start"])))
     _bars(axes[2], "categories", categories)
-    for axis, (task, counter) in zip(axes[3:], sorted(answers.items()), strict=False):
-        _bars(axis, f"answers: {task}", counter)
+    for axis, task in zip(axes[3:], tasks, strict=False):
+        _bars(axis, f"answers: {task if task.isascii() and task.isprintable() else '?'}"[:40], answers[task])
     for axis in axes[panels:]:
         axis.axis("off")
     return figure
@@ -82,7 +100,7 @@ def _bars(axis, title: str, counter: Counter[str]) -> None:
     names = [name.strip() if name.isascii() and len(name) < 16 else f"#{i}" for i, (name, _) in enumerate(common)]
     axis.bar(range(len(common)), [number for _, number in common])
     axis.set_xticks(range(len(common)), names, rotation=45, ha="right", fontsize=7, parse_math=False)
-    axis.set_title(f"{title} ({len(counter)} kinds)" if len(counter) > BARS else title)
+    axis.set_title(f"{title} ({len(counter)} kinds)" if len(counter) > BARS else title, parse_math=False)
 
 
 def _picture(figure: Figure) -> str:

@@ -12,9 +12,16 @@ from mmoe.recipe.tokens import SPECIAL
 
 LARGEST = 1 << 26
 """Bytes of a tokenizer's file."""
-_PARTS = {"model": "BPE", "pre_tokenizer": "ByteLevel", "normalizer": None, "truncation": None, "padding": None}
+_PARTS = {
+    "model": "BPE",
+    "pre_tokenizer": "ByteLevel",
+    "decoder": "ByteLevel",
+    **dict.fromkeys(("normalizer", "post_processor", "truncation", "padding")),
+}
 """What a tokenizer of ours is made of. Others can hold regular expressions that never end, texts that grow and padding
 to any length."""
+_PLAIN = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+"""What its model has not: with dropout one text has other tokens each time, the rest change what a token is."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> Tokenizer:
@@ -50,8 +57,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         tokenizer = Tokenizer.from_str(source)
     except Exception as error:  # tokenizers raises bare Exception for whatever is wrong with the file
         raise UserError(f"cannot read the tokenizer: {error}", str(path), "prepare the data again") from error
-    for name, kind in _PARTS.items():
-        found = parts.get(name)
+    model = parts.get("model")
+    extra = {f"model.{name}": model.get(name) for name in _PLAIN} if isinstance(model, dict) else {}
+    for name, kind in {**_PARTS, **dict.fromkeys(extra)}.items():
+        found = {**parts, **extra}.get(name)
         if (found.get("type") if kind and isinstance(found, dict) else found) != kind:
             what = f"its {name} is not {kind or 'absent'}"
             raise UserError(f"no tokenizer of ours: {what}", str(path), "use a tokenizer made by `mmoe data prepare`")
@@ -66,5 +75,12 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 
 def tokenizer_hash(path: Path | str) -> str:
-    """Identity of a tokenizer: SHA-256 of its file, hexadecimal, as data sets record it."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """Identity of a tokenizer: SHA-256 of its file, hexadecimal, as data sets record it.
+
+    Raises:
+        UserError: it cannot be read, or is larger than any tokenizer.
+    """
+    try:
+        return hashlib.sha256(reading.content(Path(path), LARGEST)).hexdigest()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the tokenizer: {error}", str(path), "prepare the data again") from None

@@ -13,6 +13,9 @@ from mmoe.errors import UserError
 from mmoe.recipe.tokens import BOS, EOS, IMAGE
 
 PROCESSOR = "processor_config.json"
+INDEX, ADAPTER = "model.safetensors.index.json", "adapter_config.json"
+LARGEST_INDEX = 1 << 26
+"""Bytes of the export's JSON files."""
 
 
 def generate(
@@ -93,7 +96,26 @@ def _from_checkpoint(
     return model.tokenizer.decode(ids[start:]).strip()
 
 
+def _check_places(path: Path) -> None:
+    """Raises :class:`UserError` where transformers would read weights from elsewhere than the export's own files."""
+    named: list[Any] = []
+    try:
+        config = reading.json_object(reading.text(path / "config.json", LARGEST_INDEX))
+        named += [name for name in [config.get("transformers_weights")] if name is not None]
+        if (path / INDEX).exists():
+            weights = reading.json_object(reading.text(path / INDEX, LARGEST_INDEX)).get("weight_map")
+            named += weights.values() if isinstance(weights, dict) else [weights]
+    except (OSError, ValueError) as error:
+        raise UserError(f"unreadable {INDEX} or config.json: {error}", str(path), "export the model again") from None
+    for name in named:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"its weights are in {name!r}", str(path), "put its .safetensors files beside their index")
+    if (path / ADAPTER).exists():
+        raise UserError(f"{ADAPTER} names weights of elsewhere", str(path), "remove it, or merge the adapter")
+
+
 def _from_export(path: Path, prompt: str, pictures: list[bytes], max_tokens: int, temperature: float, seed: int) -> str:
+    _check_places(path)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from mmoe.recipe.schema import Encoder, Model, Recipe
@@ -28,6 +28,8 @@ _MAY_BE_ZERO = {
 _FRACTION = {"betas"}
 MOST_STAGES = 30
 """Of a ConvNet: no image has 2**30 pixels a side."""
+WIDTH_UNIT = 8
+"""Of a ConvNet's widths."""
 
 Problem = tuple[str, str, str]
 
@@ -48,9 +50,6 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     name = recipe.name
     if not name.isprintable() or name in ("", "..") or Path(name).name != name:
         yield "name", f"{name!r} is no name of a folder", "a run's folder is called so: leave out slashes"
-    path = PurePosixPath(recipe.data.tokenizer)
-    if path.is_absolute() or ".." in path.parts:
-        yield "data.tokenizer", f"{str(path)!r} leads out of data.root", "give a path below data.root"
     yield from model_problems(recipe.model)
     unit = row_unit(recipe)
     sizes = {"backbone.hidden_size": recipe.model.backbone.hidden_size}
@@ -147,6 +146,9 @@ def _encoders(model: Model) -> Iterator[Problem]:
             yield f"{path}.width", f"{encoder.width} is not a multiple of heads = {encoder.heads}", "change one of them"
         if encoder.type == "convnet" and not encoder.widths:
             yield f"{path}.widths", "a ConvNet without stages", "give one width a stage"
+        odd = [width for width in encoder.widths if width % WIDTH_UNIT] if encoder.type == "convnet" else []
+        if odd:
+            yield f"{path}.widths", f"{odd[0]} is not a multiple of {WIDTH_UNIT}", "its GroupNorms have so many groups"
         if len(encoder.widths) > MOST_STAGES:
             yield f"{path}.widths", f"{len(encoder.widths)} stages, each of which halves the image", "give fewer"
             continue

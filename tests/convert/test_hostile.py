@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from mmoe.convert import from_hf, read_hf
 from mmoe.errors import UserError
+from mmoe.models import multimodal
 
 pytestmark = pytest.mark.latest
 FILES: dict[str, bytes] = {}
@@ -79,8 +80,10 @@ def test_what_is_no_file_is_not_waited_for(language: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_layers": 10**9}, "it tells of 1000000000 layers"),
+        ({"num_layers": 10**9}, "it tells of 4000000000 layers"),
         ({"n_routed_experts": 10**9}, "sizes up to 2000000004"),
+        ({"n_routed_experts": 60}, "it tells of 120 layers"),
+        ({"zero_expert_num": 300}, "sizes up to 304, no tensor's is above 300"),
         ({"zero_expert_num": 10**9}, "sizes up to 2000000008"),
         ({"zero_expert_num": -1}, "are not numbers of experts"),
         ({"n_routed_experts": 0, "zero_expert_num": 0}, "are not numbers of experts"),
@@ -109,8 +112,12 @@ def test_a_configuration_that_cannot_be(language: Path, tmp_path: Path, change: 
         (lambda f: f.update(connector=[]), "it must be a table"),
         (lambda f: f["connector"].update(grid=10**9), "does not divide the grid"),
         (lambda f: f["encoders"][0].update(type="os.system"), "type must be one of"),
-        (lambda f: f["encoders"][0].update(layers=10**9), "it tells of 1000000000 layers"),
+        (lambda f: f["encoders"][0].update(layers=10**9), "it tells of 1000000006 layers"),
         (lambda f: f["encoders"][0].update(width=10**9), "sizes up to 1000000000"),
+        (lambda f: f["encoders"][1].update(widths=[8, 8, 8 * 10**8]), "sizes up to 800000000, no tensor's"),
+        (lambda f: f["encoders"][1].update(widths=[8, 8, 12]), "12 is not a multiple of 8"),
+        (lambda f: [e.update(image_size=2**20) for e in f["encoders"]], "sizes up to 17179869184, no tensor's"),
+        (lambda f: f.update(encoders=[{**f["encoders"][0], "name": f"e{i}"} for i in range(999)]), "it tells of 10"),
         (lambda f: f["encoders"][1].update(widths="abc"), "widths must be a list"),
         (lambda f: f["encoders"][1].update(more=1), "unknown key 'more'"),
     ],
@@ -179,6 +186,38 @@ def test_a_recipe_of_another_model(whole: Path, tmp_path: Path) -> None:
     recipe.write_text(recipe.read_text().replace("layers = 2", "layers = 1", 1))
     with pytest.raises(UserError, match=r"decoder\.layers\.1\..*, by the recipe absent"):
         from_hf(whole, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("layers = 2", "layers = 1000000000", "it tells of 100000000[0-9] layers"),
+        ("experts = 4", "experts = 1000000000", "sizes up to"),
+        ("ffn_hidden_size = 24", "ffn_hidden_size = 1000000000", "sizes up to 1000000000"),
+        # Each of these sizes is there, together they would be 80 GB.
+        ("ffn_hidden_size = 24", "ffn_hidden_size = 40000", r"by the recipe \[80000, 32\]"),
+    ],
+)
+def test_a_recipe_larger_than_the_weights(whole: Path, tmp_path: Path, before: str, after: str, message: str) -> None:
+    recipe = whole / "mmoe_recipe.toml"
+    assert before in recipe.read_text()
+    recipe.write_text(recipe.read_text().replace(before, after, 1))
+    with pytest.raises(UserError, match=message):
+        from_hf(whole, tmp_path / "out")
+
+
+def test_a_recipe_is_not_built_before_its_shapes_are_known(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+    real = multimodal.build
+    monkeypatch.setattr(multimodal, "build", lambda recipe: built.append(real(recipe)) or built[-1])
+    recipe = whole / "mmoe_recipe.toml"
+    recipe.write_text(recipe.read_text().replace("ffn_hidden_size = 24", "ffn_hidden_size = 40", 1))
+    with pytest.raises(UserError, match="by the recipe"):
+        from_hf(whole, tmp_path / "out")
+    (network,) = built
+    assert {tensor.device.type for tensor in network.parameters()} == {"meta"}
 
 
 @settings(derandomize=True, deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))

@@ -46,6 +46,14 @@ def test_a_prefix_may_take_its_images_in_any_order(tok, decoder):
     assert torch.equal(batch["images"], decoder([second, first])[0])
 
 
+@pytest.mark.parametrize("shown", [[0, 0], [1, 0, 1]])
+def test_an_image_that_is_shown_twice_makes_a_bad_sample(tok, shown):
+    images = tuple(encode(picture(i, SIZE, SIZE)) for i in range(2))
+    twice = {"prefix": [{"image": i} for i in shown], "branches": []}
+    with pytest.raises(BadSample, match="shows an image twice"):
+        illustrate(Encoded(record=twice, images=images), tok, IMAGE_TOKENS, "k")
+
+
 def test_one_bad_image_blanks_all_of_its_document_and_nothing_else(tok, decoder):
     good, bad = item(tok, "good", 2), item(tok, "bad", 3)
     bad = Illustrated(document=bad.document, images=(bad.images[0], b"", bad.images[2]))

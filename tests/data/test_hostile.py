@@ -1,5 +1,6 @@
 """Data sets that somebody altered on purpose: each has a defined end, and nothing outside of the folder is read."""
 
+import copy
 import gzip
 import hashlib
 import io
@@ -7,6 +8,8 @@ import json
 import os
 import shutil
 import tarfile
+import time
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +77,7 @@ INDEXES: dict[str, tuple[str, Callable[[np.ndarray], Any], str]] = {
     "negative image offset": ("image_offset", put(0, -1), "the image of sample-0000 lies outside of its shard"),
     "huge image offset": ("image_offset", put(0, 2**62), "the image of sample-0000 lies outside of its shard"),
     "huge image length": ("image_length", put(0, 2**31 - 1), "the image of sample-0000 lies outside of its shard"),
+    "bytes of many members": ("json_length", put(slice(0, 5), 9000), "the members of shard 0 have"),
     "negative tokens": ("prefix_tokens", put(3, -(2**31)), "prefix_tokens is negative at sample-0003"),
     "images not in order": ("image_start", put(3, 0), "image_start does not share out"),
     "more images than there are": ("image_start", put(-1, 2**40), "image_start does not share out"),
@@ -125,23 +129,45 @@ def header(shape: str, dtype: str) -> bytes:
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
 
 
-BOMBS = {
-    "zeros in little room": entry("shard.npy", header("(4,)", "<i4") + bytes(1 << 24), 1 << 24, zipfile.ZIP_DEFLATED),
-    "more announced than there": entry("shard.npy", header(f"({2**60},)", "<i4"), 128, zipfile.ZIP_STORED),
-    "nothing, very often": entry("shard.npy", header(f"({2**60},)", "|S0"), 128, zipfile.ZIP_STORED),
-    "negative shape": entry("shard.npy", header("(-1, -4)", "<i4") + bytes(16), 144, zipfile.ZIP_STORED),
-    "objects": entry("shard.npy", header("(1,)", "|O") + b"cos\nsystem\n(S'false'\ntR.", 152, zipfile.ZIP_STORED),
-    "a deep header": entry("shard.npy", header("(" * 3000, "<i4"), 3136, zipfile.ZIP_STORED),
-    "no array": entry("shard.npy", b"", 0, zipfile.ZIP_STORED),
-    "no archive": b"PK\x03\x04",
-    "nothing": b"",
+def twice(*names: str) -> bytes:
+    """An archive of the same bytes under many names."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as parts, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parts.writestr(names[0], header("(1000,)", "<i4") + bytes(4000))
+        first = parts.filelist[0]
+        for name in names[1:]:
+            parts.filelist.append(copy.copy(first))
+            parts.filelist[-1].filename = name
+    return file.getvalue()
+
+
+DEEP = header("(" * 3000, "<i4")
+DEFLATED, STORED = zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED
+BOMBS: dict[str, tuple[bytes, str]] = {
+    "zeros in little room": (
+        entry("shard.npy", header("(4,)", "<i4") + bytes(1 << 24), 1 << 24, DEFLATED),
+        "compressed, which the writer never does|larger than the file",
+    ),
+    "more announced than there": (entry("shard.npy", header(f"({2**60},)", "<i4"), 128, STORED), "announces"),
+    "nothing, very often": (entry("shard.npy", header(f"({2**60},)", "|S0"), 128, STORED), "not numbers or text"),
+    "negative shape": (entry("shard.npy", header("(-1, -4)", "<i4") + bytes(16), 144, STORED), "announces"),
+    "objects": (entry("shard.npy", header("(1,)", "|O") + b"cos\nsystem\n(S'false'\ntR.", 152, STORED), "holds object"),
+    "a deep header": (entry("shard.npy", DEEP, len(DEEP), STORED), "statement|parenthes|nested|header"),
+    "no array": (entry("shard.npy", b"", 0, STORED), "EOF"),
+    "an array twice": (twice("shard.npy", "shard.npy"), "an array is there twice"),
+    "a name in two forms": (twice("shard.npy", "shard"), "an array is there twice"),
+    "the same bytes, often": (twice("shard.npy", "key.npy", "format.npy"), "its arrays are larger than the file"),
+    "no archive": (b"PK\x03\x04", "not a zip file"),
+    "nothing": (b"", "not a zip file"),
 }
 
 
 @pytest.mark.parametrize("case", BOMBS)
 def test_an_archive_that_is_larger_than_its_file(path: Path, case: str) -> None:
-    (path / "index.npz").write_bytes(BOMBS[case])
-    with pytest.raises(UserError, match="unreadable index"):
+    content, message = BOMBS[case]
+    (path / "index.npz").write_bytes(content)
+    with pytest.raises(UserError, match=f"unreadable index: .*({message})"):
         Source(path, "a")
 
 
@@ -295,6 +321,14 @@ def test_any_record_is_tokens_or_a_bad_sample(root: Path, change: dict[str, Any]
 def test_lint_reads_any_record(branch: dict[str, Any], prefix: Any) -> None:
     made = {**record(1), "prefix": prefix, "branches": [{"task": "t", "prompt": "p", "answer": " a", **branch}]}
     assert all(found for found in _record(Sample("k", made, [("", b"")])))
+
+
+def test_lint_reads_many_words_and_choices_in_no_time() -> None:
+    words = [f"w{i}" for i in range(50_000)]
+    branch = {"task": "t", "prompt": " ".join(words), "answer": "w0", "choices": words}
+    begin = time.process_time()
+    assert not list(_record(Sample("k", {**record(1), "branches": [branch]}, [("", b"")])))
+    assert time.process_time() - begin < 5
 
 
 def test_lint_names_a_text_that_is_none(path: Path) -> None:

@@ -78,6 +78,15 @@ TOKENIZERS: dict[str, tuple[dict[str, Any], str]] = {
         {"truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}},
         "its truncation is not absent",
     ),
+    "tokens drawn at random": (
+        {"model": {"type": "BPE", "dropout": 0.5, "vocab": {"<pad>": 0}, "merges": []}},
+        "its model.dropout is not absent",
+    ),
+    "tokens around the text": (
+        {"post_processor": {"type": "BertProcessing", "sep": ["<eos>", 2], "cls": ["<bos>", 1]}},
+        "its post_processor is not absent",
+    ),
+    "other texts back": ({"decoder": {"type": "Fuse"}}, "its decoder is not ByteLevel"),
     "another model": (
         {"model": {"type": "WordLevel", "vocab": {"<pad>": 0}, "unk_token": "<pad>"}},
         "is not BPE",

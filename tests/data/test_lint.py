@@ -3,6 +3,7 @@
 import hashlib
 import io
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmoe.data.index import read_arrays
+from mmoe.data import stats
+from mmoe.data.document import BadSample
+from mmoe.data.index import read_arrays, read_index
 from mmoe.data.lint import lint
 from mmoe.data.shards import (
     DatasetWriter,
@@ -199,3 +202,30 @@ def test_the_report_shows_every_task_and_escapes_its_texts(tmp_path: Path) -> No
     assert "<th>samples<td>40" in text
     assert "s-0" in text
     assert "http" not in text
+
+
+def test_the_report_passes_over_what_training_passes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path)
+    read = stats.read_sample
+
+    def reading(path: Path, index: dict[str, np.ndarray], number: int) -> Sample:
+        sample = read(path, index, number)
+        if number == 0:
+            raise BadSample("its bytes are gone")
+        if number == 1:
+            del sample.record["category"]
+        if number == 2:
+            sample.record["branches"] = 3
+        return sample
+
+    monkeypatch.setattr(stats, "read_sample", reading)
+    report(path, tmp_path / "report.html")
+    assert "<th>bad samples, not counted below<td>3" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_report_has_room_for_any_tasks(tmp_path: Path) -> None:
+    answers = {f"$\\frac{{{i}": Counter({"$x^{": 1 + i}) for i in range(500)} | {"\ud800": Counter({"\ud800": 999})}
+    index = read_index(write(tmp_path))
+    figure = stats._histograms(index, Counter({"$y^{": 1}), answers)
+    assert len(figure.axes) == 3 + stats.TASKS
+    assert stats._picture(figure)

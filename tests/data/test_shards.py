@@ -139,6 +139,24 @@ def test_a_description_tells_what_is_up_to_date(path: Path) -> None:
         assert not DatasetWriter(path, describe(**changes)).up_to_date
 
 
+@pytest.mark.parametrize("what", ["a damaged card", "no data set", "a file"])
+def test_what_cannot_be_read_is_not_removed(path: Path, what: str) -> None:
+    if what == "a damaged card":
+        (path / "dataset.toml").write_text("samples = ")
+    elif what == "no data set":
+        (path / "dataset.toml").unlink()
+    else:
+        path = path / "dataset.toml"
+    with pytest.raises(UserError, match="move it away"):
+        assert DatasetWriter(path, describe()).up_to_date
+
+
+def test_nothing_is_not_up_to_date(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "none"):
+        assert not DatasetWriter(tmp_path / name, describe()).up_to_date
+
+
 def test_a_data_set_is_not_there_before_all_of_it_is(tmp_path: Path, tokenizer: Tokenizer) -> None:
     out = tmp_path / "set"
     writer = DatasetWriter(out, describe())

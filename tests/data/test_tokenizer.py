@@ -50,6 +50,12 @@ def test_the_same_texts_give_the_same_tokenizer(saved: Path, tmp_path: Path) -> 
     assert tokenizer_hash(other) != tokenizer_hash(saved)
 
 
+def test_a_file_larger_than_any_has_no_hash(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmoe.data.tokenizer.LARGEST", 100)
+    with pytest.raises(UserError, match="more than 100 bytes"):
+        tokenizer_hash(saved)
+
+
 def test_bad_files_are_the_users_errors(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such tokenizer"):
         load_tokenizer(tmp_path / "none.json")

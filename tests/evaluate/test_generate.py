@@ -1,5 +1,6 @@
 """The loop over tokens, its ends, and the user's errors, on a model that continues its context by rule."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,26 @@ def test_it_continues_the_pictures_and_the_prompt_up_to_eos(monkeypatch: pytest.
     assert model.contexts[0] == [BOS, *[IMAGE] * 2 * model.image_tokens, *prompt]
     assert model.contexts[-1] == model.contexts[0] + model.left[:-1]
     assert model.pixels.mean((1, 2, 3)).tolist() == pytest.approx([2.0, -2.0])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "what"),
+    [
+        ("model.safetensors.index.json", {"weight_map": {"a": "../x.safetensors"}}, "in '../x.safetensors'"),
+        ("model.safetensors.index.json", {"weight_map": {"a": "/etc/x.safetensors"}}, "in '/etc/x.safetensors'"),
+        ("model.safetensors.index.json", {"weight_map": {"a": "x.bin"}}, "in 'x.bin'"),
+        ("model.safetensors.index.json", {"weight_map": {"a": 3}}, "in 3"),
+        ("model.safetensors.index.json", {"weight_map": "/x"}, "in '/x'"),
+        ("model.safetensors.index.json", [1], "no JSON object"),
+        ("config.json", {"transformers_weights": "../x.safetensors"}, "in '../x.safetensors'"),
+        ("adapter_config.json", {"base_model_name_or_path": "somebody/else"}, "names weights of elsewhere"),
+    ],
+)
+def test_an_export_with_weights_elsewhere(checkpoint: Path, file: str, content: Any, what: str) -> None:
+    (checkpoint / "config.json").write_text("{}")
+    (checkpoint / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=what):
+        generate(checkpoint, " how", [])
 
 
 def test_it_ends_after_max_tokens(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:

@@ -35,6 +35,7 @@ from mmoe.recipe import load_recipe
             ["model.encoders.0.patch_size=5"],
             "model.encoders.0.image_size: 32 is not a multiple of the encoder's stride",
         ),
+        (["model.encoders.1.widths=[8, 12]"], "model.encoders.1.widths: 12 is not a multiple of 8"),
         (["model.encoders.1.widths=[]"], "model.encoders.1.widths: a ConvNet without stages"),
         (["model.encoders.1.name=vit"], "model.encoders.1.name: 'vit' names two encoders"),
         (["train.global_batch=5"], "train.global_batch: 5 is not a multiple of train.micro_batch = 2"),
@@ -66,6 +67,8 @@ def test_encoders_need_a_connector(tiny: Path) -> None:
         ["model.moe.active_experts=2", "model.moe.bias_rate=0"],
         ["optimizer.warmup_steps=10", "optimizer.min_lr=1e-3", "optimizer.weight_decay=0", "optimizer.clip_grad=0"],
         ["train.steps=1", "optimizer.betas=[0, 0]"],
+        ["data.tokenizer=/shared/tokenizer.json"],
+        ["data.tokenizer=../tokenizer.json"],
     ],
 )
 def test_possible_edges(tiny: Path, overrides: list[str]) -> None:

@@ -49,8 +49,6 @@ def test_a_file_that_no_parser_survives(tiny: Path, case: str) -> None:
         (f"train.steps={'[' * 5000}", "train.steps must be an integer, found the string"),
         (f"model.encoders.{'9' * 5000}.width=3", "no such entry"),
         (f"model.encoders.1.widths=[{'16,' * 5000}]", "5000 stages, each of which halves the image"),
-        ("data.tokenizer=../secret.json", "leads out of data.root"),
-        ("data.tokenizer=/etc/passwd", "leads out of data.root"),
         ("name=../../out", "is no name of a folder"),
         ("name=..", "is no name of a folder"),
         ('name="a\\u001b[2J"', "is no name of a folder"),
