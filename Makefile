@@ -137,7 +137,8 @@ cluster:
 	PATH=$$PATH:/usr/sbin command -v ip >/dev/null || need="$$need iproute2"; \
 	if [ -n "$$need" ]; then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    apt-get update -qq && RUNLEVEL=1 apt-get install -qq -y --no-install-recommends $$need; \
+	    { apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$need; } \
+	      || echo "apt-get install$$need failed: some tests of the launchers are skipped"; \
 	  else echo "without apt-get install$$need (as root) some tests of the launchers are skipped"; fi; \
 	fi
 
