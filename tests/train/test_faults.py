@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import training
 
-pytestmark = pytest.mark.latest
 LINK, FIRST_ADDRESS, SECOND_ADDRESS = "veth0", "10.213.77.1", "10.213.77.2"
 TWO = ("--set", "train.steps=40", "parallel.expert=2")
 
@@ -117,6 +116,7 @@ def stepping(run: Path, steps: int = 3) -> Callable[[], bool]:
     return lambda: path.exists() and path.read_text().count("\n") >= steps
 
 
+@pytest.mark.latest
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_is_named_by_the_other(finished: tuple[Path, Path], ranks: Ranks, victim: int) -> None:
     """Rank 0 takes the job's store with it."""
@@ -203,7 +203,14 @@ def test_the_others_end_after_a_rank_with_an_error(finished: tuple[Path, Path], 
     assert ranks.lines() == [f"mmoe: rank {one}: no data (here)"]
 
 
-@pytest.mark.parametrize("what", ["the recipe", "the code of mmoe", "torch"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "the recipe",
+        pytest.param("the code of mmoe", marks=pytest.mark.slow),
+        pytest.param("torch", marks=pytest.mark.slow),
+    ],
+)
 def test_ranks_that_are_not_alike_are_refused_before_the_first_step(
     finished: tuple[Path, Path], ranks: Ranks, what: str
 ) -> None:

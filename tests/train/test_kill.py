@@ -13,7 +13,6 @@ import pytest
 import training
 from kills import CASES, EVERY, OFTEN, Campaign, Case
 
-pytestmark = pytest.mark.latest
 CURVE = 2e-6
 """Relative, of losses and gradient norms where the run went on at another number of ranks."""
 
