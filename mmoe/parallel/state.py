@@ -4,7 +4,7 @@ import inspect
 import math
 import queue
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from mmoe.parallel.optimizer import MegatronOptimizer, begin_state
 # isort: split
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -46,13 +46,10 @@ def sharded(
     return state
 
 
-def _tensors(state: dict[str, Any]) -> Iterator[ShardedTensor]:
-    return (part for part in nested_values(state) if isinstance(part, ShardedTensor))
-
-
 def size(state: dict[str, Any]) -> int:
     """Bytes of the tensors that this rank writes of its :func:`sharded` state: of each the first copy."""
-    mine = (part for part in _tensors(state) if is_main_replica(part.replica_id))
+    tensors = (part for part in nested_values(state) if isinstance(part, ShardedTensor))
+    mine = (part for part in tensors if is_main_replica(part.replica_id))
     return sum(math.prod(part.local_shape) * part.dtype.itemsize for part in mine)
 
 
@@ -67,7 +64,9 @@ class Write:
         # Upstream's queue between processes (filesystem_async.py) is a spawned manager, which a SIGTERM to the process
         # group kills: the save that it asks for would then fail.
         filesystem_async._results_queue = queue.Queue()
-        live = {part.data.untyped_storage().data_ptr() for part in _tensors(state) if part.data is not None}
+        # What a factory makes of a tensor may be that tensor under another shape.
+        parts = (part for part in nested_values(state) if isinstance(part, ShardedTensor | ShardedTensorFactory))
+        live = {part.data.untyped_storage().data_ptr() for part in parts if part.data is not None}
         asked: dict[str, Any] = {"async_sharded_save": True}
         if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
             asked["async_strategy"] = "mcore"  # 0.19.2; its other one is a package of its own

@@ -15,6 +15,10 @@ from mmoe.models.multimodal import build
 from mmoe.parallel import state
 from mmoe.train.step import Stepper
 
+# isort: split
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
 pytestmark = pytest.mark.latest
 
 
@@ -79,6 +83,21 @@ def test_training_goes_on_before_anything_is_written(
     step(stepper)
     once_more = weights(stepper)
     assert all(torch.equal(after[name], once_more[name]) for name in after)
+
+
+def test_what_a_factory_shows_of_a_live_tensor_is_copied_too(stepper: Stepper, tmp_path: Path) -> None:
+    live = torch.arange(6.0)
+
+    def build(key: str, data: torch.Tensor, replica: Any, flat: Any) -> Any:
+        return ShardedTensor.from_rank_offsets(key, data.view(2, 3), replica_id=replica)
+
+    factory = ShardedTensorFactory("seen", live, build, lambda built: built)
+    write = state.Write(tmp_path, {"seen": factory})
+    ((_, _, (_, ((_, copy),))),) = [bucket for bucket in write.buckets if bucket[2][1]]
+    live.zero_()
+    assert torch.equal(copy, torch.arange(6.0).view(2, 3))
+    write.run()
+    write.finish()
 
 
 def test_poll_ends_one_that_is_written(stepper: Stepper, saver: Saver) -> None:
