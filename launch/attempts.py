@@ -2,7 +2,7 @@
 
     attempts.py COMMAND… -- ARGS…   runs `COMMAND… ARGS…`, which starts `mmoe ARGS` on all ranks, until it is done.
 
-Standard library only, and the same for every launcher; launch/README.md has the contract.
+The same for every launcher; launch/README.md has the contract.
 """
 
 import json
@@ -16,8 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-DONE, USER_ERROR, LOST, INTERRUPTED, KEYBOARD = 0, 2, 69, 75, 130
-MEANING = {1: "a defect", LOST: "another rank was lost"}
+from mmoe.ending import DEFECT, DONE, INTERRUPTED, KEYBOARD, LOST, USER_ERROR, say
+
+MEANING = {DEFECT: "a defect", LOST: "another rank was lost"}
 KILL_SECONDS = 30.0
 POLL_SECONDS = 0.1
 
@@ -127,10 +128,6 @@ def meaning(status: int) -> str:
     if status - 128 in signal.valid_signals():
         return f" ({signal.Signals(status - 128).name})"
     return f" ({MEANING[status]})" if status in MEANING else ""
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def main(words: list[str]) -> int:

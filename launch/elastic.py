@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-DEFECT, USER_ERROR, LOST = 1, 2, 69
+from mmoe.ending import DEFECT, LOST, USER_ERROR, say
 
 
 def rendezvous(variables: "os._Environ[str]") -> list[str]:
@@ -45,7 +45,7 @@ def main(ranks: str, arguments: list[str]) -> int:
     try:
         options = rendezvous(os.environ)
     except KeyError:
-        print("mmoe: NNODES without MASTER_ADDR: set it to the address of one of the hosts", file=sys.stderr)
+        say("mmoe: NNODES without MASTER_ADDR: set it to the address of one of the hosts")
         return USER_ERROR
     try:
         run.run(run.parse_args([*options, "--nproc-per-node", ranks, "--module", "mmoe", *arguments]))
@@ -65,7 +65,7 @@ def main(ranks: str, arguments: list[str]) -> int:
     told = {entry["rank"] for entry in ended}
     named = any(entry["status"] == LOST and entry["tell"] for entry in ended)
     if not told or (silent - told and not named):
-        print(f"mmoe: {message}", file=sys.stderr)
+        say(f"mmoe: {message}")
     return status
 
 

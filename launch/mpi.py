@@ -9,7 +9,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-USER_ERROR, LOST = 2, 69
+from mmoe.ending import LOST, USER_ERROR, say
+
 ANSWER_SECONDS = 20
 # Open MPI hands on its own variables alone; Hydra all.
 HANDED_ON = (
@@ -78,16 +79,16 @@ def main(ranks: int, arguments: list[str]) -> int:
     least = int(os.environ.get("NNODES", str(len(hosts))).split(":")[0])
     there = answering(shell, hosts)
     if len(there) < least:
-        print(f"mmoe: {len(there)} of {len(hosts)} hosts answer, {least} are needed", file=sys.stderr)
+        say(f"mmoe: {len(there)} of {len(hosts)} hosts answer, {least} are needed")
         return LOST
     if len(there) < len(hosts):
         gone = ", ".join(host for host in hosts if host not in there)
-        print(f"mmoe: going on without {gone}: no answer", file=sys.stderr, flush=True)
+        say(f"mmoe: going on without {gone}: no answer")
     prepare(shell)
     try:
         words = command(mpirun, ranks, there)
     except OSError as error:
-        print(f"mmoe: {mpirun}: {error.strerror}: install Open MPI or MPICH, or name one with MPIRUN", file=sys.stderr)
+        say(f"mmoe: {mpirun}: {error.strerror}: install Open MPI or MPICH, or name one with MPIRUN")
         return USER_ERROR
     flags = os.environ.get("MPIRUN_FLAGS", "").split()
     return os.execvp(words[0], [*words, *flags, sys.executable, "-m", "mmoe", *arguments])
