@@ -10,10 +10,10 @@ from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 from mmoe.convert.families import longcat
 from mmoe.models.connectors.sva import Connector
 from mmoe.models.encoders import build_encoder
-from mmoe.recipe import schema
+from mmoe.recipe import model, schema
 
-MODEL = schema.Model(
-    backbone=schema.Backbone(
+MODEL = model.Model(
+    backbone=model.Longcat(
         vocab_size=300,
         hidden_size=32,
         layers=2,
@@ -26,14 +26,14 @@ MODEL = schema.Model(
         ffn_hidden_size=24,
         max_position=128,
     ),
-    moe=schema.MoE(
+    moe=model.MoE(
         experts=4, zero_experts=2, top_k=3, expert_hidden_size=12, routed_scaling_factor=2.0, active_experts=1.5
     ),
     encoders=(
-        schema.Encoder(name="patches", type="vit", image_size=32, patch_size=8, width=16, layers=1, heads=2),
-        schema.Encoder(name="pixels", type="convnet", image_size=32, widths=(8, 8, 16)),
+        model.ViT(name="patches", type="vit", image_size=32, patch_size=8, width=16, layers=1, heads=2),
+        model.ConvNet(name="pixels", type="convnet", image_size=32, widths=(8, 8, 16)),
     ),
-    connector=schema.Connector(grid=2, width=16, heads=2),
+    connector=model.SVA(grid=2, width=16, heads=2),
 )
 RECIPE = schema.Recipe(
     name="tiny",

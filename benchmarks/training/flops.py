@@ -14,10 +14,10 @@ and D V weights of the output layer. Not counted: norms, softmax, activations, r
 look-up, the optimizer, and whatever is computed twice or for nothing.
 """
 
-from mmoe.recipe.schema import Backbone, Model
+from mmoe.recipe.model import Longcat, Model
 
 
-def attention_weights(shape: Backbone) -> int:
+def attention_weights(shape: Longcat) -> int:
     """Of one MLA."""
     heads, width = shape.heads, shape.hidden_size
     return (

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mmoe.models.multimodal import MultimodalModel, build_stages
 from mmoe.parallel import engine
-from mmoe.recipe.schema import Backbone, Data, Model, MoE, Optimizer, Parallel, Precision, Recipe, Train
+from mmoe.recipe.model import Longcat, Model, MoE
+from mmoe.recipe.schema import Data, Optimizer, Parallel, Precision, Recipe, Train
 from mmoe.train import controller
 from mmoe.train.step import Outcome, Stepper
 
@@ -34,7 +35,7 @@ def recipe(
         width, heads, experts, active, expert_width, vocab, length = 64, 2, 8, 4, 32, 128, 32
     else:
         width, heads, experts, active, expert_width, vocab, length = 512, 8, 128, 8, 168, 8192, 512
-    backbone = Backbone(
+    backbone = Longcat(
         vocab_size=vocab,
         hidden_size=width,
         layers=2,

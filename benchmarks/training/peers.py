@@ -13,7 +13,8 @@ from benchmarks.training.ours import Ours
 from mmoe.convert.families import longcat
 from mmoe.layers.router import CONTROLLER_STATE
 from mmoe.parallel import engine, optimizer
-from mmoe.recipe.schema import Backbone, Recipe
+from mmoe.recipe.model import Longcat
+from mmoe.recipe.schema import Recipe
 
 
 class Transformers:
@@ -62,7 +63,7 @@ class Transformers:
         return float(loss.detach())
 
 
-def head_width(shape: Backbone) -> int:
+def head_width(shape: Longcat) -> int:
     """Of a plain attention with as many weights (4 D H w) as one MLA; even, for the rotary pairs."""
     return max(2, 2 * round(flops.attention_weights(shape) / (8 * shape.hidden_size * shape.heads)))
 

@@ -15,7 +15,8 @@ from mmoe.convert.families import longcat, multimodal
 from mmoe.errors import UserError
 from mmoe.recipe.checks import encoder_grid, model_problems
 from mmoe.recipe.load import load_recipe
-from mmoe.recipe.schema import MTP, Data, Model, Optimizer, Parallel, Recipe, Train
+from mmoe.recipe.model import MTP, Model
+from mmoe.recipe.schema import Data, Optimizer, Parallel, Recipe, Train
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_CONFIG = 1 << 24

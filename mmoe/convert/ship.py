@@ -18,7 +18,7 @@ MODULES = {
     "mmoe.models.encoders": "encoders",
     "mmoe.models.encoders.convnet": "convnet",
     "mmoe.models.encoders.vit": "vit",
-    "mmoe.recipe.schema": "schema",
+    "mmoe.recipe.model": "tables",
     "mmoe.reference.sva": "sva",
 }
 """Every module that is shipped, and the name of its file in the flat directory."""

@@ -7,7 +7,8 @@ from torch.nn.functional import silu
 
 from mmoe.layers.choice import Choice, choose, megatron_settings
 from mmoe.parallel.engine import TransformerConfig, version_settings
-from mmoe.recipe.schema import MTP, Backbone, MoE, Precision, Recipe
+from mmoe.recipe.model import MTP, Backbone, MoE
+from mmoe.recipe.schema import Precision, Recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

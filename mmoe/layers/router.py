@@ -10,7 +10,7 @@ from mmoe.layers.config import LongcatConfig
 from mmoe.ops.router import RouterOutput, router
 from mmoe.parallel import engine
 from mmoe.parallel.collectives import sum_gradient
-from mmoe.recipe.schema import MoE
+from mmoe.recipe.model import MoE
 
 
 def balance_loss(counts: Tensor, group_probs: Tensor, tokens: Tensor, config: LongcatConfig) -> Tensor:

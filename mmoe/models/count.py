@@ -7,7 +7,7 @@ import torch
 
 from mmoe.models.connectors.sva import Connector
 from mmoe.models.encoders import build_encoder
-from mmoe.recipe.schema import Backbone, Model
+from mmoe.recipe.model import Longcat, Model
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Count:
         return self.dense + experts * self.expert
 
 
-def _attention(shape: Backbone) -> int:
+def _attention(shape: Longcat) -> int:
     """One MLA block with its two latent norms."""
     down = shape.q_lora_rank + shape.kv_lora_rank + shape.qk_rope_head_dim
     queries = shape.q_lora_rank * (shape.qk_nope_head_dim + shape.qk_rope_head_dim)
@@ -42,7 +42,7 @@ def _attention(shape: Backbone) -> int:
     return shape.hidden_size * down + heads + shape.q_lora_rank + shape.kv_lora_rank
 
 
-def _mtp(shape: Backbone) -> int:
+def _mtp(shape: Longcat) -> int:
     hidden = shape.hidden_size
     return (
         shape.vocab_size * hidden + _attention(shape) + 2 * hidden**2 + 3 * hidden * shape.ffn_hidden_size + 5 * hidden

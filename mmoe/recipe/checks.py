@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmoe.recipe.schema import Encoder, Model, Recipe
+from mmoe.recipe.model import SVA, AnyEncoder, Backbone, ConvNet, ConvNeXt, Llama, Longcat, Model, MoE, ViT
+from mmoe.recipe.schema import Recipe
 
+_MAY_BE_NEGATIVE = {"feature_layer", "feature_stages"}
 _MAY_BE_ZERO = {
     "balance_coefficient",
     "bias_derivative_gain",
@@ -18,9 +20,12 @@ _MAY_BE_ZERO = {
     "hidden_z_coefficient",
     "keep_every",
     "keep_last",
+    "mean",
     "min_lr",
+    "registers",
     "router_init_std",
     "seed",
+    "start",
     "warmup_steps",
     "weight_decay",
     "zero_experts",
@@ -34,9 +39,25 @@ WIDTH_UNIT = 8
 Problem = tuple[str, str, str]
 
 
-def encoder_grid(encoder: Encoder) -> int:
-    """Side of the square feature map of one encoder: a ViT's patches; a ConvNet halves the image once a width."""
-    return encoder.image_size // (encoder.patch_size if encoder.type == "vit" else 2 ** len(encoder.widths))
+def stride(encoder: AnyEncoder) -> int:
+    """Pixels of the image a side for one cell of the coarsest map that the encoder makes."""
+    match encoder:
+        case ViT():
+            return encoder.patch_size
+        case ConvNeXt():
+            return encoder.patch_size * 2 ** (len(encoder.widths) - 1)
+        case ConvNet():
+            return 2 ** len(encoder.widths)
+
+
+def encoder_grid(encoder: AnyEncoder) -> int:
+    """Side of the square map of an encoder's features: what the recipe resizes it to, or as it comes."""
+    if encoder.grid is not None:
+        return encoder.grid
+    if isinstance(encoder, ConvNeXt):
+        last = encoder.feature_stages[-1] % max(1, len(encoder.widths))
+        return encoder.image_size // (encoder.patch_size * 2**last)
+    return encoder.image_size // stride(encoder)
 
 
 def row_unit(recipe: Recipe) -> int:
@@ -51,16 +72,20 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     if not name.isprintable() or name in ("", "..") or Path(name).name != name:
         yield "name", f"{name!r} is no name of a folder", "a run's folder is called so: leave out slashes"
     yield from model_problems(recipe.model)
-    unit = row_unit(recipe)
-    sizes = {"backbone.hidden_size": recipe.model.backbone.hidden_size}
-    for name, size in {**sizes, "moe.expert_hidden_size": recipe.model.moe.expert_hidden_size}.items():
+    unit, moe = row_unit(recipe), recipe.model.moe
+    sizes = (
+        {"backbone.hidden_size": recipe.model.backbone.hidden_size, "moe.expert_hidden_size": moe.expert_hidden_size}
+        if moe
+        else {}
+    )
+    for name, size in sizes.items():
         if size % unit:
             what = f"{size} is not a multiple of {unit}"
             yield f"model.{name}", what, "the grouped GEMM reads rows of 16 bytes at a time: round it"
     data, train, optimizer, backbone = recipe.data, recipe.train, recipe.optimizer, recipe.model.backbone
     if data.sequence_length > backbone.max_position:
         yield "data.sequence_length", f"{data.sequence_length} is above model.backbone.max_position", "raise that one"
-    if recipe.model.connector and recipe.model.connector.grid**2 + 2 > data.sequence_length:
+    if recipe.model.image_tokens + 2 > data.sequence_length:
         yield "data.sequence_length", "one image's tokens do not fit", "raise it, or lower model.connector.grid"
     if train.global_batch % train.micro_batch:
         what = f"{train.global_batch} is not a multiple of train.micro_batch = {train.micro_batch}"
@@ -92,18 +117,46 @@ def ranges(value: Any, path: str = "", name: str = "") -> Iterator[Problem]:
             yield path, f"{value} is not in [0, 1)", "give a fraction below 1"
         elif name in _MAY_BE_ZERO and value < 0:
             yield path, f"{value} is negative", "give 0 or more"
-        elif name not in _MAY_BE_ZERO | _FRACTION and value <= 0:
+        elif name not in _MAY_BE_ZERO | _MAY_BE_NEGATIVE | _FRACTION and value <= 0:
             yield path, f"{value} is not positive", "give a value above 0"
 
 
 def model_problems(model: Model) -> Iterator[Problem]:
     """Everything wrong with a well-typed model whose values are in their ranges."""
-    moe, backbone, connector = model.moe, model.backbone, model.connector
-    everyone = moe.experts + moe.zero_experts
+    backbone, connector = model.backbone, model.connector
     if backbone.vocab_size < 5:
         yield "model.backbone.vocab_size", "smaller than the special tokens and one word", "give at least 5"
+    match backbone:
+        case Longcat():
+            yield from _longcat(backbone, model.moe)
+        case Llama():
+            yield from _llama(backbone, model)
+    if model.encoders and connector is None:
+        yield "model.encoders", "encoders without a connector", "add a [model.connector] table"
+    if connector is not None and not model.encoders:
+        yield "model.connector", "a connector without encoders", "add [[model.encoders]] or drop the connector"
+    if isinstance(connector, SVA):
+        yield from _sva(connector, backbone)
+    names: set[str] = set()
+    for index, encoder in enumerate(model.encoders):
+        path = f"model.encoders.{index}"
+        if encoder.name in names:
+            yield f"{path}.name", f"{encoder.name!r} names two encoders", "give each its own name"
+        names.add(encoder.name)
+        found = list(_encoder(path, encoder))
+        yield from found
+        if not found and isinstance(connector, SVA) and encoder_grid(encoder) % connector.grid:
+            what = f"{connector.grid} does not divide the grid of encoder {encoder.name!r}, {encoder_grid(encoder)}"
+            yield "model.connector.grid", what, f"give a divisor, or set {path}.grid: its features are resized to that"
+
+
+def _longcat(backbone: Longcat, moe: MoE | None) -> Iterator[Problem]:
     if backbone.qk_rope_head_dim % 2:
         yield "model.backbone.qk_rope_head_dim", f"{backbone.qk_rope_head_dim} is odd", "rotary pairs need an even one"
+    if moe is None:
+        yield "model", "missing key 'model.moe'", "a LongCat backbone has experts: add a [model.moe] table"
+        return
+    everyone = moe.experts + moe.zero_experts
     if moe.top_k > everyone:
         yield "model.moe.top_k", f"{moe.top_k} is above experts + zero_experts = {everyone}", "lower it"
     if moe.active_experts > min(moe.top_k, moe.experts):
@@ -121,43 +174,72 @@ def model_problems(model: Model) -> Iterator[Problem]:
         yield "model.moe.bias_rate_min", what, "lower it"
     if moe.experts % moe.balance_groups:
         yield "model.moe.balance_groups", f"{moe.balance_groups} does not divide experts = {moe.experts}", "change one"
-    if model.encoders and connector is None:
-        yield "model.encoders", "encoders without a connector", "add a [model.connector] table"
-    if connector is not None and not model.encoders:
-        yield "model.connector", "a connector without encoders", "add [[model.encoders]] or drop the connector"
-    if connector is not None and connector.width % connector.heads:
+
+
+def _llama(backbone: Llama, model: Model) -> Iterator[Problem]:
+    if model.moe is not None:
+        yield "model.moe", "a Llama backbone has no experts", "leave the table out, or use a LongCat backbone"
+    if model.mtp is not None:
+        what = "multi-token prediction stands on a LongCat backbone"
+        yield "model.mtp", what, "leave the table out, or use a LongCat backbone"
+    if backbone.heads % backbone.kv_heads:
+        what = f"{backbone.kv_heads} does not divide heads = {backbone.heads}"
+        yield "model.backbone.kv_heads", what, "every head of keys and values serves as many heads of queries"
+    if backbone.head_dim % 2:
+        yield "model.backbone.head_dim", f"{backbone.head_dim} is odd", "rotary pairs need an even one"
+
+
+def _sva(connector: SVA, backbone: Backbone) -> Iterator[Problem]:
+    if connector.width % connector.heads:
         what = f"{connector.width} is not a multiple of heads = {connector.heads}"
         yield "model.connector.width", what, "change one of them"
-    yield from _encoders(model)
+    inside = connector.inside
+    if inside is not None and inside.start + (inside.layers - 1) * inside.stride >= backbone.layers:
+        last = inside.start + (inside.layers - 1) * inside.stride
+        what = f"the last of {inside.layers} stands behind layer {last}, the model has {backbone.layers}"
+        yield "model.connector.inside.layers", what, "lower it, or the stride"
 
 
-def _encoders(model: Model) -> Iterator[Problem]:
-    first = model.encoders[0] if model.encoders else None
-    names: set[str] = set()
-    for index, encoder in enumerate(model.encoders):
-        path = f"model.encoders.{index}"
-        if encoder.name in names:
-            yield f"{path}.name", f"{encoder.name!r} names two encoders", "give each its own name"
-        names.add(encoder.name)
-        if first is not None and encoder.image_size != first.image_size:
-            what = f"{encoder.image_size} differs from the first encoder's {first.image_size}"
-            yield f"{path}.image_size", what, "every encoder sees the same pixels: use one size"
-        if encoder.type == "vit" and encoder.width % encoder.heads:
-            yield f"{path}.width", f"{encoder.width} is not a multiple of heads = {encoder.heads}", "change one of them"
-        if encoder.type == "convnet" and not encoder.widths:
-            yield f"{path}.widths", "a ConvNet without stages", "give one width a stage"
-        odd = [width for width in encoder.widths if width % WIDTH_UNIT] if encoder.type == "convnet" else []
-        if odd:
-            yield f"{path}.widths", f"{odd[0]} is not a multiple of {WIDTH_UNIT}", "its GroupNorms have so many groups"
-        if len(encoder.widths) > MOST_STAGES:
-            yield f"{path}.widths", f"{len(encoder.widths)} stages, each of which halves the image", "give fewer"
-            continue
-        stride = encoder.patch_size if encoder.type == "vit" else 2 ** len(encoder.widths)
-        if encoder.image_size % stride:
-            what = f"{encoder.image_size} is not a multiple of the encoder's stride {stride}"
-            yield f"{path}.image_size", what, f"use a multiple of {stride}"
-        elif model.connector is not None and encoder_grid(encoder) % model.connector.grid:
-            what = (
-                f"{model.connector.grid} does not divide the grid of encoder {encoder.name!r}, {encoder_grid(encoder)}"
-            )
-            yield "model.connector.grid", what, "give a divisor"
+def _encoder(path: str, encoder: AnyEncoder) -> Iterator[Problem]:
+    match encoder:
+        case ViT():
+            yield from _vit(path, encoder)
+        case ConvNeXt():
+            if len(encoder.depths) != len(encoder.widths) or not encoder.widths:
+                what = f"{len(encoder.depths)} depths for {len(encoder.widths)} widths"
+                yield f"{path}.depths", what, "give one of each for every stage"
+                return
+            stages = range(-len(encoder.widths), len(encoder.widths))
+            if not encoder.feature_stages or any(stage not in stages for stage in encoder.feature_stages):
+                what = f"{list(encoder.feature_stages)} names no stages of {len(encoder.widths)}"
+                yield f"{path}.feature_stages", what, "give stages that are there"
+                return
+            if len(encoder.feature_stages) > 1 and encoder.grid is None:
+                what = "maps of several stages differ in size"
+                yield f"{path}.grid", what, "give the side that they are all resized to"
+        case ConvNet():
+            odd = [width for width in encoder.widths if width % WIDTH_UNIT]
+            if odd:
+                what = f"{odd[0]} is not a multiple of {WIDTH_UNIT}"
+                yield f"{path}.widths", what, "its GroupNorms have so many groups"
+            if not encoder.widths:
+                yield f"{path}.widths", "a ConvNet without stages", "give one width a stage"
+    if not isinstance(encoder, ViT) and len(encoder.widths) > MOST_STAGES:
+        yield f"{path}.widths", f"{len(encoder.widths)} stages, each of which halves the image", "give fewer"
+    elif encoder.image_size % stride(encoder):
+        what = f"{encoder.image_size} is not a multiple of the encoder's stride {stride(encoder)}"
+        yield f"{path}.image_size", what, f"use a multiple of {stride(encoder)}"
+
+
+def _vit(path: str, encoder: ViT) -> Iterator[Problem]:
+    if encoder.width % encoder.heads:
+        yield f"{path}.width", f"{encoder.width} is not a multiple of heads = {encoder.heads}", "change one of them"
+    elif encoder.position == "rope" and encoder.width // encoder.heads % 4:
+        what = f"heads of {encoder.width // encoder.heads} are no multiple of 4"
+        yield f"{path}.width", what, "rotary pairs of two axes need one"
+    if not -encoder.layers <= encoder.feature_layer < encoder.layers:
+        what = f"{encoder.feature_layer} names none of {encoder.layers} layers"
+        yield f"{path}.feature_layer", what, "-1 is the last, -2 the one before"
+    if encoder.final_norm and encoder.pooling == "norm":
+        what = "the last LayerNorm is either the features' or the pooled token's"
+        yield f"{path}.pooling", what, "set final_norm = false, as CLIP has it"

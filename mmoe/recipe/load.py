@@ -6,7 +6,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -55,7 +55,8 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def typed(cls: type[T], table: Any, source: str) -> T:
-    """A table of somebody else's file as the dataclass ``cls`` of the schema, strictly as in a recipe.
+    """A table of somebody else's file as the dataclass ``cls`` of the schema, or as that of a union of them which its
+    ``type`` names, strictly as in a recipe.
 
     Raises:
         UserError: an unknown or a missing key, a value of the wrong type or out of its range, at ``source``.
@@ -150,7 +151,7 @@ class _Reader:
         """``value`` as an instance of the type ``hint``; ``path`` is its dotted key."""
         origin, args = typing.get_origin(hint), typing.get_args(hint)
         if origin in (typing.Union, types.UnionType):
-            return self.build(next(arg for arg in args if arg is not types.NoneType), value, path)
+            return self.build(self._member(args, value, path), value, path)
         if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
             return self._table(typing.cast(type, hint), value, path)
         if origin is tuple and isinstance(value, list):
@@ -170,6 +171,20 @@ class _Reader:
         if hint in (bool, int, str) and type(value) is hint:
             return value
         return self.fail(path, f"{path or 'it'} must be {_expected(hint)}, found {_found(value)}", "correct the value")
+
+    def _member(self, members: tuple[Any, ...], value: Any, path: str) -> Any:
+        """The type among those of a union that the table's ``type`` names; without one the first."""
+        kinds = {kind: cls for cls in members if cls is not types.NoneType for kind in _kinds(cls)}
+        if len(kinds) < 2 or not isinstance(value, Mapping):
+            return members[0]
+        kind = value.get("type", next(iter(kinds)) if _has_default(members[0]) else None)
+        if kind is None:
+            self.fail(path, f"missing key {f'{path}.type'!r}", f"it must be {_one_of(kinds)}")
+        if not isinstance(kind, str) or kind not in kinds:
+            self.fail(
+                f"{path}.type", f"{path}.type must be {_one_of(kinds)}, found {_found(kind)}", "correct the value"
+            )
+        return kinds[kind]
 
     def _table(self, cls: type, table: Mapping[str, Any], path: str) -> Any:
         prefix = f"{path}." if path else ""
@@ -196,21 +211,33 @@ def _paths(cls: type, prefix: str = "") -> Iterator[str]:
     """Every dotted key of the schema; a list's entry counts as 0."""
     for name, hint in typing.get_type_hints(cls).items():
         yield prefix + name
-        for inner in (hint, *typing.get_args(hint)):
+        many = typing.get_origin(hint) is tuple
+        for inner in (hint, *(part for arg in typing.get_args(hint) for part in (arg, *typing.get_args(arg)))):
             if dataclasses.is_dataclass(inner):
-                yield from _paths(
-                    typing.cast(type, inner), f"{prefix}{name}.{'0.' if typing.get_origin(hint) is tuple else ''}"
-                )
+                yield from _paths(typing.cast(type, inner), f"{prefix}{name}.{'0.' if many else ''}")
+
+
+def _kinds(cls: Any) -> tuple[str, ...]:
+    """What ``type`` may be in a table of this class; nothing where it has none."""
+    return typing.get_args(typing.get_type_hints(cls).get("type")) if dataclasses.is_dataclass(cls) else ()
+
+
+def _has_default(cls: Any) -> bool:
+    return any(field.name == "type" and field.default is not dataclasses.MISSING for field in dataclasses.fields(cls))
+
+
+def _one_of(values: Iterable[str]) -> str:
+    return f"one of {', '.join(repr(value) for value in values)}"
 
 
 def _expected(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return _expected(next(arg for arg in args if arg is not types.NoneType))
+        return _expected(args[0])
     if dataclasses.is_dataclass(hint):
         return "a table"
     if origin is typing.Literal:
-        return f"one of {', '.join(repr(arg) for arg in args)}"
+        return _one_of(args)
     if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
         return f"a list, each entry {_expected(args[0])}"
     if origin is tuple:

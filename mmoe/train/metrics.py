@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mmoe.ending import say
 from mmoe.layers.router import Tally
-from mmoe.recipe.schema import MoE, Recipe, Train
+from mmoe.recipe.model import MoE
+from mmoe.recipe.schema import Recipe, Train
 from mmoe.train.step import Outcome
 
 

@@ -2,7 +2,8 @@
 
 import math
 
-from mmoe.recipe.schema import MoE, Optimizer
+from mmoe.recipe.model import MoE
+from mmoe.recipe.schema import Optimizer
 
 
 def _half_cosine(first: float, last: float, progress: float) -> float:

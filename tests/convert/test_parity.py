@@ -19,7 +19,8 @@ from mmoe.convert.families import longcat
 from mmoe.convert.ingest import read_hf
 from mmoe.models.multimodal import MultimodalModel, build
 from mmoe.parallel import engine
-from mmoe.recipe.schema import Model, Optimizer, Parallel
+from mmoe.recipe.model import Model
+from mmoe.recipe.schema import Optimizer, Parallel
 from mmoe.train.step import Stepper
 
 # hidden, heads, q rank, kv rank, nope, rope, v, dense FFN, vocabulary, layers, N, Z, k, expert width, scaling

@@ -10,7 +10,7 @@ from mmoe.layers import mla
 from mmoe.models.multimodal import MultimodalModel, build_stages
 from mmoe.parallel import engine, layout, state
 from mmoe.parallel import optimizer as adam
-from mmoe.recipe import schema
+from mmoe.recipe import model, schema
 from mmoe.recipe.tokens import IMAGE
 from mmoe.train.metrics import gradient_ratio
 from mmoe.train.step import Outcome, Stepper
@@ -27,20 +27,20 @@ mla.LEAST_QUERIES = 8
 
 def recipe(**parallel: Any) -> schema.Recipe:
     """A model with everything that a layout can cut: 4 layers, 4 heads, 4 experts beside 2 zero experts, images."""
-    backbone = schema.Backbone(
+    backbone = model.Longcat(
         vocab_size=64, hidden_size=32, layers=4, heads=4, q_lora_rank=16, kv_lora_rank=8, qk_nope_head_dim=8,
         qk_rope_head_dim=4, v_head_dim=8, ffn_hidden_size=48, init_std=0.1, residual_init_std=0.1,
         hidden_z_coefficient=1e-3,
     )  # fmt: skip
-    moe = schema.MoE(
+    moe = model.MoE(
         experts=4, zero_experts=2, top_k=3, expert_hidden_size=16, routed_scaling_factor=2.0, active_experts=1.5,
         balance_coefficient=0.1, balance_groups=2, bias_rate=0.02, router_init_std=0.5,
     )  # fmt: skip
-    vit = schema.Encoder(name="vit", type="vit", image_size=16, patch_size=4, width=16, layers=1, heads=2)
-    connector = schema.Connector(grid=GRID, width=16, heads=2)
+    vit = model.ViT(name="vit", type="vit", image_size=16, patch_size=4, width=16, layers=1, heads=2)
+    connector = model.SVA(grid=GRID, width=16, heads=2)
     return schema.Recipe(
         name="layouts",
-        model=schema.Model(backbone=backbone, moe=moe, mtp=schema.MTP(), encoders=(vit,), connector=connector),
+        model=model.Model(backbone=backbone, moe=moe, mtp=model.MTP(), encoders=(vit,), connector=connector),
         data=schema.Data(mixture="none", sequence_length=PACK),
         train=schema.Train(steps=10, global_batch=GLOBAL, micro_batch=MICRO),
         optimizer=schema.Optimizer(lr=1e-3, eps=1e-5),

@@ -7,9 +7,10 @@ import torch
 
 from mmoe.layers.config import LongcatConfig, make_config
 from mmoe.parallel import engine
-from mmoe.recipe.schema import Backbone, Data, Fp8, Model, MoE, Optimizer, Parallel, Precision, Recipe, Train
+from mmoe.recipe.model import Longcat, Model, MoE
+from mmoe.recipe.schema import Data, Fp8, Optimizer, Parallel, Precision, Recipe, Train
 
-BACKBONE = Backbone(
+BACKBONE = Longcat(
     vocab_size=64,
     hidden_size=32,
     layers=2,

@@ -21,7 +21,8 @@ from mmoe.layers.norms import ApexRMSNorm, RMSNorm
 from mmoe.models import multimodal
 from mmoe.models.multimodal import MultimodalModel
 from mmoe.parallel import engine
-from mmoe.recipe.schema import Data, Fp8, Model, Parallel, Precision
+from mmoe.recipe.model import Model
+from mmoe.recipe.schema import Data, Fp8, Parallel, Precision
 
 pytestmark = pytest.mark.latest
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from mmoe.layers.scmoe import ScMoELayer
 from mmoe.models.multimodal import build_stages
 from mmoe.parallel import engine
-from mmoe.recipe.schema import Model, Parallel
+from mmoe.recipe.model import Model
+from mmoe.recipe.schema import Parallel
 
 Order = Literal["shortcut", "sequential"]
 

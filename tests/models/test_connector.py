@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from mmoe.models.connectors import sva as module
 from mmoe.models.connectors.sva import Connector
 from mmoe.ops import sva_absorbed as chunked
-from mmoe.recipe.schema import Connector as Config
+from mmoe.recipe.model import SVA as Config
 from mmoe.reference import sva as reference
 
 CONFIG = Config(grid=2, width=8, heads=2, layers=2)

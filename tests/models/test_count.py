@@ -11,7 +11,8 @@ from mmoe.models.count import count
 from mmoe.models.multimodal import build
 from mmoe.parallel import engine
 from mmoe.recipe import load_recipe
-from mmoe.recipe.schema import Model, Parallel
+from mmoe.recipe.model import Model
+from mmoe.recipe.schema import Parallel
 
 
 def counted_by_transformers(model: Model) -> int:

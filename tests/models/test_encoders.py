@@ -7,10 +7,10 @@ import torch
 
 from mmoe.errors import UserError
 from mmoe.models.encoders import ConvNet, ViT, build_encoder
-from mmoe.recipe.schema import Encoder
+from mmoe.recipe import model
 
-VIT = Encoder(name="patches", type="vit", image_size=32, patch_size=8, width=16, layers=2, heads=2)
-CONVNET = Encoder(name="pixels", type="convnet", image_size=32, widths=(8, 16, 24))
+VIT = model.ViT(name="patches", type="vit", image_size=32, patch_size=8, width=16, layers=2, heads=2)
+CONVNET = model.ConvNet(name="pixels", type="convnet", image_size=32, widths=(8, 16, 24))
 
 
 @pytest.mark.parametrize(("config", "kind", "channels"), [(VIT, ViT, 16), (CONVNET, ConvNet, 24)])

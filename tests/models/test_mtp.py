@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from mmoe.layers.mtp import look_ahead
 from mmoe.models.multimodal import MultimodalModel, build
-from mmoe.recipe.schema import MTP, Recipe
+from mmoe.recipe.model import MTP
+from mmoe.recipe.schema import Recipe
 
 WEIGHT, LAMBDA = 0.3, 0.01
 

@@ -7,18 +7,18 @@ import small
 import torch
 
 from mmoe.models.multimodal import MultimodalModel
-from mmoe.recipe.schema import Connector, Encoder, Model
+from mmoe.recipe.model import SVA, ConvNet, Model, ViT
 from mmoe.recipe.tokens import IMAGE
 
 
 @pytest.fixture(scope="module")
 def model() -> MultimodalModel:
     encoders = (
-        Encoder(name="vit", type="vit", image_size=16, patch_size=4, width=16, layers=1, heads=2),
-        Encoder(name="convnet", type="convnet", image_size=16, widths=(8, 8, 16)),
+        ViT(name="vit", type="vit", image_size=16, patch_size=4, width=16, layers=1, heads=2),
+        ConvNet(name="convnet", type="convnet", image_size=16, widths=(8, 8, 16)),
     )
     parts = Model(
-        backbone=small.BACKBONE, moe=small.MIXTURE, encoders=encoders, connector=Connector(grid=2, width=16, heads=2)
+        backbone=small.BACKBONE, moe=small.MIXTURE, encoders=encoders, connector=SVA(grid=2, width=16, heads=2)
     )
     recipe = dataclasses.replace(small.RECIPE, model=parts)
     return MultimodalModel(recipe, small.config()).eval()

@@ -10,7 +10,7 @@ from torch import Tensor
 from mmoe.layers.config import make_config
 from mmoe.layers.router import Tally, ZeroExpertRouter
 from mmoe.models.multimodal import MultimodalModel
-from mmoe.recipe.schema import MoE
+from mmoe.recipe.model import MoE
 from mmoe.train import controller
 
 MOE = small.MIXTURE

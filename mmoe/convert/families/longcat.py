@@ -10,7 +10,7 @@ from typing import Any
 from mmoe.convert.mapping import Entry, Table
 from mmoe.errors import UserError
 from mmoe.recipe.load import typed
-from mmoe.recipe.schema import Backbone, MoE
+from mmoe.recipe.model import Longcat, MoE
 
 ATTENTION = (
     "q_a_proj.weight",
@@ -43,7 +43,7 @@ def _mtp(prefix: str) -> list[Entry]:
     ]
 
 
-def table(backbone: Backbone, moe: MoE, *, fused: bool, prefix: str = "", mtp: bool = False) -> Table:
+def table(backbone: Longcat, moe: MoE, *, fused: bool, prefix: str = "", mtp: bool = False) -> Table:
     """Names of the language model; ``prefix`` goes in front of theirs."""
     entries = [
         Entry("language.embedding.word_embeddings.weight", (f"{prefix}model.embed_tokens.weight",)),
@@ -98,7 +98,7 @@ def check_expressible(moe: MoE) -> None:
         raise UserError(what, "model.moe.identity", "only models trained with 'scaled' can be exported")
 
 
-def to_config(backbone: Backbone, moe: MoE, dtype: str) -> dict[str, Any]:
+def to_config(backbone: Longcat, moe: MoE, dtype: str) -> dict[str, Any]:
     """The fields of transformers' ``LongcatFlashConfig``, and those that vLLM reads besides."""
     return {
         "architectures": ["LongcatFlashForCausalLM"],
@@ -141,7 +141,7 @@ def to_config(backbone: Backbone, moe: MoE, dtype: str) -> dict[str, Any]:
     }
 
 
-def from_config(config: Any, where: str) -> tuple[Backbone, MoE]:
+def from_config(config: Any, where: str) -> tuple[Longcat, MoE]:
     """The sizes in a ``config.json``; ``active_experts`` is what uniform routing gives, since the file does not say.
 
     Raises:
@@ -194,4 +194,4 @@ def from_config(config: Any, where: str) -> tuple[Backbone, MoE]:
         }
     except KeyError as error:
         raise UserError(f"config.json lacks {error.args[0]}", where, "is it a whole export?") from None
-    return typed(Backbone, backbone, where), typed(MoE, moe, where)
+    return typed(Longcat, backbone, where), typed(MoE, moe, where)

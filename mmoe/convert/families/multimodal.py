@@ -7,7 +7,7 @@ from mmoe.convert.mapping import Entry, Table
 from mmoe.errors import UserError
 from mmoe.models.count import vision_modules
 from mmoe.recipe.load import typed
-from mmoe.recipe.schema import Connector, Encoder, Model
+from mmoe.recipe.model import AnyConnector, AnyEncoder, Model
 
 
 def table(model: Model, *, fused: bool = True) -> Table:
@@ -31,8 +31,8 @@ def from_config(config: dict[str, Any], where: str) -> Model:
     return Model(
         backbone=backbone,
         moe=moe,
-        encoders=tuple(typed(Encoder, fields, where) for fields in encoders),
-        connector=typed(Connector, connector, where),
+        encoders=tuple(typed(AnyEncoder, fields, where) for fields in encoders),
+        connector=typed(AnyConnector, connector, where),
     )
 
 

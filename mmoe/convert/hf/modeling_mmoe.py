@@ -9,8 +9,9 @@ from transformers import GenerationMixin, LongcatFlashForCausalLM, PreTrainedMod
 from mmoe.convert.hf.configuration_mmoe import MmoeConfig
 from mmoe.models.connectors.sva import Connector
 from mmoe.models.encoders import build_encoder
-from mmoe.recipe.schema import Connector as ConnectorTable
-from mmoe.recipe.schema import Encoder as EncoderTable
+from mmoe.recipe.model import SVA, ConvNet, ConvNeXt, ViT
+
+TABLES = {"vit": ViT, "convnext": ConvNeXt, "convnet": ConvNet}
 
 
 class MmoeForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -32,13 +33,13 @@ class MmoeForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MmoeConfig) -> None:
         super().__init__(config)
-        encoders = [EncoderTable(**fields) for fields in config.encoders]
+        encoders = [TABLES[fields["type"]](**fields) for fields in config.encoders]
         self.encoders = nn.ModuleDict({encoder.name: build_encoder(encoder) for encoder in encoders})
         self.connector = None
         if config.connector is not None:
             parts: list[Any] = list(self.encoders.values())
             self.connector = Connector(
-                ConnectorTable(**config.connector),
+                SVA(**config.connector),
                 [part.channels for part in parts],
                 [part.grid for part in parts],
                 config.text_config.hidden_size,

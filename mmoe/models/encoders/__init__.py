@@ -3,12 +3,12 @@
 from mmoe.errors import UserError
 from mmoe.models.encoders.convnet import ConvNet
 from mmoe.models.encoders.vit import ViT
-from mmoe.recipe.schema import Encoder
+from mmoe.recipe.model import AnyEncoder
 
 __all__ = ["ConvNet", "ViT", "build_encoder"]
 
 
-def build_encoder(config: Encoder) -> ViT | ConvNet:
+def build_encoder(config: AnyEncoder) -> ViT | ConvNet:
     """The encoder that a recipe names, freshly initialised from torch's generator.
 
     Raises:
@@ -23,6 +23,8 @@ def build_encoder(config: Encoder) -> ViT | ConvNet:
                 layers=config.layers,
                 heads=config.heads,
             )
+        if config.type == "convnext":
+            raise ValueError("ConvNeXt is not there yet")
         return ConvNet(image_size=config.image_size, widths=config.widths)
     except ValueError as error:
         raise UserError(str(error), f"model.encoders, {config.name}", "choose sizes that divide") from None
