@@ -145,9 +145,12 @@ def model_problems(model: Model) -> Iterator[Problem]:
         names.add(encoder.name)
         found = list(_encoder(path, encoder))
         yield from found
-        if not found and isinstance(connector, SVA) and encoder_grid(encoder) % connector.grid:
-            what = f"{connector.grid} does not divide the grid of encoder {encoder.name!r}, {encoder_grid(encoder)}"
-            yield "model.connector.grid", what, f"give a divisor, or set {path}.grid: its features are resized to that"
+        if not found and isinstance(connector, SVA):
+            for key, side in (("grid", connector.grid), *(("groups", side) for side in connector.groups)):
+                if encoder_grid(encoder) % side:
+                    what = f"{side} does not divide the grid of encoder {encoder.name!r}, {encoder_grid(encoder)}"
+                    fix = f"give a divisor, or set {path}.grid: its features are resized to that"
+                    yield f"model.connector.{key}", what, fix
 
 
 def _longcat(backbone: Longcat, moe: MoE | None) -> Iterator[Problem]:

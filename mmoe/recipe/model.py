@@ -227,14 +227,21 @@ class SVA(Connector):
     heads: int
     layers: int = 1
     """D."""
-    groups: int = 1
-    """G: groups of queries, each with layers of its own; they are put together along the channels."""
+    groups: tuple[int, ...] = ()
+    """Side of each group's square of queries, of which there are G, each with layers of its own: they are resized to
+    ``grid`` and put together along the channels. None: one group of ``grid``."""
     mixing: Literal["joint", "sep"] = "joint"
     """joint: one softmax over the keys of all encoders. sep: one attention an encoder (one that has a single key for
     each query goes through an MLP), weighted by a softmax over the encoders."""
     scale: Literal["head", "width"] = "head"
     """Of the scores: 1/√(width / heads), the released code's, or 1/√width, which the paper prints."""
+    mask_padding: bool = False
+    """Keys in the padding of images that were padded to a square (``data.fit = "pad"``) are left out."""
     inside: Inside | None = None
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        return self.groups or (self.grid,)
 
 
 AnyConnector = SVA | MLP | Linear

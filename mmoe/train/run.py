@@ -260,7 +260,7 @@ def _loop(
 
         watch = _Watch(loader, show)
         rate = learning_rate(recipe.optimizer, step, steps)
-        bias = bias_rate(recipe.model.moe, step, steps)
+        bias = bias_rate(recipe.model.moe, step, steps) if recipe.model.moe else None
         measure = is_logged(recipe.train, step + 1)
         outcome: Outcome = stepper.step(watch, rate, lambda: stop.asked, bias, measure)
         progress["step"] = journal.step = step + 1

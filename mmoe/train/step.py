@@ -40,7 +40,7 @@ class Outcome:
     skipped_samples: int
     interrupted: bool
     tallies: Tensor
-    """fp64 [layers, Tally.width], summed over ranks: see mmoe.layers.router."""
+    """fp64 [layers, Tally.width], summed over ranks: see mmoe.layers.router; [0, 0] for a dense model."""
     row_similarity: float
     """Mean cosine of two rows of a router, where the step measured; else 0."""
     suspects: list[str]
@@ -145,12 +145,13 @@ class Stepper:
         if math.isfinite(loss):
             taken, grad_norm = adam.update(self.optimizer, rate)
         fp8.end_step(self.models, taken)
-        if taken:
-            controller.steer(self.models, tallies, self.recipe.model.moe.bias_rate if bias_rate is None else bias_rate)
+        moe = self.recipe.model.moe
+        if taken and moe is not None:
+            controller.steer(self.models, tallies, moe.bias_rate if bias_rate is None else bias_rate)
         return Outcome(
             taken=taken,
             loss=loss,
-            balance_loss=float(Tally.of(tallies, self.recipe.model.moe).balance_loss.sum()) / max(loss_tokens, 1),
+            balance_loss=float(Tally.of(tallies, moe).balance_loss.sum()) / max(loss_tokens, 1) if moe else 0.0,
             hidden_z_loss=hidden_z / max(loss_tokens, 1),
             mtp_loss=ahead_sum / ahead_tokens if ahead_tokens else math.nan,
             grad_norm=grad_norm,

@@ -10,7 +10,8 @@ from mmoe.layers import mla
 from mmoe.models.multimodal import MultimodalModel, build_stages
 from mmoe.parallel import engine, layout, state
 from mmoe.parallel import optimizer as adam
-from mmoe.recipe import model, schema
+from mmoe.recipe import model as tables
+from mmoe.recipe import schema
 from mmoe.recipe.tokens import IMAGE
 from mmoe.train.metrics import gradient_ratio
 from mmoe.train.step import Outcome, Stepper
@@ -27,20 +28,20 @@ mla.LEAST_QUERIES = 8
 
 def recipe(**parallel: Any) -> schema.Recipe:
     """A model with everything that a layout can cut: 4 layers, 4 heads, 4 experts beside 2 zero experts, images."""
-    backbone = model.Longcat(
+    backbone = tables.Longcat(
         vocab_size=64, hidden_size=32, layers=4, heads=4, q_lora_rank=16, kv_lora_rank=8, qk_nope_head_dim=8,
         qk_rope_head_dim=4, v_head_dim=8, ffn_hidden_size=48, init_std=0.1, residual_init_std=0.1,
         hidden_z_coefficient=1e-3,
     )  # fmt: skip
-    moe = model.MoE(
+    moe = tables.MoE(
         experts=4, zero_experts=2, top_k=3, expert_hidden_size=16, routed_scaling_factor=2.0, active_experts=1.5,
         balance_coefficient=0.1, balance_groups=2, bias_rate=0.02, router_init_std=0.5,
     )  # fmt: skip
-    vit = model.ViT(name="vit", type="vit", image_size=16, patch_size=4, width=16, layers=1, heads=2)
-    connector = model.SVA(grid=GRID, width=16, heads=2)
+    vit = tables.ViT(name="vit", type="vit", image_size=16, patch_size=4, width=16, layers=1, heads=2)
+    connector = tables.SVA(grid=GRID, width=16, heads=2)
     return schema.Recipe(
         name="layouts",
-        model=model.Model(backbone=backbone, moe=moe, mtp=model.MTP(), encoders=(vit,), connector=connector),
+        model=tables.Model(backbone=backbone, moe=moe, mtp=tables.MTP(), encoders=(vit,), connector=connector),
         data=schema.Data(mixture="none", sequence_length=PACK),
         train=schema.Train(steps=10, global_batch=GLOBAL, micro_batch=MICRO),
         optimizer=schema.Optimizer(lr=1e-3, eps=1e-5),
@@ -71,7 +72,8 @@ def micro_batch(step: int, index: int, images: int = 3) -> dict[str, Any]:
         "position": position,
         "document": document,
         "branch": branch,
-        "images": torch.rand(images, 3, 16, 16, generator=generator),
+        "images": {16: torch.rand(images, 3, 16, 16, generator=generator)},
+        "original_sizes": torch.full((images, 2), 16),
         "samples": [["a"]] * MICRO,
         "skipped": [],
     }

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, LongcatFlashForCausalLM, PreTrainedModel
 
 from mmoe.convert.hf.configuration_mmoe import MmoeConfig
-from mmoe.models.connectors.sva import Connector
+from mmoe.models.connectors import build_connector
 from mmoe.models.encoders import build_encoder
-from mmoe.recipe.model import SVA, ConvNet, ConvNeXt, ViT
+from mmoe.recipe.model import MLP, SVA, ConvNet, ConvNeXt, Linear, ViT
 
-TABLES = {"vit": ViT, "convnext": ConvNeXt, "convnet": ConvNet}
+ENCODERS = {"vit": ViT, "convnext": ConvNeXt, "convnet": ConvNet}
+CONNECTORS = {"sva": SVA, "mlp": MLP, "linear": Linear}
 
 
 class MmoeForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -33,13 +34,13 @@ class MmoeForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MmoeConfig) -> None:
         super().__init__(config)
-        encoders = [TABLES[fields["type"]](**fields) for fields in config.encoders]
+        encoders = [ENCODERS[fields["type"]](**fields) for fields in config.encoders]
         self.encoders = nn.ModuleDict({encoder.name: build_encoder(encoder) for encoder in encoders})
         self.connector = None
         if config.connector is not None:
             parts: list[Any] = list(self.encoders.values())
-            self.connector = Connector(
-                SVA(**config.connector),
+            self.connector = build_connector(
+                CONNECTORS[config.connector["type"]](**config.connector),
                 [part.channels for part in parts],
                 [part.grid for part in parts],
                 config.text_config.hidden_size,

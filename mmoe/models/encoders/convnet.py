@@ -70,8 +70,8 @@ class ConvNet(nn.Module):
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor) -> list[Tensor]:
         x = pixels
         for stage in self.stages:
             x = stage(x)
-        return self.norm(x.permute(0, 2, 3, 1))
+        return [self.norm(x.permute(0, 2, 3, 1))]

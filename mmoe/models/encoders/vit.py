@@ -71,8 +71,8 @@ class ViT(nn.Module):
             nn.init.normal_(block.attention_out.weight, std=RESIDUAL_STD)
             nn.init.normal_(block.mlp_out.weight, std=RESIDUAL_STD)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor) -> list[Tensor]:
         x = self.patches(pixels).flatten(2).transpose(1, 2) + self.position
         for block in self.blocks:
             x = block(x)
-        return self.norm(x).view(len(pixels), self.grid, self.grid, self.channels)
+        return [self.norm(x).view(len(pixels), self.grid, self.grid, self.channels)]
