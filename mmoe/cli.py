@@ -97,6 +97,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     train.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or the path of a .toml file")
     train.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/RECIPE)")
     train.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint in DIR")
+    train.add_argument("--stage", metavar="NAME", help="begin with this stage of the recipe; those before it are there")
     _add_set(train)
 
     recipes = _command(commands, "recipes", _recipes, "list the shipped recipes or show one", "recipes quickstart")
@@ -239,10 +240,10 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from mmoe.recipe import load_recipe
-    from mmoe.train.run import train
+    from mmoe.train.stages import train
 
     recipe = load_recipe(options.recipe, options.set)
-    train(recipe, options.out or Path("runs") / recipe.name, options.resume)
+    train(recipe, options.out or Path("runs") / recipe.name, options.resume, options.stage)
 
 
 def _recipes(options: argparse.Namespace) -> None:

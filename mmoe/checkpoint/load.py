@@ -27,6 +27,12 @@ def resume(checkpoint: Path, models: Sequence[Any], optimizer: Any) -> dict:
     return reading.json_object((checkpoint / "progress.json").read_bytes())
 
 
+@calls.phase("taking over a stage's weights")
+def hand_over(checkpoint: Path, models: Sequence[Any]) -> None:
+    """Fills the pipeline chunks ``models`` with the weights, and what the controller remembers, of ``checkpoint``."""
+    state.load(checkpoint / "state", models, None)
+
+
 class Loaded:
     """A trained model on one process, whatever layout it was trained at; evaluation mode, no gradients."""
 

@@ -64,9 +64,10 @@ def set_measuring(models: Sequence[MultimodalModel], measure: bool) -> None:
 
 
 def steer(models: Sequence[MultimodalModel], tallies: Tensor, rate: float) -> None:
-    """Moves the biases of this rank's layers by ``tallies``, fp64 [layers, Tally.width], summed over all ranks."""
+    """Moves the biases of this rank's routers by ``tallies``, fp64 [layers, Tally.width], summed over all ranks."""
     for layer, router in routers(models).items():
-        steer_router(router, tallies[layer], rate)
+        if router.weight.requires_grad:  # else it is frozen, and its bias with it
+            steer_router(router, tallies[layer], rate)
 
 
 @torch.no_grad()
