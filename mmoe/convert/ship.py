@@ -20,6 +20,8 @@ MODULES = {
     "mmoe.models.connectors.sva": "sva_connector",
     "mmoe.models.encoders": "encoders",
     "mmoe.models.encoders.convnet": "convnet",
+    "mmoe.models.encoders.convnext": "convnext",
+    "mmoe.models.encoders.normalise": "normalise",
     "mmoe.models.encoders.vit": "vit",
     "mmoe.recipe.model": "tables",
     "mmoe.reference.sva": "sva",

@@ -229,6 +229,10 @@ def _encoder(path: str, encoder: AnyEncoder) -> Iterator[Problem]:
                 yield f"{path}.widths", "a ConvNet without stages", "give one width a stage"
     if not isinstance(encoder, ViT) and len(encoder.widths) > MOST_STAGES:
         yield f"{path}.widths", f"{len(encoder.widths)} stages, each of which halves the image", "give fewer"
+    elif isinstance(encoder, ViT) and encoder.drop_border:
+        if encoder.image_size < encoder.patch_size:
+            what = f"{encoder.image_size} is less than patch_size = {encoder.patch_size}"
+            yield f"{path}.image_size", what, "an image has one patch or more"
     elif encoder.image_size % stride(encoder):
         what = f"{encoder.image_size} is not a multiple of the encoder's stride {stride(encoder)}"
         yield f"{path}.image_size", what, f"use a multiple of {stride(encoder)}"

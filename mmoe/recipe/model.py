@@ -139,7 +139,10 @@ class ViT(Encoder):
     layer_scale: bool = False
     """A learned factor a channel on what each branch adds (DINO)."""
     patch_bias: bool = True
+    query_value_bias: bool = True
     key_bias: bool = True
+    drop_border: bool = False
+    """The last image_size % patch_size rows and columns of pixels are not read (SigLIP's 384 with patches of 14)."""
     norm_eps: float = 1e-5
     feature_layer: int = -1
     """Behind which block the features are taken: −1 the last, −2 the one before (LLaVA)."""
@@ -164,6 +167,8 @@ class ConvNeXt(Encoder):
     norm_eps: float = 1e-6
     pooling: Literal["none", "norm"] = "none"
     """The LayerNorm of the pooled map, kept and not used here."""
+    pooled_norm_eps: float = 1e-6
+    """Of that LayerNorm."""
 
 
 @dataclass(frozen=True, kw_only=True)
