@@ -12,10 +12,9 @@ from mmoe.recipe.schema import Connector, Encoder, Model
 
 def table(model: Model, *, fused: bool = True) -> Table:
     """Every tensor of the model; ``fused`` as in :func:`mmoe.convert.families.longcat.table`."""
-    language = longcat.table(
-        model.backbone, model.moe, fused=fused, prefix="language_model.", mtp=model.mtp is not None
-    )
-    return Table([*(Entry(name, (name,)) for name in _vision_names(model)), *language.entries], language.padding)
+    language = longcat.table(model.backbone, model.moe, fused=fused, mtp=model.mtp is not None)
+    vision = Table([Entry(name, (name,)) for name in _vision_names(model)])
+    return vision + language.prefixed(theirs="language_model.")
 
 
 def from_config(config: dict[str, Any], where: str) -> Model:
