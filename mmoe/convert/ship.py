@@ -17,6 +17,7 @@ MODULES = {
     "mmoe.models.connectors": "connectors",
     "mmoe.models.connectors.maps": "maps",
     "mmoe.models.connectors.mlp": "mlp",
+    "mmoe.models.connectors.sampler": "sampler",
     "mmoe.models.connectors.sva": "sva_connector",
     "mmoe.models.encoders": "encoders",
     "mmoe.models.encoders.convnet": "convnet",

@@ -10,6 +10,7 @@ from torch import Tensor
 from mmoe.layers.config import LanguageConfig, make_config
 from mmoe.layers.initialise import initialise
 from mmoe.models.connectors import SVAConnector, build_connector
+from mmoe.models.connectors.sampler import Sampler, numbered, samplers
 from mmoe.models.connectors.sva import Seen
 from mmoe.models.encoders import build_encoder
 from mmoe.models.language import LanguageModel
@@ -18,35 +19,6 @@ from mmoe.parallel.collectives import sum_gradient
 from mmoe.recipe.model import SVA
 from mmoe.recipe.schema import Recipe
 from mmoe.recipe.tokens import IMAGE
-
-
-def _numbered(places: Tensor) -> Tensor:
-    """int64 like ``places``, bool [b, s]: how many places come before, over the flattened batch."""
-    return places.flatten().cumsum(0).view_as(places) - 1
-
-
-class Sampler:
-    """An SVA layer behind a layer of the language model: the hidden states of image tokens are its queries, and what it
-    makes of them takes their places (Cambrian-1, arXiv 2406.16860, section 3).
-
-    ``numbers``: int64 [t, b], which of the micro-batch's image tokens stands at each place that this rank holds, or −1.
-    Tokens that end a row are none of the queries. Queries of other ranks are zeros here, and their results unused.
-    """
-
-    def __init__(self, layer: torch.nn.Module, seen: Seen, numbers: Tensor, side: int, tokens: int) -> None:
-        self.layer, self.seen, self.side = layer, seen, side
-        image, place = numbers.div(tokens, rounding_mode="floor"), numbers % tokens
-        row, column = place // (tokens // side), place % (tokens // side)
-        self.asks = (numbers >= 0) & (column < side)
-        self.query = ((image * side + row) * side + column)[self.asks]
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """[t, b, D] → the same."""
-        images = self.seen.context.size(0)
-        queries = hidden.new_zeros(images * self.side**2, hidden.size(-1))
-        queries = queries.index_copy(0, self.query, hidden[self.asks])
-        answers = self.layer(queries.view(images, self.side, self.side, -1), self.seen).flatten(0, 2)
-        return hidden.masked_scatter(self.asks.unsqueeze(-1), answers[self.query].to(hidden.dtype))
 
 
 class MultimodalModel(MegatronModule):
@@ -99,7 +71,7 @@ class MultimodalModel(MegatronModule):
             return hidden
         rows = rows.flatten(0, 1).to(hidden.dtype)
         if mine.numel() < tokens.size(1):
-            row_of_place = _numbered(places)
+            row_of_place = numbered(places)
             places = places[:, mine]
             rows = rows[row_of_place[:, mine][places]]
         by_pack = hidden.transpose(0, 1).masked_scatter(places.unsqueeze(-1), rows)
@@ -134,12 +106,9 @@ class MultimodalModel(MegatronModule):
             # Each tensor-parallel rank asks for its part of the sequence.
             seen = seen.map(lambda tensor: sum_gradient(tensor, engine.tensor_group()))
         places = tokens == IMAGE
-        numbers = torch.where(places, _numbered(places), -1)[:, self.language.held(tokens.size(1), tokens.device)].t()
-        first, step = shape.inside.start, shape.inside.stride
-        return {
-            first + i * step: Sampler(layer, seen, numbers, connector.grid, connector.tokens)
-            for i, layer in enumerate(connector.inside)
-        }
+        numbers = torch.where(places, numbered(places), -1)[:, self.language.held(tokens.size(1), tokens.device)].t()
+        inside = shape.inside
+        return samplers(connector.inside, inside.start, inside.stride, seen, numbers, connector.grid, connector.tokens)
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """Cross-entropy, fp32 [n], of this rank's n positions with loss_mask 1, in the order of the flattened batch;

@@ -6,7 +6,7 @@ import queue
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -44,6 +44,38 @@ def sharded(
         # Every rank draws the same numbers (start() seeds them alike), so one state serves any layout.
         state["random"] = ShardedObject("random", torch.get_rng_state(), (1,), (0,), replica_id=ranks().rank)
     return state
+
+
+class Place(NamedTuple):
+    """Where a tensor of a model stands in the state: in that of ``key``, behind the indices ``leading``."""
+
+    key: str
+    leading: tuple[int, ...]
+    whole: tuple[int, ...]
+    """Shape of all that ``key`` has."""
+    tensor: torch.Tensor
+
+
+def places(model: torch.nn.Module) -> dict[str, Place]:
+    """Of every tensor by its name in ``model``, which is whole on one process; it may be on the meta device."""
+    found = {}
+    for name, part in model.sharded_state_dict().items():  # type: ignore[operator]
+        if not isinstance(part, ShardedTensor | ShardedTensorFactory):
+            continue
+        # A factory cuts a tensor into parts that stand side by side under one key.
+        built = list(nested_values(part.build())) if isinstance(part, ShardedTensorFactory) else [part]
+        keys = {(s.key, tuple(s.global_offset[: s.prepend_axis_num]), tuple(s.global_shape)) for s in built}
+        ((key, leading, whole),) = keys
+        assert part.data is not None
+        found[name] = Place(key, leading, whole, part.data)
+    return found
+
+
+def objects(model: torch.nn.Module) -> dict[str, Any]:
+    """What :func:`sharded` has beside tensors."""
+    state = model.sharded_state_dict().items()  # type: ignore[operator]
+    kept = {name: part for name, part in state if not isinstance(part, ShardedTensor | ShardedTensorFactory)}
+    return dict(zip(_names([model]), [kept], strict=True))
 
 
 def size(state: dict[str, Any]) -> int:

@@ -185,6 +185,8 @@ class _Reader:
         """``value`` as an instance of the type ``hint``; ``path`` is its dotted key."""
         origin, args = typing.get_origin(hint), typing.get_args(hint)
         if origin in (typing.Union, types.UnionType):
+            if value is None and types.NoneType in args:
+                return None  # of a JSON file: TOML has nothing like it
             return self.build(self._member(args, value, path), value, path)
         if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
             return self._table(typing.cast(type, hint), value, path)

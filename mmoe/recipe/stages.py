@@ -16,7 +16,7 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Table:
         if isinstance(before, dict) and isinstance(value, dict):
             result[key] = merged(before, value)
         elif _named(before) and _named(value):
-            entries = {entry["name"]: entry for entry in before}
+            entries = _by_name(before)
             for entry in value:
                 entries[entry["name"]] = merged(entries.get(entry["name"], {}), entry)
             result[key] = list(entries.values())
@@ -35,12 +35,16 @@ def difference(base: Mapping[str, Any], other: Mapping[str, Any]) -> Table:
         if isinstance(before, dict) and isinstance(value, dict):
             changes[key] = difference(before, value)
         elif _named(before) and _named(value):
-            entries = {entry["name"]: entry for entry in before}
+            entries = _by_name(before)
             parts = ((entry["name"], difference(entries.get(entry["name"], {}), entry)) for entry in value)
             changes[key] = tuple({"name": name, **part} for name, part in parts if part)
         else:
             changes[key] = value
     return changes
+
+
+def _by_name(tables: Any) -> dict[str, Table]:
+    return {table["name"]: table for table in tables}
 
 
 def _named(value: Any) -> bool:

@@ -8,16 +8,17 @@ from mmoe.recipe.load import typed
 from mmoe.recipe.model import Llama
 
 
-def table(backbone: Llama, *, prefix: str = "") -> Table:
-    """Names of the language model; ``prefix`` goes in front of theirs. A tied output layer is none of its tensors."""
+def table(backbone: Llama) -> Table:
+    """Names of the language model; a tied output layer is the embedding."""
+    tied = ("lm_head.weight",) if backbone.tied_embeddings else ()
     entries = [
-        Entry("language.embedding.word_embeddings.weight", (f"{prefix}model.embed_tokens.weight",)),
-        Entry("language.decoder.final_layernorm.weight", (f"{prefix}model.norm.weight",)),
+        Entry("language.embedding.word_embeddings.weight", ("model.embed_tokens.weight",), tied=tied),
+        Entry("language.decoder.final_layernorm.weight", ("model.norm.weight",)),
     ]
     if not backbone.tied_embeddings:
-        entries.append(Entry("language.output_layer.weight", (f"{prefix}lm_head.weight",)))
+        entries.append(Entry("language.output_layer.weight", ("lm_head.weight",)))
     for layer in range(backbone.layers):
-        ours, theirs = f"language.decoder.layers.{layer}", f"{prefix}model.layers.{layer}"
+        ours, theirs = f"language.decoder.layers.{layer}", f"model.layers.{layer}"
         attention = [(f"attention.{name}", f"self_attn.{name}") for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
         norms = [(name, name) for name in ("input_layernorm", "post_attention_layernorm")]
         same = [*attention, *norms, ("mlp.linear_fc2", "mlp.down_proj")]

@@ -4,12 +4,9 @@ The names are those on disk, which is how models are published; transformers 5 r
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from mmoe.convert.families.clip import CLIP, SIGLIP
 from mmoe.convert.families.convnext import CONVNEXT, TIMM
@@ -22,22 +19,6 @@ from mmoe.recipe.load import typed
 from mmoe.recipe.model import ConvNeXt, ViT
 
 FAMILIES = {family.model_type: family for family in (CLIP, SIGLIP, DINOV2, DINOV2_REGISTERS, DINOV3, CONVNEXT)}
-
-
-@dataclass(frozen=True)
-class TokenEntry(Entry):
-    """Tokens or positions, ours [rows, width]; theirs is [width], ``dims`` 1, or [1, rows, width], ``dims`` 3."""
-
-    dims: int = 3
-
-    def write(self, tensor: Tensor) -> dict[str, Tensor]:
-        return {self.theirs[0]: (tensor[0] if self.dims == 1 else tensor[None]).contiguous()}
-
-    def read(self, theirs: Mapping[str, Tensor]) -> Tensor:
-        tensor = theirs[self.theirs[0]]
-        if tensor.dim() != self.dims or (self.dims == 3 and tensor.shape[0] != 1):
-            raise RuntimeError(f"{self.theirs[0]} is {list(tensor.shape)}")
-        return tensor[None] if self.dims == 1 else tensor[0]
 
 
 def from_config(config: Any, where: str, name: str = "vision") -> ViT | ConvNeXt:
@@ -99,15 +80,15 @@ def table(
     elif not isinstance(config, ConvNeXt):
         raise ValueError(f"timm's layout of a {config.type} is not known")
     with torch.device("meta"):
-        tensors = list(build_encoder(config).state_dict())
+        tensors = build_encoder(config).state_dict()
     entries: list[Entry] = []
-    for name in tensors:
-        parts = tuple(f"{theirs}{part}" for part in _their_names(name, names))
-        if name in dims:
-            entries.append(TokenEntry(f"{ours}{name}", parts, dims=dims[name]))
-        else:
-            entries.append(Entry(f"{ours}{name}", parts))
-    return Table(entries)
+    for name, tensor in tensors.items():
+        shapes = None
+        if name in dims:  # tokens or positions [rows, width], theirs [width] or [1, rows, width]
+            rows = tuple(tensor.shape)
+            shapes = (rows, rows[1:] if dims[name] == 1 else (1, *rows))
+        entries.append(Entry(name, _their_names(name, names), shapes=shapes))
+    return Table(entries).prefixed(ours=ours, theirs=theirs)
 
 
 def family_of(config: ViT | ConvNeXt) -> Family:

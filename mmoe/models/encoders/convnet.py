@@ -71,11 +71,7 @@ class ConvNet(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-<<<<<<< HEAD
-        x = pixels
-=======
         x = renormalise(pixels, self.config)
->>>>>>> encoders
         for stage in self.stages:
             x = stage(x)
         return [self.norm(x.permute(0, 2, 3, 1))]
