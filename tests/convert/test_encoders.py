@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import tomllib
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from mmoe.errors import UserError
 from mmoe.models.encoders import build_encoder
 from mmoe.models.encoders.vit import resize_position
 from mmoe.recipe import model
+from mmoe.recipe.load import typed
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 STAGES = {"hidden_sizes": [8, 16, 24], "depths": [1, 2, 1], "num_stages": 3, "image_size": 32}
@@ -336,3 +338,29 @@ def test_timm(tmp_path):
     assert state.keys() == made.ours.state_dict().keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in made.ours.state_dict().items())
     assert layout.write(state).keys() == tensors.keys()
+
+
+PAGE = (Path(__file__).parents[2] / "docs/systems/encoders.md").read_text()
+PUBLISHED = re.findall(r"([\d,]{9,}) parameters[^`]*```toml\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.mark.parametrize(("parameters", "text"), PUBLISHED, ids=[text.split('"')[1] for _, text in PUBLISHED])
+def test_published_encoders_are_theirs(parameters, text):
+    """The documented tables are read, and have as many parameters as transformers' models of those configurations."""
+    (fields,) = tomllib.loads(text)["encoders"]
+    config = typed(model.AnyEncoder, fields, "the page")
+    with torch.device("meta"):
+        ours = build_encoder(config)
+        layout = "timm" if config.norm_eps == 1e-5 and config.type == "convnext" else "transformers"
+        names = table(config, layout=layout)
+        count = sum(parameter.numel() for parameter in ours.parameters())
+        assert count == int(parameters.replace(",", ""))
+        assert len(names.entries) == len(ours.state_dict())
+        if layout == "transformers":
+            their_config = transformers.AutoConfig.for_model(**to_config(config))
+            theirs = getattr(transformers, to_config(config)["architectures"][0])(their_config)
+            assert count == sum(parameter.numel() for parameter in theirs.parameters())
+
+
+def test_every_published_encoder_is_found():
+    assert len(PUBLISHED) == PAGE.count("[[encoders]]") == 7
