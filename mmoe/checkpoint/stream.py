@@ -4,9 +4,11 @@ One thread reads ahead, one hashes, this one writes. A file has its name once it
 journal has its size and SHA-256, and a write that starts again keeps the files for which these hold.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections import deque
@@ -29,6 +31,8 @@ PIECE, PIECES = 16 << 20, 4
 """Bytes that are read, written and hashed at a time, and how many of them are under way."""
 BLOCK = 1 << 20
 """Bytes: so many zeros are not written, the file has a hole there, which reads as zeros."""
+SECTOR = 4096
+"""Bytes, of which direct writes are a multiple."""
 JOURNAL = ".conversion.json"
 LARGEST_JOURNAL = 1 << 26
 
@@ -162,21 +166,38 @@ def _holds(path: Path, entry: dict) -> bool:
 
 def _write(path: Path, file: File, advance: Callable[[int], None]) -> dict:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial, digest, size = path.with_name(f".{path.name}.tmp"), hashlib.sha256(), file.nbytes
-    with partial.open("wb", buffering=0) as out, _Pieces(file) as pieces:
-        os.ftruncate(out.fileno(), size)
-        offset = 0
+    partial, digest, offset = path.with_name(f".{path.name}.tmp"), hashlib.sha256(), 0
+    with _Pieces(file) as pieces, _opened(partial) as out:
         for piece in pieces.read():
-            for start, stop in _stretches(piece):
-                _put(out.fileno(), piece.data[start:stop], offset + start)
+            sectors = pieces.sectors(piece)
+            for start, stop in _stretches(sectors):
+                _put(out, sectors.data[start:stop], offset + start)
             pieces.hash(digest.update, piece.data)
             offset += piece.size
             advance(piece.size)
         pieces.wait()
-        os.fsync(out.fileno())
+        os.ftruncate(out, offset)
+        os.fsync(out)
     partial.replace(path)
     layout.sync(path.parent)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    return {"bytes": offset, "sha256": digest.hexdigest()}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A new file, written past the page cache where the file system can: what is larger than memory would push all else
+    out of it, and copying into it costs more than the rest of a conversion."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    try:
+        handle = os.open(path, flags | os.O_DIRECT, 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        handle = os.open(path, flags, 0o666)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def _put(handle: int, data: memoryview, offset: int) -> None:
@@ -202,7 +223,8 @@ class _Pieces:
 
     def __init__(self, file: File) -> None:
         self.file = file
-        self.buffers = [torch.empty(PIECE, dtype=torch.uint8) for _ in range(PIECES)]
+        # Pages of their own: direct writes want whole ones.
+        self.buffers = [torch.frombuffer(mmap.mmap(-1, PIECE), dtype=torch.uint8) for _ in range(PIECES)]
         self.reader, self.hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self.hashed: deque[Future[None]] = deque()
 
@@ -225,6 +247,13 @@ class _Pieces:
         while ahead:
             yield ahead.popleft().result()
 
+    def sectors(self, piece: np.ndarray) -> np.ndarray:
+        """``piece`` with zeros behind it up to a whole sector."""
+        (buffer,) = (b for b in self.buffers if b.data_ptr() == piece.ctypes.data)
+        whole = buffer[: -(-piece.size // SECTOR) * SECTOR].numpy()
+        whole[piece.size :] = 0
+        return whole
+
     def hash(self, update: Callable[[memoryview], None], piece: memoryview) -> None:
         self.hashed.append(self.hasher.submit(update, piece))
 
@@ -246,23 +275,21 @@ class _Pieces:
 
 
 def _pieces(file: File) -> Iterator[list[bytes | Stretch]]:
-    """The parts of ``file``, cut where a piece is full, or where an element would not be aligned in it."""
+    """The parts of ``file``, cut where a piece is full. Elements are aligned in a file: none is cut."""
     parts: list[bytes | Stretch] = []
     filled = 0
     for part in file.parts:
         width = 1 if isinstance(part, bytes) else file.source.specs[part.name].dtype.itemsize
         count, start = file.size(part) // width, 0
         while start < count:
-            room = (PIECE - filled) // width
-            if filled % width or not room:
-                yield parts
-                parts, filled = [], 0
-                continue
-            taken = min(room, count - start)
+            taken = min((PIECE - filled) // width, count - start)
             if isinstance(part, bytes):
                 parts.append(part[start : start + taken])
             else:
                 parts.append(Stretch(part.name, part.start + start, taken))
             filled, start = filled + taken * width, start + taken
+            if filled == PIECE:
+                yield parts
+                parts, filled = [], 0
     if parts:
         yield parts
