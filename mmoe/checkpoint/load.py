@@ -16,6 +16,7 @@ from mmoe.checkpoint import layout
 from mmoe.checkpoint.shards import Shards
 from mmoe.data.tokenizer import load_tokenizer
 from mmoe.layers.router import CONTROLLER_STATE
+from mmoe.models.encoders.vit import ViT, resize_position
 from mmoe.models.multimodal import MultimodalModel, build
 from mmoe.parallel import calls, cpu_platform, engine, state
 from mmoe.recipe.load import load_recipe
@@ -31,8 +32,26 @@ def resume(checkpoint: Path, models: Sequence[Any], optimizer: Any) -> dict:
 
 @calls.phase("taking over a stage's weights")
 def hand_over(checkpoint: Path, models: Sequence[Any]) -> None:
-    """Fills the pipeline chunks ``models`` with the weights, and what the controller remembers, of ``checkpoint``."""
-    state.load(checkpoint / "state", models, None)
+    """Fills the pipeline chunks ``models`` with the weights, and what the controller remembers, of ``checkpoint``.
+
+    A ViT's learned positions are interpolated where its images have another size than there.
+    """
+    before = {encoder.name: encoder for encoder in load_recipe(str(checkpoint / "recipe.toml")).model.encoders}
+    resized = {
+        f"encoders.{name}.position": encoder
+        for model in models
+        for name, encoder in model.encoders.items()
+        if isinstance(encoder, ViT)
+        and encoder.position is not None
+        and encoder.config.image_size != before[name].image_size
+    }
+    state.load(checkpoint / "state", models, None, without=resized)
+    if resized:
+        stored = state_dict(checkpoint)[1]
+        with torch.no_grad():
+            for name, encoder in resized.items():
+                assert encoder.position is not None
+                encoder.position.copy_(resize_position(stored[name], encoder.config))
 
 
 class Loaded:

@@ -102,17 +102,17 @@ def _keep_rows(linear: nn.Linear, group: Any, halves: bool = False) -> None:
     linear.out_features //= group.size()
 
 
-def _part(whole: nn.Parameter, dim: int, group: Any, halves: bool = False) -> nn.Parameter:
+def _part(whole: Tensor, dim: int, group: Any, halves: bool = False) -> nn.Parameter:
     parts = [half.chunk(group.size(), dim)[group.rank()] for half in whole.detach().chunk(2 if halves else 1, dim)]
     mine = nn.Parameter(torch.cat(parts, dim).clone(), requires_grad=whole.requires_grad)
     set_tensor_model_parallel_attributes(mine, True, dim, 1)
     return mine
 
 
-def _shard_of(whole: Any, parameter: Tensor, offsets: tuple, gated: bool) -> Any:
+def _shard_of(whole: Any, parameter: Any, offsets: tuple, gated: bool) -> Any:
     """``parameter`` where it stands in its whole, ``whole`` being how it would stand if every rank had the same."""
     here, front = engine.ranks(), len(offsets)
-    axis = getattr(parameter, "partition_dim")
+    axis = parameter.partition_dim
     place = (front + axis, here.tensor_rank, here.tensor_size)
     replica = (0, 0, whole.replica_id[-1])
     part = ShardedTensor.from_rank_offsets(

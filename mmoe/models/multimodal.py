@@ -13,6 +13,7 @@ from mmoe.models.connectors import SVAConnector, build_connector
 from mmoe.models.connectors.sampler import Sampler, numbered, samplers
 from mmoe.models.connectors.sva import Seen
 from mmoe.models.encoders import build_encoder
+from mmoe.models.encoders_parallel import Encoders, shard
 from mmoe.models.language import LanguageModel
 from mmoe.parallel import engine
 from mmoe.parallel.collectives import sum_gradient
@@ -25,7 +26,8 @@ class MultimodalModel(MegatronModule):
     """A batch (docs/architecture.md) in, losses or logits out; or one pipeline stage of it, hidden states out.
 
     The encoders and the connector stand on the first stage. Its tensor- and context-parallel ranks encode the same
-    images: context-parallel ones put in the rows of their own part of the packs, and gradients add up.
+    images, tensor-parallel ones with a part of a ViT's heads each: context-parallel ones put in the rows of their own
+    part of the packs, and gradients add up.
     """
 
     model_type = ModelType.encoder_or_decoder
@@ -37,7 +39,7 @@ class MultimodalModel(MegatronModule):
         self.pre_process, self.post_process = engine.is_first_stage(stage), engine.is_last_stage(stage)
         self.share_embeddings_and_output_weights = False
         self.shape = shape = recipe.model
-        self.encoders, self.connector = torch.nn.ModuleDict(), None
+        self.encoders, self.connector = Encoders(), None
         if self.pre_process:
             self.encoders.update({encoder.name: build_encoder(encoder) for encoder in shape.encoders})
             if shape.connector is not None:
@@ -47,6 +49,8 @@ class MultimodalModel(MegatronModule):
                 for parameter in self.connector.inside.parameters() if self.connector.inside else ():
                     # Sequence-parallel ranks have queries of their own: their gradients are summed.
                     setattr(parameter, "sequence_parallel", config.sequence_parallel)
+            for encoder in self.encoders.values():
+                shard(encoder)
         self.language = LanguageModel(config, stage)
         initialise(self, recipe)
 

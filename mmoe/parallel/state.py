@@ -4,7 +4,7 @@ import inspect
 import math
 import queue
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,15 +155,23 @@ def _own(tensor: torch.Tensor, live: set[int]) -> torch.Tensor:
     return tensor.clone() if tensor.untyped_storage().data_ptr() in live else tensor
 
 
-def load(folder: Path, models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None) -> None:
+def load(
+    folder: Path,
+    models: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None,
+    without: Collection[str] = (),
+) -> None:
     """Fills the pipeline chunks ``models`` (and ``optimizer`` and random states, unless None) from ``folder``, saved at
-    any layout. Nothing in its files is called.
+    any layout; of the models' tensors those called ``without`` stay as they are. Nothing in its files is called.
 
     Raises:
         UserError: they hold something else than data.
     """
     pickles.check(folder)
     target = sharded(models, optimizer, loading=True)
+    kept = {
+        name: {key: target[name].pop(key).data for key in without if key in target[name]} for name in _names(models)
+    }
     with warnings.catch_warnings():
         # dist_checkpointing/strategies/torch.py:799 calls what torch has deprecated, or warns of (0.19.2).
         warnings.simplefilter("ignore", FutureWarning)
@@ -171,7 +179,7 @@ def load(folder: Path, models: Sequence[torch.nn.Module], optimizer: MegatronOpt
         with pickles.read_as_data(folder):
             state: Any = dist_checkpointing.load(target, str(folder))
     for name, model in zip(_names(models), models, strict=True):
-        _unwrap(model).load_state_dict(state[name])
+        _unwrap(model).load_state_dict(state[name] | kept[name])
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
         begin_state(optimizer)

@@ -161,7 +161,7 @@ def test_features_at_another_size(made, image_size):
 
 
 def test_export_is_bitwise(made, tmp_path):
-    written, disk = table(made.config).write(made.ours.state_dict()), made.disk
+    written, disk = dict(table(made.config).write(made.ours.state_dict())), made.disk
     assert written.keys() == disk.keys()
     for name, tensor in disk.items():
         assert written[name].shape == tensor.shape, name

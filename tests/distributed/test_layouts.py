@@ -98,8 +98,9 @@ def test_dense_model_with_sva_inside(ranks: pool.Pools, layout: str) -> None:
     limit = max(float(gradient.abs().max()) for gradient in theirs.values()) / 1000
     for name, gradient in whole(results, "gradients").items():
         difference = float((gradient - theirs[name]).abs().max())
-        # A norm that goes into a linear map of 16 columns adds up its gradients' rounding, √16 times that of one.
-        allowed = GRADIENT * (4 if ".sources." in name and "_norm." in name else 1)
+        # Behind the images stand a chain as long again and norms that go into linear maps of 16 columns: the rounding
+        # of so many terms is √16 that of one.
+        allowed = GRADIENT * (1 if name.startswith("language.") else 4)
         assert difference <= allowed * max(float(theirs[name].abs().max()), limit), f"{name}: {difference}"
 
 
