@@ -71,7 +71,8 @@ def micro_batch(step: int, index: int, images: int = 3) -> dict[str, Any]:
         "position": position,
         "document": document,
         "branch": branch,
-        "images": torch.rand(images, 3, 16, 16, generator=generator),
+        "images": {16: torch.rand(images, 3, 16, 16, generator=generator)},
+        "original_sizes": torch.full((images, 2), 16),
         "samples": [["a"]] * MICRO,
         "skipped": [],
     }

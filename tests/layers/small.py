@@ -78,6 +78,7 @@ def batch(tokens: torch.Tensor, **fields: torch.Tensor) -> dict:
         "position": torch.arange(s).expand(b, s),
         "document": torch.ones(b, s, dtype=torch.int32),
         "branch": torch.zeros(b, s, dtype=torch.int32),
-        "images": torch.zeros(0, 3, 16, 16),
+        "images": {},
+        "original_sizes": torch.zeros(0, 2, dtype=torch.int64),
     }
     return {**plain, **fields}
