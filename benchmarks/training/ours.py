@@ -82,7 +82,8 @@ def batch(settings: Recipe, seed: int = 0) -> dict[str, Any]:
         "position": torch.arange(s).expand(b, s),
         "document": torch.ones(b, s, dtype=torch.int32),
         "branch": torch.zeros(b, s, dtype=torch.int32),
-        "images": torch.zeros(0, 3, 8, 8),
+        "images": {},
+        "original_sizes": torch.zeros(0, 2, dtype=torch.int64),
         "samples": [["random"]] * b,
         "skipped": [],
     }

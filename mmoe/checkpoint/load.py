@@ -14,6 +14,7 @@ from torch import Tensor
 from mmoe import reading
 from mmoe.checkpoint import layout
 from mmoe.checkpoint.shards import Shards
+from mmoe.data.batch import to_device
 from mmoe.data.tokenizer import load_tokenizer
 from mmoe.layers.router import CONTROLLER_STATE
 from mmoe.models.encoders.vit import ViT, resize_position
@@ -61,9 +62,7 @@ class Loaded:
         self.recipe = recipe
         self.network = network.eval()
         self.tokenizer_path = tokenizer
-        connector, encoders = recipe.model.connector, recipe.model.encoders
-        self.image_tokens = connector.grid**2 if connector else 0
-        self.image_size = encoders[0].image_size if encoders else 0
+        self.image_tokens, self.image_sizes = recipe.model.image_tokens, recipe.model.image_sizes
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -77,14 +76,32 @@ class Loaded:
     @torch.no_grad()
     def forward_batch(self, batch: dict[str, Any]) -> Tensor:
         """Logits fp32 [b, s, V] of a batch as docs/architecture.md describes it."""
-        device = cpu_platform.device()
-        return self.network.logits({k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()})
+        return self.network.logits(to_device(batch, cpu_platform.device()))
 
-    def logits(self, input_ids: Tensor, images: Tensor | None = None) -> Tensor:
-        """Logits fp32 [b, s, V] of plain sequences: input_ids int64 [b, s] with <image> runs filled, in order, from
-        images fp32 [n, 3, H, W]."""
+    def logits(
+        self,
+        input_ids: Tensor,
+        images: Tensor | dict[int, Tensor] | None = None,
+        original_sizes: Tensor | None = None,
+    ) -> Tensor:
+        """Logits fp32 [b, s, V] of plain sequences.
+
+        Args:
+            input_ids: int64 [b, s].
+            images: fp32 [n, 3, side, side], in the order of the <image> runs; for encoders of several image sizes a
+                dict of one such tensor a side.
+            original_sizes: int64 [n, 2], the pictures' heights and widths; square, where it is None.
+        """
         b, s = input_ids.shape
-        size = self.image_size
+        if images is None:
+            images = {side: torch.zeros(0, 3, side, side) for side in self.image_sizes}
+        elif not isinstance(images, dict):
+            images = {images.size(-1): images}
+        if sorted(images) != sorted(self.image_sizes):
+            raise ValueError(f"images of sides {sorted(images)}, the encoders read {sorted(self.image_sizes)}")
+        if original_sizes is None:
+            largest = max(images, default=0)
+            original_sizes = torch.full((len(images.get(largest, ())), 2), largest)
         return self.forward_batch(
             {
                 "tokens": input_ids,
@@ -92,7 +109,8 @@ class Loaded:
                 "position": torch.arange(s).expand(b, s),
                 "document": torch.ones(b, s, dtype=torch.int32),
                 "branch": torch.zeros(b, s, dtype=torch.int32),
-                "images": torch.zeros(0, 3, size, size) if images is None else images,
+                "images": images,
+                "original_sizes": original_sizes,
             }
         )
 

@@ -166,9 +166,12 @@ def _write_processor(out: Path, recipe: Recipe) -> None:
         "AutoImageProcessor": "processing_mmoe.MmoeImageProcessor",
         "AutoProcessor": "processing_mmoe.MmoeProcessor",
     }
+    sizes = recipe.model.image_sizes
     image = {
         "image_processor_type": "MmoeImageProcessor",
-        "image_size": recipe.model.encoders[0].image_size,
+        "image_size": sizes[0] if len(sizes) == 1 else list(sizes),
+        "fit": recipe.data.fit,
+        "interpolation": recipe.data.interpolation,
         "auto_map": maps,
     }
     _write_json(out / "preprocessor_config.json", image | {"processor_class": "MmoeProcessor"})

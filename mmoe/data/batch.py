@@ -4,10 +4,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 
+from mmoe.data.decoders import Decoded, Decoder
 from mmoe.data.document import BadSample, Document, tokenize
-from mmoe.data.image import Decoder
 from mmoe.data.pack import assemble
 from mmoe.data.source import Encoded
 from mmoe.errors import UserError
@@ -46,16 +47,37 @@ def illustrate(sample: Encoded, tokenizer: Tokenizer, image_tokens: int, key: st
     return Illustrated(document=tokenize(sample.record, tokenizer, image_tokens, key=key), images=sample.images)
 
 
-def collate(packs: Sequence[Sequence[Illustrated]], sequence_length: int, decoder: Decoder) -> tuple[Batch, list[str]]:
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors, those of its images among them, on ``device``."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: moved(part) for name, part in value.items()}
+        return value.to(device) if torch.is_tensor(value) else value
+
+    return moved(batch)
+
+
+def pictures(packs: Sequence[Sequence[Illustrated]]) -> list[bytes]:
+    """The images of packed documents, in the order of their ``<image>`` runs."""
+    return [item.images[i] for pack in packs for item in pack for i in item.document.images]
+
+
+def collate(packs: Sequence[Sequence[Illustrated]], sequence_length: int, decoded: Decoded) -> tuple[Batch, list[str]]:
     """One batch of documents that are already packed.
 
     A document with a bad image keeps its tokens, but nothing of it is trained on and its images become zeros.
+
+    Args:
+        packs: the documents.
+        sequence_length: tokens in a pack.
+        decoded: their :func:`pictures`.
 
     Returns:
         the batch, and for each document in order what is wrong with it, ``""`` for nothing. The batch's ``skipped``
         names the documents with something wrong, ``key: reason``.
     """
-    pixels, bad = decoder([item.images[i] for pack in packs for item in pack for i in item.document.images])
+    images, sizes, bad = decoded
     rows: list[list[Document]] = []
     problems: list[str] = []
     skipped: list[str] = []
@@ -69,12 +91,14 @@ def collate(packs: Sequence[Sequence[Illustrated]], sequence_length: int, decode
             if culprit is not None:
                 problem = f"image {document.images[culprit - here.start]}: {bad[culprit]}"
                 document = document.without_loss()
-                pixels[here.start : here.stop] = 0
+                for pixels in images.values():
+                    pixels[here.start : here.stop] = 0
             if problem:
                 skipped.append(f"{document.key}: {problem}")
             rows[-1].append(document)
             problems.append(problem)
-    return {**assemble(rows, sequence_length), "images": pixels, "skipped": skipped}, problems
+    batch = {**assemble(rows, sequence_length), "images": images, "original_sizes": sizes, "skipped": skipped}
+    return batch, problems
 
 
 def batches_from_documents(
@@ -88,21 +112,21 @@ def batches_from_documents(
     rows: list[list[Illustrated]] = [[]]
     tokens = images = 0
     for item in documents:
-        length, pictures = len(item.document), len(item.document.images)
-        if length > sequence_length or pictures > images_per_pack:
+        length, shown = len(item.document), len(item.document.images)
+        if length > sequence_length or shown > images_per_pack:
             raise UserError(
-                f"a document has {length} tokens and {pictures} images, a pack holds {sequence_length} and"
+                f"a document has {length} tokens and {shown} images, a pack holds {sequence_length} and"
                 f" {images_per_pack}",
                 item.document.key,
                 "raise data.sequence_length or data.images_per_pack",
             )
-        if tokens + length > sequence_length or images + pictures > images_per_pack:
+        if tokens + length > sequence_length or images + shown > images_per_pack:
             if len(rows) == packs:
-                yield collate(rows, sequence_length, decoder)[0]
+                yield collate(rows, sequence_length, decoder(pictures(rows)))[0]
                 rows = []
             rows.append([])
             tokens = images = 0
         rows[-1].append(item)
-        tokens, images = tokens + length, images + pictures
+        tokens, images = tokens + length, images + shown
     if rows[-1]:
-        yield collate(rows, sequence_length, decoder)[0]
+        yield collate(rows, sequence_length, decoder(pictures(rows)))[0]

@@ -3,13 +3,13 @@
 import hashlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from mmoe.data.batch import Batch, Illustrated, collate, illustrate
+from mmoe.data.batch import Batch, Illustrated, collate, illustrate, pictures
+from mmoe.data.decoders import Decoded, Decoder, build
 from mmoe.data.document import BadSample, blank
-from mmoe.data.image import Decoder
 from mmoe.data.mixture import load_mixture
 from mmoe.data.order import Order
 from mmoe.data.pack import Planner, Slot
@@ -32,6 +32,16 @@ class _Pack(NamedTuple):
     """Samples before it in the stream that fit in no pack, named along with this one."""
 
 
+class _Begun(NamedTuple):
+    """A micro-batch that is read."""
+
+    packs: list[_Pack]
+    rows: list[list[Illustrated]]
+    decoded: Callable[[], Decoded]
+    after: Position
+    """Where the step after its own begins."""
+
+
 class Loader:
     """The micro-batches of one data parallel rank, without end; close it, or use it as a context.
 
@@ -41,14 +51,14 @@ class Loader:
     Args:
         data: the recipe's table.
         image_tokens: tokens that an image takes; 0 for a model without encoders.
-        image_size: side that images are resized to, pixels.
+        image_sizes: sides that images are resized to, pixels.
         micro_batch: packs in a micro-batch.
         global_batch: packs in a step, over all ranks.
         seed: of the order.
         rank: within the data parallel group.
         ranks: size of the data parallel group.
         state: where to go on, from :meth:`state`; at any number of ranks.
-        device: where images are decoded and lie, see :class:`mmoe.data.image.Decoder`.
+        device: where images are decoded and lie, see :func:`mmoe.data.decoders.build`.
 
     Raises:
         UserError: the mixture, a data set or the tokenizer is missing or does not fit the others, or the state belongs
@@ -60,7 +70,7 @@ class Loader:
         data: Data,
         *,
         image_tokens: int,
-        image_size: int,
+        image_sizes: tuple[int, ...],
         micro_batch: int,
         global_batch: int,
         seed: int,
@@ -103,7 +113,7 @@ class Loader:
             )
         self._stream = self._fingerprint()
         self._position, self._taken = self._start(state), 0
-        decoder = Decoder(image_size, data.workers, data.max_pixels, device)
+        decoder = build(data, image_sizes, device)
         self._ahead = _Ahead(self._micro_batches(self._position, decoder), data.prefetch)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -179,23 +189,28 @@ class Loader:
     def _micro_batches(self, start: Position, decoder: Decoder) -> Iterator[tuple[Batch, Position]]:
         """This rank's micro-batches, each with where the step after its own begins."""
         in_a_row: list[str] = []
+        for begun in _one_ahead(self._begun(start, decoder)):
+            batch, problems = collate(begun.rows, self.data.sequence_length, begun.decoded())
+            keys = [key for pack in batch["samples"] for key in pack]
+            for key, problem in zip(keys, problems, strict=True):
+                in_a_row = [*in_a_row, f"{key}: {problem}"] if problem else []
+                if len(in_a_row) >= self.data.max_bad_in_a_row:
+                    raise UserError(
+                        f"{len(in_a_row)} bad samples one after another, the last: {'; '.join(in_a_row[-3:])}",
+                        f"data.max_bad_in_a_row = {self.data.max_bad_in_a_row}",
+                        "mend or prepare the data again",
+                    )
+            batch["skipped"] += [self._too_long(slot) for pack in begun.packs for slot in pack.oversize]
+            yield batch, begun.after
+
+    def _begun(self, start: Position, decoder: Decoder) -> Iterator[_Begun]:
+        """This rank's micro-batches, read, and their images on the way."""
         for packs, after in self._steps(start):
             last = self._first_pack + self.micro_batches * self.micro_batch
             for first in range(self._first_pack, last, self.micro_batch):
                 chosen = packs[first : first + self.micro_batch]
                 rows = [[self._read(slot) for slot in pack.slots] for pack in chosen]
-                batch, problems = collate(rows, self.data.sequence_length, decoder)
-                keys = [key for pack in batch["samples"] for key in pack]
-                for key, problem in zip(keys, problems, strict=True):
-                    in_a_row = [*in_a_row, f"{key}: {problem}"] if problem else []
-                    if len(in_a_row) >= self.data.max_bad_in_a_row:
-                        raise UserError(
-                            f"{len(in_a_row)} bad samples one after another, the last: {'; '.join(in_a_row[-3:])}",
-                            f"data.max_bad_in_a_row = {self.data.max_bad_in_a_row}",
-                            "mend or prepare the data again",
-                        )
-                batch["skipped"] += [self._too_long(slot) for pack in chosen for slot in pack.oversize]
-                yield batch, after
+                yield _Begun(chosen, rows, decoder.start(pictures(rows)), after)
 
     def _read(self, slot: Slot) -> Illustrated:
         """The slot's document, exactly as long as it was planned."""
@@ -228,6 +243,21 @@ def _tokenizer(path: Path, sources: list[Source]):
                 f"the data set {source.name} was prepared with another tokenizer", str(path), "prepare it again"
             )
     return tokenizer
+
+
+def _one_ahead(begun: Iterator[_Begun]) -> Iterator[_Begun]:
+    """Hands each out when the one after it has begun: what reads it and what decodes the one before go on at once."""
+    before: _Begun | None = None
+    while True:
+        try:
+            following = next(begun)
+        except BaseException:
+            if before is not None:
+                yield before
+            raise
+        if before is not None:
+            yield before
+        before = following
 
 
 class _Ahead:

@@ -1,5 +1,7 @@
 """An answer to a prompt about pictures, from a checkpoint or from a Hugging Face export; greedy texts are the same."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,14 @@ def _read(file: Path) -> bytes:
     return data
 
 
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except BadImage as error:  # a long strip, padded to a square
+        raise UserError(f"cannot use the image: {error}", "--image", "give a smaller one") from None
+
+
 def next_token(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
     """A token from logits, fp32 ``[V]``."""
     if temperature == 0:
@@ -78,8 +88,13 @@ def _from_checkpoint(
     model = mmoe.load(path)
     if pictures and not model.image_tokens:
         raise UserError("this model takes no pictures", str(path), "leave --image out")
-    pixels = [preprocess(picture, model.image_size) for picture in pictures]
-    images = torch.from_numpy(np.stack(pixels)) if pixels else None
+    data = model.recipe.data
+    with _told():
+        views = [preprocess(picture, model.image_sizes, data.fit, data.interpolation) for picture in pictures]
+    images = {
+        side: torch.from_numpy(np.stack([view[side] for view, _ in views])) for side in model.image_sizes if views
+    }
+    sizes = torch.tensor([size for _, size in views])
     ids = [BOS, *[IMAGE] * (model.image_tokens * len(pictures))]
     ids += model.tokenizer.encode(prompt, add_special_tokens=False).ids
     start, limit = len(ids), model.recipe.model.backbone.max_position
@@ -88,7 +103,7 @@ def _from_checkpoint(
         raise UserError(what, "", "shorten the prompt or lower --max-tokens")
     generator = torch.Generator().manual_seed(seed)
     while len(ids) < start + max_tokens:
-        logits = model.logits(torch.tensor([ids]), images)[0, -1].cpu()
+        logits = model.logits(torch.tensor([ids]), *((images, sizes) if views else ()))[0, -1].cpu()
         token = next_token(logits, temperature, generator)
         if token == EOS:
             break
@@ -137,7 +152,8 @@ def _from_export(path: Path, prompt: str, pictures: list[bytes], max_tokens: int
             transformers.PreTrainedTokenizerFast.from_pretrained(path),
             image_tokens=tokens,
         )
-        inputs = dict(processor(text="<image>" * len(pictures) + prompt, images=pictures))
+        with _told():
+            inputs = dict(processor(text="<image>" * len(pictures) + prompt, images=pictures))
         kind: Any = MmoeForConditionalGeneration
     else:
         processor = transformers.PreTrainedTokenizerFast.from_pretrained(path)

@@ -23,8 +23,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mmoe.data.batch import Illustrated, batches_from_documents, illustrate
+from mmoe.data.decoders import build
 from mmoe.data.document import BadSample
-from mmoe.data.image import Decoder
 from mmoe.data.pixels import open_image, to_rgb
 from mmoe.data.source import Encoded, Source
 from mmoe.errors import UserError
@@ -43,7 +43,7 @@ class Model(Protocol):
     recipe: Recipe
     tokenizer: Tokenizer
     image_tokens: int
-    image_size: int
+    image_sizes: tuple[int, ...]
 
     def forward_batch(self, batch: dict[str, Any]) -> Tensor:
         """The batch of docs/architecture.md → logits, fp32 ``[b, s, V]``."""
@@ -207,7 +207,7 @@ def answer(model: Model, source: Source, *, blank: bool = False, limit: int | No
     data = model.recipe.data
     batches = batches_from_documents(
         stream(),
-        decoder=Decoder(model.image_size, data.workers, data.max_pixels),
+        decoder=build(data, model.image_sizes),
         sequence_length=data.sequence_length,
         packs=model.recipe.train.micro_batch,
         images_per_pack=data.images_per_pack,
@@ -215,7 +215,8 @@ def answer(model: Model, source: Source, *, blank: bool = False, limit: int | No
     for batch in batches:
         skipped += batch["skipped"]
         if blank:
-            batch["images"].zero_()
+            for pixels in batch["images"].values():
+                pixels.zero_()
         _enter_scores(batch, model.forward_batch(batch), probes)
     answered = [question for question in asked if len(question.scores) == len(question.choices)]
     return {

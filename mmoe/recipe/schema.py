@@ -24,8 +24,16 @@ class Data:
     max_pixels: int = 64_000_000
     """An image whose header announces more pixels is a bad sample."""
     max_bad_in_a_row: int = 100
+    fit: Literal["stretch", "pad", "crop"] = "stretch"
+    """How an image becomes a square: both sides resized; a gray border first (LLaVA-1.5, Cambrian-1); the shorter side
+    resized and the middle cut out (CLIP)."""
+    interpolation: Literal["triangular", "cubic"] = "triangular"
+    """The filter of the resize, both antialiased; cubic is CLIP's."""
+    decoder: Literal["dali", "simplejpeg", "pillow"] = "dali"
+    """What decodes and resizes: DALI, on a GPU too; libjpeg-turbo (`pip install simplejpeg`), the fastest on a CPU; or
+    Pillow, which is the definition."""
     workers: int = 1
-    """DALI decoding threads."""
+    """Decoding threads."""
     prefetch: int = 2
     """Micro-batches decoded ahead."""
 

@@ -155,10 +155,11 @@ class Recorder:
             self.board.add_scalar("checkpoint/stall_seconds", stall, step)
             self.board.add_scalar("checkpoint/seconds", seconds, step)
 
-    def pictures(self, step: int, images: Tensor, names: list[str]) -> None:
-        """Up to eight pictures of a batch, fp32 [n, 3, H, W] as the model sees them, for TensorBoard."""
-        if self.active and images.size(0):
-            self.board.add_images("samples", (images[:8].float().cpu() / 4 + 0.5).clamp(0, 1), step)
+    def pictures(self, step: int, images: dict[int, Tensor], names: list[str]) -> None:
+        """Up to eight pictures of a batch, fp32 [n, 3, side, side] for each side, for TensorBoard: the largest."""
+        largest = images[max(images)] if images else torch.zeros(0)
+        if self.active and largest.size(0):
+            self.board.add_images("samples", (largest[:8].float().cpu() / 4 + 0.5).clamp(0, 1), step)
             self.board.add_text("samples", ", ".join(names[:8]), step)
 
     def skipped(self, step: int, reasons: list[str]) -> None:

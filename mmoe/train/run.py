@@ -199,12 +199,11 @@ def _train(recipe: Recipe, out: Path, resume: bool, initial: Path | None, stop: 
     progress: dict[str, Any] = {"step": 0, "data": None, "taken": 0, "skipped_samples": 0}
     if start is not None:
         progress = load_checkpoint(start, stepper.wrapped, stepper.optimizer)
-    connector, encoders = recipe.model.connector, recipe.model.encoders
     _fits(recipe)
     loader = Loader(
         recipe.data,
-        image_tokens=connector.grid**2 if connector else 0,
-        image_size=encoders[0].image_size if encoders else 0,
+        image_tokens=recipe.model.image_tokens,
+        image_sizes=recipe.model.image_sizes,
         micro_batch=recipe.train.micro_batch,
         global_batch=recipe.train.global_batch,
         seed=recipe.train.seed,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmoe.data.batch import to_device
 from mmoe.errors import UserError
 from mmoe.layers import fp8
 from mmoe.layers.roles import lr_multiplier, role_of
@@ -48,17 +49,12 @@ class Outcome:
     """The samples of this rank's micro-batches whose loss was not finite."""
 
 
-def _on_device(batch: dict[str, Any]) -> dict[str, Any]:
-    device = cpu_platform.device()
-    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-
-
 RECORD = 5
 """Numbers that a micro-batch leaves: loss summed, tokens with loss, tokens, samples, samples skipped."""
 
 
 def _forward(batches: Iterator[dict[str, Any]], model: torch.nn.Module, *, suspects: list[str]) -> tuple[Tensor, Any]:
-    batch = _on_device(next(batches))
+    batch = to_device(next(batches), cpu_platform.device())
 
     def loss(losses_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         count = torch.tensor(losses_n.numel(), dtype=torch.int, device=losses_n.device)

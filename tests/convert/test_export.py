@@ -45,7 +45,7 @@ def test_processor_is_the_training_pipeline(exported, foreign, tmp_path):
     ).tokens[:-1]
     assert foreign["one"]["input_ids"].tolist() == [tokens.tolist()]
     several = foreign["several"]
-    pixels = torch.from_numpy(preprocess(_picture(), 32))
+    pixels = torch.from_numpy(preprocess(_picture(), (32,))[0][32])
     assert several["pixel_values"].shape == (3, 3, 32, 32)
     for shown in (foreign["one"]["pixel_values"][0], several["pixel_values"][0], several["pixel_values"][1]):
         assert torch.equal(shown, pixels)

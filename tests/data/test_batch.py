@@ -5,9 +5,10 @@ import torch
 from pictures import encode, picture
 from sets import record, tokenizer
 
-from mmoe.data.batch import Illustrated, batches_from_documents, collate, illustrate
+from mmoe.data.batch import Illustrated, batches_from_documents, collate, illustrate, pictures, to_device
+from mmoe.data.decoders import View
+from mmoe.data.decoders.threads import ThreadDecoder
 from mmoe.data.document import BadSample, blank
-from mmoe.data.image import Decoder
 from mmoe.data.source import Encoded
 from mmoe.errors import UserError
 
@@ -21,7 +22,7 @@ def tok(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def decoder():
-    return Decoder(SIZE)
+    return ThreadDecoder(View((SIZE, 2 * SIZE)), 1, "pillow")
 
 
 def item(tok, key: str, images: int, **changes) -> Illustrated:
@@ -31,19 +32,22 @@ def item(tok, key: str, images: int, **changes) -> Illustrated:
 
 def test_images_follow_the_documents(tok, decoder):
     one, two = item(tok, "one", 1), item(tok, "three", 3)
-    batch, problems = collate([[one, item(tok, "none", 0)], [two]], 128, decoder)
+    packs = [[one, item(tok, "none", 0)], [two]]
+    batch, problems = collate(packs, 128, decoder(pictures(packs)))
     assert batch["samples"] == [["one", "none"], ["three"]]
     assert problems == ["", "", ""]
-    want, _ = decoder([*one.images, *two.images])
-    assert torch.equal(batch["images"], want)
+    want, sizes, _ = decoder([*one.images, *two.images])
+    assert batch["images"].keys() == {SIZE, 2 * SIZE}
+    assert all(torch.equal(batch["images"][size], want[size]) for size in want)
+    assert torch.equal(batch["original_sizes"], sizes)
 
 
 def test_a_prefix_may_take_its_images_in_any_order(tok, decoder):
     first, second = (encode(picture(i, SIZE, SIZE)) for i in range(2))
     swapped = {"prefix": [{"image": 1}, {"text": "a"}, {"image": 0}], "branches": []}
     made = illustrate(Encoded(record=swapped, images=(first, second)), tok, IMAGE_TOKENS, "k")
-    batch, _ = collate([[made]], 32, decoder)
-    assert torch.equal(batch["images"], decoder([second, first])[0])
+    batch, _ = collate([[made]], 32, decoder(pictures([[made]])))
+    assert torch.equal(batch["images"][SIZE], decoder([second, first]).images[SIZE])
 
 
 @pytest.mark.parametrize("shown", [[0, 0], [1, 0, 1]])
@@ -58,15 +62,27 @@ def test_one_bad_image_blanks_all_of_its_document_and_nothing_else(tok, decoder)
     good, bad = item(tok, "good", 2), item(tok, "bad", 3)
     bad = Illustrated(document=bad.document, images=(bad.images[0], b"", bad.images[2]))
     unread = Illustrated(document=blank("unread", 5), problem="it is gone")
-    batch, problems = collate([[good, bad], [unread]], 128, decoder)
+    packs = [[good, bad], [unread]]
+    batch, problems = collate(packs, 128, decoder(pictures(packs)))
     assert problems == ["", "image 1: empty image", "it is gone"]
     assert batch["skipped"] == ["bad: image 1: empty image", "unread: it is gone"]
-    assert batch["images"][:2].any(dim=(1, 2, 3)).all()
-    assert not batch["images"][2:].any()
+    for pixels in batch["images"].values():
+        assert pixels[:2].any(dim=(1, 2, 3)).all()
+        assert not pixels[2:].any()
     first, second = batch["document"][0] == 1, batch["document"][0] == 2
     assert torch.equal(batch["loss_mask"][0][first], torch.from_numpy(good.document.loss_mask))
     assert not batch["loss_mask"][0][second].any()
     assert torch.equal(batch["tokens"][0][second], torch.from_numpy(bad.document.tokens))
+
+
+def test_every_tensor_of_a_batch_changes_its_device(tok, decoder):
+    packs = [[item(tok, "one", 1)]]
+    batch, _ = collate(packs, 64, decoder(pictures(packs)))
+    moved = to_device(batch, torch.device("meta"))
+    tensors = [value for value in (*moved.values(), *moved["images"].values()) if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 9
+    assert all(tensor.is_meta for tensor in tensors)
+    assert moved["samples"] == [["one"]]
 
 
 def test_a_named_image_that_is_not_there_is_bad(tok):

@@ -382,7 +382,7 @@ def test_the_stream_goes_on_over_a_hostile_sample(path: Path) -> None:
             file.write(noise.bytes(int(made[f"{part}_length"][row])))
     values = {"mixture": str(path.parent / "mixture.toml"), "root": str(path.parent)}
     data = Data(**values, sequence_length=256, images_per_pack=6)
-    with Loader(data, image_tokens=4, image_size=16, micro_batch=2, global_batch=4, seed=0) as loader:
+    with Loader(data, image_tokens=4, image_sizes=(16,), micro_batch=2, global_batch=4, seed=0) as loader:
         skipped = {line.partition(":")[0] for _ in range(4) for line in next(loader)["skipped"]}
     owner = int(np.searchsorted(made["image_start"], 0, side="right")) - 1
     assert skipped == {"a/sample-0002", f"a/sample-{owner:04d}"}

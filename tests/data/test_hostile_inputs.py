@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from pictures import encode, smooth
 from sets import tokenizer
 
-from mmoe.data.image import Decoder
+from mmoe.data.decoders import Decoder, View
+from mmoe.data.decoders.dali import DaliDecoder
+from mmoe.data.decoders.threads import ThreadDecoder
 from mmoe.data.mixture import load_mixture
 from mmoe.data.pixels import MAX_SCANS, MAX_SEGMENTS, BadImage, open_image
 from mmoe.data.shipped import shipped
@@ -131,9 +133,9 @@ FORMS = [("JPEG", {}), ("JPEG", {"progressive": True}), *((form, {}) for form in
 SEEDS = {f"{form} {options}": encode(smooth(1, 48, 40), form, **options) for form, options in FORMS}
 
 
-@pytest.fixture(scope="module")
-def decoder() -> Decoder:
-    return Decoder(32)
+@pytest.fixture(scope="module", params=["dali", "simplejpeg"])
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    return DaliDecoder(View((32,))) if request.param == "dali" else ThreadDecoder(View((32,)), 1, "simplejpeg")
 
 
 @settings(derandomize=True, deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
@@ -152,7 +154,8 @@ def test_a_fuzzed_picture_costs_no_other(
     if end is not None:
         content = content[: int(end * len(content))]
     good = SEEDS["JPEG {}"]
-    pixels, bad = decoder([good, bytes(content), good])
+    images, _, bad = decoder([good, bytes(content), good])
+    pixels = images[32]
     assert set(bad) <= {1}
     assert pixels[0].any()
     assert (pixels[0] == pixels[2]).all()
@@ -163,7 +166,7 @@ def test_a_jpeg_of_endless_scans_is_bad(decoder: Decoder) -> None:
     """100 scans of 31 bytes each took 6 s at 16 million pixels."""
     content = encode(smooth(1, 64, 64), "JPEG", progressive=True)
     scan = content[content.rfind(b"\xff\xda") : -2]
-    _, bad = decoder([content, content[:-2] + scan * MAX_SCANS + content[-2:]])
+    *_, bad = decoder([content, content[:-2] + scan * MAX_SCANS + content[-2:]])
     assert list(bad) == [1]
     assert "scans" in bad[1]
 

@@ -40,7 +40,7 @@ def data(root, **changes: Any) -> Data:
 def loader(root, **changes: Any) -> Loader:
     own = {name: changes.pop(name) for name in ("rank", "ranks", "state", "seed", "global_batch") if name in changes}
     options = {"micro_batch": 2, "global_batch": 8, "seed": 0} | own
-    return Loader(data(root, **changes), image_tokens=IMAGE_TOKENS, image_size=SIZE, **options)
+    return Loader(data(root, **changes), image_tokens=IMAGE_TOKENS, image_sizes=(SIZE,), **options)
 
 
 def take(source: Loader, count: int) -> list[dict]:
@@ -52,7 +52,10 @@ def assert_same(got: list[dict], want: list[dict]) -> None:
     for a, b in zip(got, want, strict=True):
         assert a.keys() == b.keys()
         for name in a:
-            if isinstance(a[name], torch.Tensor):
+            if name == "images":
+                assert a[name].keys() == b[name].keys()
+                assert all(torch.equal(pixels, b[name][size]) for size, pixels in a[name].items())
+            elif isinstance(a[name], torch.Tensor):
                 assert a[name].dtype == b[name].dtype
                 assert torch.equal(a[name], b[name]), name
             else:
@@ -62,7 +65,8 @@ def assert_same(got: list[dict], want: list[dict]) -> None:
 def test_a_batch_has_the_shapes_of_the_contract(root):
     with loader(root) as source:
         batch = next(source)
-    shape = (2, LENGTH)
+    shape, images = (2, LENGTH), int((batch["tokens"] == 3).sum()) // IMAGE_TOKENS
+    batch |= {f"images of {size}": pixels for size, pixels in batch.pop("images").items()}
     assert {
         name: (tuple(batch[name].shape), batch[name].dtype) for name in batch if name not in ("samples", "skipped")
     } == {
@@ -72,7 +76,8 @@ def test_a_batch_has_the_shapes_of_the_contract(root):
         "loss_mask": (shape, torch.float32),
         "document": (shape, torch.int32),
         "branch": (shape, torch.int32),
-        "images": ((int((batch["tokens"] == 3).sum()) // IMAGE_TOKENS, 3, SIZE, SIZE), torch.float32),
+        f"images of {SIZE}": ((images, 3, SIZE, SIZE), torch.float32),
+        "original_sizes": ((images, 2), torch.int64),
     }
     assert [len(keys) for keys in batch["samples"]] == batch["document"].amax(1).tolist()
     assert batch["skipped"] == []
@@ -85,8 +90,9 @@ def test_images_stand_in_the_order_of_their_tokens(root):
     with loader(root) as source:
         for batch in take(source, 4):
             keys = [key for pack in batch["samples"] for key in pack]
-            want = [preprocess(image, SIZE) for key in keys for image in pictures[key]]
-            assert np.array_equal(batch["images"].numpy(), np.stack(want))
+            want = [preprocess(image, (SIZE,))[0][SIZE] for key in keys for image in pictures[key]]
+            assert np.array_equal(batch["images"][SIZE].numpy(), np.stack(want))
+            assert batch["original_sizes"].tolist() == [[16, 16]] * len(want)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -198,16 +204,17 @@ def test_a_model_without_encoders_reads_text_alone(root, tmp_path):
     with Loader(
         data(tmp_path, mixture=mixture, images_per_pack=0),
         image_tokens=0,
-        image_size=0,
+        image_sizes=(),
         micro_batch=1,
         global_batch=1,
         seed=0,
     ) as source:
         batch = next(source)
-    assert batch["images"].shape == (0, 3, 0, 0)
+    assert batch["images"] == {}
+    assert batch["original_sizes"].shape == (0, 2)
     assert batch["loss_mask"].any()
     with pytest.raises(UserError, match="no encoder"):
-        Loader(data(root), image_tokens=0, image_size=0, micro_batch=1, global_batch=1, seed=0)
+        Loader(data(root), image_tokens=0, image_sizes=(), micro_batch=1, global_batch=1, seed=0)
 
 
 def test_another_tokenizer_is_refused(tmp_path):
@@ -281,7 +288,7 @@ def test_bad_samples_keep_their_slots_masked_and_named(tmp_path):
             for number, key in enumerate(keys, 1):
                 here = batch["document"][row] == number
                 count = int((batch["tokens"][row][here] == 3).sum()) // IMAGE_TOKENS
-                pixels = batch["images"][run : run + count]
+                pixels = batch["images"][SIZE][run : run + count]
                 run += count
                 assert (key in named) == (key in reasons)
                 if key in reasons:
@@ -291,7 +298,7 @@ def test_bad_samples_keep_their_slots_masked_and_named(tmp_path):
                 else:
                     good_loss += int(batch["loss_mask"][row][here].sum())
                     assert all(picture.any() for picture in pixels)
-        assert run == len(batch["images"])
+        assert run == len(batch["images"][SIZE])
     assert good_loss > 0
     assert seen.keys() == reasons.keys()
     for key, reason in reasons.items():

@@ -5,14 +5,15 @@ import struct
 
 import numpy as np
 import pytest
-from pictures import bad_images, encode, picture, png, save
+from pictures import bad_images, encode, picture, png, save, smooth
 from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from mmoe.data.pixels import BadImage, canonical, open_image, preprocess, resize, to_rgb
+from mmoe.data.pixels import MEAN, SCALE, BadImage, canonical, open_image, preprocess, resize, to_rgb
 
 
 def canonical_of(data: bytes) -> bytes:
-    return canonical(open_image(data), data)
+    return canonical(open_image(data), data)[0]
 
 
 def rgb(data: bytes) -> np.ndarray:
@@ -131,7 +132,7 @@ def test_other_images_become_a_plain_png_of_the_same_pixels():
 def test_normalisation():
     pixels = picture(9)
     want = (pixels.transpose(2, 0, 1) / 255 - 0.5) * 4
-    assert preprocess(encode(pixels), 16) == pytest.approx(want, abs=5e-7)
+    assert preprocess(encode(pixels), (16,))[0][16] == pytest.approx(want, abs=5e-7)
 
 
 def test_resize_averages_with_a_triangle_and_goes_on_at_the_border():
@@ -147,8 +148,89 @@ def test_resize_keeps_a_picture_of_the_right_size():
     assert (resize(pixels, 16) == pixels).all()
 
 
+SHAPES = [(60, 80), (83, 57), (40, 400), (20, 31)]
+
+
+def processed(image: Image.Image, size: int) -> np.ndarray:
+    """float32 ``[3, size, size]``, whole steps: transformers' processor of CLIP, without its normalisation."""
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        do_rescale=False,
+        do_normalize=False,
+    )
+    return np.asarray(processor(image, return_tensors="np")["pixel_values"][0], np.float32)
+
+
+def inner(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Without the lines whose filters reach over the border, where Pillow renormalises them."""
+    size = pixels.shape[-1]
+    y, x = (2 + (length < size) * -(-2 * size // length) for length in (height, width))
+    return pixels[:, y:-y, x:-x]
+
+
+def muted(seed: int, height: int, width: int) -> np.ndarray:
+    """A smooth picture within [64, 192]: nothing that Pillow's 8-bit passes would cut."""
+    return (smooth(seed, height, width) // 2 + 64).astype(np.uint8)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size", [16, 24])
+def test_crop_and_cubic_are_clips_processor(shape, size):
+    pixels = muted(1, *shape)
+    want = processed(Image.fromarray(pixels), size)
+    got, original = preprocess(encode(pixels), (size,), "crop", "cubic")
+    off = np.abs(got[size] * SCALE + MEAN - want)
+    assert original == shape
+    # Pillow rounds each pass by half a step; the second weighs the first one's by Σ|w| ≤ 1.25 for a cubic of a = −1/2.
+    assert inner(off, *shape).max() <= 0.5 * 1.25 + 0.5 + 0.05
+
+
+@pytest.mark.parametrize("resample", ["triangular", "cubic"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_stretch_is_pillows_resize(shape, resample):
+    pixels = muted(2, *shape)
+    filters = {"triangular": Image.Resampling.BILINEAR, "cubic": Image.Resampling.BICUBIC}
+    want = np.asarray(Image.fromarray(pixels).resize((16, 16), filters[resample]), np.float32).transpose(2, 0, 1)
+    got = preprocess(encode(pixels), (16,), "stretch", resample)[0][16] * SCALE + MEAN
+    assert inner(np.abs(got - want), *shape).max() <= (1.05 if resample == "triangular" else 1.2)
+
+
+def expand2square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """As LLaVA-1.5's released `llava/mm_utils.py` pads."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    result = Image.new(image.mode, (side, side), colour)
+    result.paste(image, (0, (side - height) // 2) if width > height else ((side - width) // 2, 0))
+    return result
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (33, 33)])
+def test_pad_is_llavas(shape):
+    pixels = muted(3, *shape)
+    padded = expand2square(Image.fromarray(pixels), (127, 127, 127))
+    want = processed(padded, 16)
+    got = preprocess(encode(pixels), (16,), "pad", "cubic")[0][16] * SCALE + MEAN
+    # As above, and half a step between their gray of 127 and ours of 127.5, by Σ|w|² of both passes.
+    bound = 0.5 * 1.25 + 0.5 + 0.05 + 0.5 * 1.25**2
+    side = max(shape)
+    assert inner(np.abs(got - want), side, side).max() <= bound
+    gray = preprocess(encode(muted(3, 10, 80)), (16,), "pad")[0][16]
+    assert (gray[:, [0, -1]] == 0).all()
+
+
+@pytest.mark.parametrize("fit", ["stretch", "crop"])
+def test_a_strip_costs_no_more_than_its_pixels(fit):
+    """Resized whole and then cropped, as CLIP's processor does, it would have 8 · 160000 pixels first."""
+    got, size = preprocess(encode(picture(0, 1, 20000)), (8,), fit)
+    assert got[8].shape == (3, 8, 8)
+    assert size == (1, 20000)
+
+
 @pytest.mark.parametrize("case", bad_images())
 def test_bad_images_say_why(case):
     data, message = bad_images()[case]
     with pytest.raises(BadImage, match=message):
-        preprocess(data, 16)
+        preprocess(data, (16,))

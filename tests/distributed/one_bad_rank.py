@@ -23,7 +23,8 @@ def batch(rank: int, step: int, images: int) -> dict:
         "position": torch.arange(24).view(1, 24),
         "document": torch.ones(1, 24, dtype=torch.int32),
         "branch": torch.zeros(1, 24, dtype=torch.int32),
-        "images": torch.rand(images, 3, 16, 16, generator=generator),
+        "images": {16: torch.rand(images, 3, 16, 16, generator=generator)},
+        "original_sizes": torch.full((images, 2), 16),
         "samples": [["a"]],
         "skipped": [],
     }
@@ -35,7 +36,7 @@ def main() -> None:
     stepper = Stepper(recipe, [build(recipe)])
     batches = [batch(here.rank, step, images=2) for step in range(3)]
     if here.rank == 1:
-        batches[1]["images"][0, 0, 0, 0] = float("nan")
+        batches[1]["images"][16][0, 0, 0, 0] = float("nan")
         batches[2] = batch(here.rank, 2, images=0)
     seen = []
     (model,) = stepper.models

@@ -48,7 +48,7 @@ class FakeModel:
         recipe = load_recipe("quickstart")
         self.recipe = replace(recipe, data=replace(recipe.data, sequence_length=sequence_length, images_per_pack=3))
         self.tokenizer: Tokenizer = train_tokenizer([" zebra how many ? 1 2 3 12"] * 9, vocab_size=300)
-        self.image_tokens, self.image_size = IMAGE_TOKENS, IMAGE_SIZE
+        self.image_tokens, self.image_sizes = IMAGE_TOKENS, (IMAGE_SIZE,)
         self.images: list[Tensor] = []
         self.branches = 0
 
@@ -60,8 +60,9 @@ class FakeModel:
 
     def forward_batch(self, batch: dict[str, Any]) -> Tensor:
         tokens, document, branch = batch["tokens"], batch["document"], batch["branch"]
-        self.images.append(batch["images"].clone())
-        bright = iter(batch["images"].mean((1, 2, 3)).tolist())
+        pixels = batch["images"][IMAGE_SIZE]
+        self.images.append(pixels.clone())
+        bright = iter(pixels.mean((1, 2, 3)).tolist())
         logits = torch.zeros(*tokens.shape, self.tokenizer.get_vocab_size())
         for row in range(tokens.shape[0]):
             for number in range(1, int(document[row].max()) + 1):

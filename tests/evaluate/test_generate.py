@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import FakeModel, png
+from fakes import IMAGE_SIZE, FakeModel, png
 from torch import Tensor
 
 import mmoe
@@ -23,10 +23,11 @@ class Continuing(FakeModel):
         self.left = [*self.tokenizer.encode(says).ids, EOS]
         self.contexts: list[list[int]] = []
         self.pixels: Any = None
+        self.sizes: Any = None
 
-    def logits(self, input_ids: Tensor, images: Tensor | None) -> Tensor:
+    def logits(self, input_ids: Tensor, images: Any = None, original_sizes: Tensor | None = None) -> Tensor:
         self.contexts.append(input_ids[0].tolist())
-        self.pixels = images
+        self.pixels, self.sizes = images, original_sizes
         logits = torch.zeros(1, input_ids.shape[1], self.tokenizer.get_vocab_size())
         logits[0, -1, self.left[len(self.contexts) - 1]] = 9.0
         return logits
@@ -53,7 +54,8 @@ def test_it_continues_the_pictures_and_the_prompt_up_to_eos(monkeypatch: pytest.
     prompt = model.tokenizer.encode(" how many ?").ids
     assert model.contexts[0] == [BOS, *[IMAGE] * 2 * model.image_tokens, *prompt]
     assert model.contexts[-1] == model.contexts[0] + model.left[:-1]
-    assert model.pixels.mean((1, 2, 3)).tolist() == pytest.approx([2.0, -2.0])
+    assert model.pixels[IMAGE_SIZE].mean((1, 2, 3)).tolist() == pytest.approx([2.0, -2.0])
+    assert model.sizes.tolist() == [[30, 40]] * 2
 
 
 @pytest.mark.parametrize(

@@ -79,5 +79,6 @@ def batch(tokens: torch.Tensor, **fields: torch.Tensor) -> dict:
         "document": torch.ones(b, s, dtype=torch.int32),
         "branch": torch.zeros(b, s, dtype=torch.int32),
         "images": {},
+        "original_sizes": torch.zeros(0, 2, dtype=torch.int64),
     }
     return {**plain, **fields}

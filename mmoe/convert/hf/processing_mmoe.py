@@ -9,31 +9,52 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, ImageProcessingMixin, ProcessorMixin
 
-from mmoe.data.pixels import preprocess
+from mmoe.data.pixels import Fit, Interpolation, preprocess
 
 IMAGE = "<image>"
 Picture = Image.Image | bytes | str | Path
 
 
 class MmoeImageProcessor(ImageProcessingMixin):
-    """Pictures (opened, encoded bytes, or paths) → ``pixel_values`` [n, 3, image_size, image_size] float32."""
+    """Pictures (opened, encoded bytes, or paths) → ``pixel_values`` [n, 3, side, side] float32.
+
+    For encoders of several image sizes: ``pixel_values_<side>`` for each of them, and ``original_sizes`` [n, 2] int64,
+    the upright pictures' heights and widths.
+
+    Args:
+        image_size: the side of the square that a picture becomes, or a list of several.
+        fit: how it becomes a square: stretch, pad or crop.
+        interpolation: triangular or cubic.
+    """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012 - transformers' own protocol
 
-    def __init__(self, image_size: int = 64, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        image_size: int | Sequence[int] = 64,
+        fit: Fit = "stretch",
+        interpolation: Interpolation = "triangular",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
-        self.image_size = image_size
+        self.image_size, self.fit, self.interpolation = image_size, fit, interpolation
 
     def __call__(self, images: Picture | Sequence[Picture], return_tensors: str | None = "pt") -> BatchFeature:
         pictures = [images] if isinstance(images, Picture) else list(images)
         read = [Path(p).read_bytes() if isinstance(p, (str, Path)) else p for p in pictures]
-        size = self.image_size
-        pixels = np.stack([preprocess(p, size) for p in read]) if read else np.zeros((0, 3, size, size), np.float32)
-        return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
+        sides = [self.image_size] if isinstance(self.image_size, int) else list(self.image_size)
+        views = [preprocess(p, sides, self.fit, self.interpolation) for p in read]
+        data: dict[str, Any] = {}
+        for side in sides:
+            name = "pixel_values" if len(sides) == 1 else f"pixel_values_{side}"
+            data[name] = np.array([view[side] for view, _ in views], np.float32).reshape(-1, 3, side, side)
+        if len(sides) > 1:
+            data["original_sizes"] = np.array([size for _, size in views], np.int64).reshape(-1, 2)
+        return BatchFeature(data, tensor_type=return_tensors)
 
 
 class MmoeProcessor(ProcessorMixin):
-    """``processor(text=…, images=…)`` → input_ids, attention_mask and pixel_values.
+    """``processor(text=…, images=…)`` → input_ids, attention_mask and what the image processor makes of the pictures.
 
     Every ``<image>`` in the texts stands for the next picture and becomes ``image_tokens`` tokens; ``<bos>`` goes in
     front. Each stretch of text between placeholders is tokenised by itself, and the names of special tokens in it are
