@@ -5,6 +5,7 @@
 not ship this file: there the encoder is whole.
 """
 
+import functools
 import sys
 from typing import Any
 
@@ -19,8 +20,6 @@ from torch import Tensor, nn
 
 from mmoe.models.encoders.vit import Block, ViT
 from mmoe.parallel import collectives, engine
-
-_told: set[str] = set()
 
 
 class EnteringNorm(nn.LayerNorm):
@@ -74,12 +73,9 @@ def shard(encoder: nn.Module) -> bool:
         return False
     config, size = encoder.config, group.size()
     if config.heads % size or (config.mlp_width or 4 * config.width) % size:
-        line = (
+        _say(
             f"encoder {config.name}: {size} tensor-parallel ranks do not divide its heads or its MLP, each has it whole"
         )
-        if line not in _told and engine.ranks().first:
-            print(line, file=sys.stderr)
-        _told.add(line)
         return False
     for block in encoder.blocks:
         assert isinstance(block, Block)
@@ -94,6 +90,12 @@ def shard(encoder: nn.Module) -> bool:
     return True
 
 
+@functools.cache
+def _say(line: str) -> None:
+    if engine.ranks().first:
+        print(line, file=sys.stderr)
+
+
 def _keep_rows(linear: nn.Linear, group: Any, halves: bool = False) -> None:
     """Leaves the outputs of this rank; ``halves``: of gate and up, which lie one after the other, each."""
     linear.weight = _part(linear.weight, 0, group, halves)
@@ -102,17 +104,17 @@ def _keep_rows(linear: nn.Linear, group: Any, halves: bool = False) -> None:
     linear.out_features //= group.size()
 
 
-def _part(whole: nn.Parameter, dim: int, group: Any, halves: bool = False) -> nn.Parameter:
+def _part(whole: Tensor, dim: int, group: Any, halves: bool = False) -> nn.Parameter:
     parts = [half.chunk(group.size(), dim)[group.rank()] for half in whole.detach().chunk(2 if halves else 1, dim)]
     mine = nn.Parameter(torch.cat(parts, dim).clone(), requires_grad=whole.requires_grad)
     set_tensor_model_parallel_attributes(mine, True, dim, 1)
     return mine
 
 
-def _shard_of(whole: Any, parameter: Tensor, offsets: tuple, gated: bool) -> Any:
+def _shard_of(whole: Any, parameter: Any, offsets: tuple, gated: bool) -> Any:
     """``parameter`` where it stands in its whole, ``whole`` being how it would stand if every rank had the same."""
     here, front = engine.ranks(), len(offsets)
-    axis = getattr(parameter, "partition_dim")
+    axis = parameter.partition_dim
     place = (front + axis, here.tensor_rank, here.tensor_size)
     replica = (0, 0, whole.replica_id[-1])
     part = ShardedTensor.from_rank_offsets(
