@@ -5,6 +5,7 @@
 not ship this file: there the encoder is whole.
 """
 
+import functools
 import sys
 from typing import Any
 
@@ -19,8 +20,6 @@ from torch import Tensor, nn
 
 from mmoe.models.encoders.vit import Block, ViT
 from mmoe.parallel import collectives, engine
-
-_told: set[str] = set()
 
 
 class EnteringNorm(nn.LayerNorm):
@@ -74,12 +73,9 @@ def shard(encoder: nn.Module) -> bool:
         return False
     config, size = encoder.config, group.size()
     if config.heads % size or (config.mlp_width or 4 * config.width) % size:
-        line = (
+        _say(
             f"encoder {config.name}: {size} tensor-parallel ranks do not divide its heads or its MLP, each has it whole"
         )
-        if line not in _told and engine.ranks().first:
-            print(line, file=sys.stderr)
-        _told.add(line)
         return False
     for block in encoder.blocks:
         assert isinstance(block, Block)
@@ -92,6 +88,12 @@ def shard(encoder: nn.Module) -> bool:
         block.attention_out = LeavingLinear(block.attention_out, group)
         block.mlp_out = LeavingLinear(block.mlp_out, group)
     return True
+
+
+@functools.cache
+def _say(line: str) -> None:
+    if engine.ranks().first:
+        print(line, file=sys.stderr)
 
 
 def _keep_rows(linear: nn.Linear, group: Any, halves: bool = False) -> None:

@@ -5,6 +5,7 @@ import json
 import re
 import tomllib
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,16 @@ def test_an_unsupported_variant_is_the_users_error(fields, message):
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         from_config(fields, "config.json")
     assert "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_any_value_is_read_or_the_users_error(kind):
+    family = FAMILIES[kind]
+    sound = {"model_type": kind, "num_register_tokens": 4}
+    for key in {**family.defaults, **family.only}:
+        for value in (None, True, -1, 0, 1.5, float("nan"), 10**30, "x", "", [], [1], [None], {}, {"a": 1}):
+            with suppress(UserError):
+                assert isinstance(from_config({**sound, key: value}, "config.json"), family.table)
 
 
 CLIP, DINOV2, CONVNEXT = (from_config({"model_type": kind}, "") for kind in ("clip_vision_model", "dinov2", "convnext"))

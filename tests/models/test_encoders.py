@@ -9,6 +9,7 @@ from mmoe.errors import UserError
 from mmoe.models.encoders import ConvNet, ConvNeXt, ViT, build_encoder
 from mmoe.models.encoders.vit import resize_position
 from mmoe.recipe import model
+from mmoe.recipe.checks import encoder_grid, model_problems
 
 VIT = model.ViT(name="patches", type="vit", image_size=32, patch_size=8, width=16, layers=2, heads=2)
 EVERY_OPTION = dataclasses.replace(
@@ -159,21 +160,61 @@ def test_first_weights():
         assert not conv.bias.any()
 
 
+@each
+def test_bf16(config):
+    torch.manual_seed(0)
+    encoder = build_encoder(config)
+    pixels = torch.randn(2, 3, 32, 32)
+    (wide,), (narrow,) = encoder(pixels), encoder.bfloat16()(pixels.bfloat16())
+    assert narrow.dtype == torch.bfloat16
+    assert (narrow - wide).abs().max() < 0.05 * wide.abs().max()
+
+
+IMPOSSIBLE = [
+    (VIT, {"patch_size": 7}, "patch_size 7"),
+    (VIT, {"patch_size": 33, "drop_border": True}, "patch_size 33"),
+    (VIT, {"heads": 3}, "heads 3"),
+    (VIT, {"heads": 8, "position": "rope"}, "heads of 2"),
+    (VIT, {"feature_layer": 2}, "feature_layer 2"),
+    (VIT, {"feature_layer": -3}, "feature_layer -3"),
+    (CONVNEXT, {"depths": (1,)}, "depths"),
+    (CONVNEXT, {"image_size": 36}, "image_size 36"),
+    (CONVNEXT, {"feature_stages": (2,)}, "feature_stages"),
+    (CONVNEXT, {"feature_stages": ()}, "feature_stages"),
+    (CONVNET, {"widths": (8, 12, 16)}, "widths"),
+    (CONVNET, {"widths": ()}, "widths"),
+    (CONVNET, {"image_size": 36}, "image_size 36"),
+]
+
+
+def problems(config):
+    """What the recipe's checks say of the encoder, without building it."""
+    backbone = model.Llama(
+        type="llama", vocab_size=64, hidden_size=8, layers=1, heads=2, ffn_hidden_size=8, kv_heads=1, head_dim=4
+    )
+    connector = model.Linear(type="linear", grid=2)
+    return list(model_problems(model.Model(backbone=backbone, encoders=(config,), connector=connector)))
+
+
+@pytest.mark.parametrize(("config", "change", "message"), IMPOSSIBLE)
+def test_impossible_sizes_are_the_users_error(config, change, message):
+    changed = dataclasses.replace(config, **change)
+    with pytest.raises(UserError, match=message) as caught:
+        build_encoder(changed)
+    assert config.name in caught.value.where
+    assert problems(changed)
+
+
 @pytest.mark.parametrize(
-    ("config", "change", "message"),
+    ("config", "change"),
     [
-        (VIT, {"patch_size": 7}, "patch_size 7"),
-        (VIT, {"patch_size": 33, "drop_border": True}, "patch_size 33"),
-        (VIT, {"heads": 3}, "heads 3"),
-        (CONVNEXT, {"depths": (1,)}, "depths"),
-        (CONVNEXT, {"image_size": 36}, "image_size 36"),
-        (CONVNEXT, {"feature_stages": (2,)}, "feature_stages"),
-        (CONVNET, {"widths": (8, 12, 16)}, "widths"),
-        (CONVNET, {"widths": ()}, "widths"),
-        (CONVNET, {"image_size": 36}, "image_size 36"),
+        *((config, {}) for config in ALL.values()),
+        (VIT, {"image_size": 39, "drop_border": True}),
+        (VIT, {"feature_layer": -2}),
+        (CONVNEXT, {"feature_stages": (-2, 1), "grid": 3}),
     ],
 )
-def test_impossible_sizes_are_the_users_error(config, change, message):
-    with pytest.raises(UserError, match=message) as caught:
-        build_encoder(dataclasses.replace(config, **change))
-    assert config.name in caught.value.where
+def test_what_the_recipe_may_say_can_be_built(config, change):
+    changed = dataclasses.replace(config, **change)
+    assert problems(changed) == []
+    assert build_encoder(changed).grid == encoder_grid(changed)

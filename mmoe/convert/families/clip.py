@@ -16,6 +16,7 @@ from mmoe.convert.families.encoder import (
     activation,
     block_names,
     drops_border,
+    flag,
     hidden_act,
 )
 from mmoe.errors import UserError
@@ -54,8 +55,11 @@ def _clip_names(config: ViT) -> Names:
 
 
 def _clip_read(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
-    head = {"pooling": "attention" if fields["vision_use_head"] else "none"} if "vision_use_head" in fields else {}
-    return {"activation": activation(fields, where), "drop_border": drops_border(fields, where), **head}
+    return {"activation": activation(fields, where), "drop_border": drops_border(fields, where)}
+
+
+def _siglip_read(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    return {**_clip_read(fields, where), "pooling": "attention" if flag(fields, "vision_use_head", where) else "none"}
 
 
 CLIP = Family(
@@ -116,7 +120,7 @@ SIGLIP = Family(
         "vision_use_head": True,
     },
     names=_clip_names,
-    read=_clip_read,
+    read=_siglip_read,
     write=lambda config: {**CLIP.write(config), "vision_use_head": config.pooling == "attention"},
     dims={"pool.probe": 3},
 )

@@ -13,6 +13,7 @@ from mmoe.convert.families.encoder import (
     activation,
     block_names,
     drops_border,
+    flag,
     hidden_act,
 )
 from mmoe.errors import UserError
@@ -51,14 +52,14 @@ def _dino_mlp_width(width: int, ratio: int, gated: bool) -> int:
 
 
 def _dino_read(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
-    gated, bias, ratio = fields["use_swiglu_ffn"], fields["qkv_bias"], fields["mlp_ratio"]
+    gated, bias, ratio = flag(fields, "use_swiglu_ffn", where), fields["qkv_bias"], fields["mlp_ratio"]
     width = fields["hidden_size"]
     if type(ratio) is not int or type(width) is not int or not 0 < ratio * width < 2**31:
         raise UserError(f"mlp_ratio is {ratio!r} of hidden_size {width!r}", where, "give whole numbers above 0")
     return {
         "activation": "swiglu" if gated else activation(fields, where),
         "drop_border": drops_border(fields, where),
-        "mlp_width": _dino_mlp_width(width, ratio, bool(gated)),
+        "mlp_width": _dino_mlp_width(width, ratio, gated),
         "query_value_bias": bias,
         "key_bias": bias,
         **({"mask_token": fields["use_mask_token"]} if "use_mask_token" in fields else {}),
@@ -168,7 +169,7 @@ def _dinov3_names(config: ViT) -> Names:
 
 
 def _dinov3_read(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
-    gated, bias = fields["use_gated_mlp"], fields["query_bias"]
+    gated, bias = flag(fields, "use_gated_mlp", where), fields["query_bias"]
     if gated and fields["hidden_act"] != "silu":
         what = f"hidden_act is {fields['hidden_act']!r}"
         raise UserError(what, where, "only 'silu' is supported in a gated MLP")

@@ -44,13 +44,19 @@ class Family:
 
 def activation(fields: Mapping[str, Any], where: str) -> str:
     found = fields["hidden_act"]
-    if found not in ACTIVATIONS:
+    if not isinstance(found, str) or found not in ACTIVATIONS:
         raise UserError(f"hidden_act is {found!r}", where, f"only {', '.join(ACTIVATIONS)} are supported")
     return ACTIVATIONS[found]
 
 
 def hidden_act(config: ViT) -> str:
     return next((theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation), "gelu")
+
+
+def flag(fields: Mapping[str, Any], key: str, where: str) -> bool:
+    if not isinstance(fields[key], bool):
+        raise UserError(f"{key} is {fields[key]!r}", where, "give true or false")
+    return fields[key]
 
 
 def drops_border(fields: Mapping[str, Any], where: str) -> bool:

@@ -14,11 +14,11 @@ def build_encoder(config: AnyEncoder) -> ViT | ConvNeXt | ConvNet:
     """The encoder that a recipe names, freshly initialised from torch's generator.
 
     Raises:
-        UserError: sizes that do not divide.
+        UserError: sizes that do not divide, or a layer or stage that is not there.
     """
     try:
         if config.type == "vit":
             return ViT(config)
         return ConvNeXt(config) if config.type == "convnext" else ConvNet(config)
     except ValueError as error:
-        raise UserError(str(error), f"model.encoders, {config.name}", "choose sizes that divide") from None
+        raise UserError(str(error), f"model.encoders, {config.name}", "change one of them") from None

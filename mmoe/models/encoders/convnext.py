@@ -57,7 +57,7 @@ class ConvNeXt(nn.Module):
     their weights, for the export, and take no gradient.
 
     Raises:
-        ValueError: sizes that do not divide.
+        ValueError: sizes that do not divide, or stages that are not there.
     """
 
     def __init__(self, config: Config) -> None:

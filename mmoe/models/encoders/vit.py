@@ -117,7 +117,7 @@ class ViT(nn.Module):
     export, and takes no gradient.
 
     Raises:
-        ValueError: sizes that do not divide.
+        ValueError: sizes that do not divide, or a feature layer that is not there.
     """
 
     def __init__(self, config: Config) -> None:
@@ -127,6 +127,10 @@ class ViT(nn.Module):
             raise ValueError(f"image_size {size} is no multiple of patch_size {patch}")
         if width % config.heads:
             raise ValueError(f"width {width} is no multiple of heads {config.heads}")
+        if config.position == "rope" and width // config.heads % 4:
+            raise ValueError(f"heads of {width // config.heads} are no multiple of 4, as rotary pairs of two axes need")
+        if not -config.layers <= config.feature_layer < config.layers:
+            raise ValueError(f"feature_layer {config.feature_layer} names none of {config.layers} layers")
         self.config = config
         self.channels = width
         self.native_grid = size // patch
