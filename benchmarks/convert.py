@@ -27,7 +27,8 @@ from mmoe.checkpoint.tensors import Spec, Tensors
 from mmoe.convert import from_hf, to_hf
 from mmoe.errors import UserError
 from mmoe.recipe.load import load_recipe
-from mmoe.recipe.schema import Backbone, MoE, Precision, Recipe
+from mmoe.recipe.model import Longcat, MoE
+from mmoe.recipe.schema import Precision, Recipe
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 5
@@ -61,7 +62,7 @@ def run(options: Namespace) -> None:
 def recipe(*, quick: bool) -> Recipe:
     """A language model of LongCat-Flash's kind in bf16: 2 GB, or 6 MB."""
     base, scale = load_recipe(RECIPE), 1 if quick else 16
-    backbone = Backbone(
+    backbone = Longcat(
         vocab_size=512 * scale,
         hidden_size=64 * scale,
         layers=2 if quick else 6,
