@@ -73,7 +73,7 @@ def to_hf(
         nullcontext() if load else layout.verified(checkpoint),
         progress("to-hf", sum(file.nbytes for file in files)) as advance,
     ):
-        stream.write(partial, files, advance)
+        stream.write(partial, files, advance, stream.CRC32)
     for path, content in indices.items():
         if content:
             (partial / path).write_bytes(content)

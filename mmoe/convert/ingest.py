@@ -115,12 +115,13 @@ def _save(imported: Imported, folder: Path) -> None:
     )
     plan = shards.plan(places, source, "state", FILE)
     with progress("from-hf", sum(file.nbytes for file in plan.files)) as advance:
-        known = stream.write(folder, plan.files, advance)
+        written = stream.write(folder, plan.files, advance)
     shards.write_index(folder / "state", network, plan)
     (folder / "progress.json").write_text("{}\n")
     (folder / "recipe.toml").write_text(dump_recipe(imported.recipe))
     shutil.copyfile(imported.tokenizer, folder / "tokenizer.json")
     stream.forget(folder)
+    known = {path: {"bytes": size, "sha256": checksum} for path, (size, checksum) in written.items()}
     layout.write_manifest(folder, known)
     for path in (folder / "state", folder):
         layout.sync(path)

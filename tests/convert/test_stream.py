@@ -155,7 +155,7 @@ def test_another_source_starts_anew(tmp_path: Path) -> None:
         assert (folder / "two").read_bytes() == b"12345678" + np.float32(wanted).tobytes()
         for name, entry in entries.items():
             content = (folder / name).read_bytes()
-            assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            assert entry == (len(content), hashlib.sha256(content).hexdigest())
     handle = os.open(folder, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     with pytest.raises(UserError, match="another process writes there"):
