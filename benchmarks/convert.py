@@ -33,7 +33,7 @@ from mmoe.recipe.schema import Precision, Recipe
 ROOT = Path(__file__).parents[1]
 ROUNDS = 5
 SHARD, QUICK_SHARD = "400MB", "1MB"
-"""A model of five shards."""
+"""A model of eight shards."""
 RECIPE = "quickstart"
 
 
@@ -60,12 +60,12 @@ def run(options: Namespace) -> None:
 
 
 def recipe(*, quick: bool) -> Recipe:
-    """A language model of LongCat-Flash's kind in bf16: 2 GB, or 6 MB."""
+    """A language model of LongCat-Flash's kind in bf16: 3 GB, or 6 MB."""
     base, scale = load_recipe(RECIPE), 1 if quick else 16
     backbone = Longcat(
         vocab_size=512 * scale,
         hidden_size=64 * scale,
-        layers=2 if quick else 6,
+        layers=2 if quick else 10,
         heads=8,
         q_lora_rank=32 * scale,
         kv_lora_rank=16 * scale,

@@ -78,14 +78,22 @@ class Shards(Tensors):
         """
         self.folder, self.places, self.known = folder, places, fingerprint
         pickles.check(folder)
-        with open(reading.open_regular(folder / pickles.METADATA), "rb") as file:
-            index = pickles.load_metadata(file)
         self.stored: dict[_Chunk, _Stored] = {}
         self.specs: dict[str, Spec] = {}
+        try:
+            with open(reading.open_regular(folder / pickles.METADATA), "rb") as file:
+                self._index(pickles.load_metadata(file))
+        except (AttributeError, TypeError) as error:
+            raise UserError(f"the index of tensors is something else: {error}", str(folder), pickles.FIX) from None
+
+    def _index(self, index: metadata.Metadata) -> None:
+        folder, places = self.folder, self.places
         for name, (key, leading, _, tensor) in places.items():
             found = index.state_dict_metadata.get(key)
             if not isinstance(found, metadata.TensorStorageMetadata):
                 raise UserError(f"the state has no tensor {key}", str(folder), pickles.FIX)
+            if not isinstance(found.properties.dtype, torch.dtype):
+                raise TypeError(f"{key} has no dtype")
             if tuple(found.size)[len(leading) :] != tuple(tensor.shape):
                 what = f"tensor {key} is {list(found.size)}, {name} is {list(tensor.shape)} by the recipe"
                 raise UserError(what, str(folder), "the weights do not fit the recipe")
@@ -187,14 +195,17 @@ def _chunks(folder: Path, index: metadata.Metadata, key: str) -> dict[tuple[int,
     """The chunks of a global tensor by the layers in front.
 
     Raises:
-        UserError: the index tells of a chunk without a place, or of one that is none.
+        TypeError: the index tells of a chunk without a place, or of one that is none.
     """
     found: dict[tuple[int, ...], list[_Chunk]] = defaultdict(list)
     tensor: Any = index.state_dict_metadata[key]
     for chunk in tensor.chunks:
         storage = index.storage_data.get(metadata.MetadataIndex(key, chunk.offsets))
-        if storage is None or len(chunk.offsets) != len(tensor.size) or len(chunk.sizes) != len(tensor.size):
-            raise UserError(f"the index of tensors knows no place of a chunk of {key}", str(folder), pickles.FIX)
+        numbers = [*chunk.offsets, *chunk.sizes, *([storage.offset, storage.length] if storage else [-1])]
+        if len(chunk.offsets) != len(tensor.size) or len(chunk.sizes) != len(tensor.size):
+            raise TypeError(f"a chunk of {key} has other dimensions")
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise TypeError(f"a chunk of {key} has no place")
         path = folder / storage.relative_path
         for layers in range(len(chunk.sizes) + 1):
             box = Box(tuple(chunk.offsets[layers:]), tuple(chunk.sizes[layers:]))

@@ -1,5 +1,6 @@
 """Tensors that lie somewhere and are read when they are asked for, whole or a stretch at a time."""
 
+import errno
 import math
 import os
 from abc import abstractmethod
@@ -136,9 +137,21 @@ def fill(handle: int, offset: int, out: Tensor) -> None:
         OSError: it cannot be read.
         ValueError: it ends before.
     """
+    if _is_hole(handle, offset, out.nbytes):
+        out.zero_()
+        return
     left = memory(out)
     while left:
         count = os.preadv(handle, [left], offset)
         if not count:
             raise ValueError(f"it ends {len(left)} bytes too early")
         left, offset = left[count:], offset + count
+
+
+def _is_hole(handle: int, offset: int, size: int) -> bool:
+    """Whether these bytes of a file have no place on the disk: they are zeros, and reading them would fill the page
+    cache with them."""
+    try:
+        return os.lseek(handle, offset, os.SEEK_DATA) >= offset + size
+    except OSError as error:  # ENXIO: no data from there to the end
+        return error.errno == errno.ENXIO and os.fstat(handle).st_size >= offset + size

@@ -43,9 +43,8 @@ def _open(path: Path, checks: ExitStack) -> Tensors:
         return read_hf(path).state
     from mmoe.checkpoint.load import state_dict
 
-    state = state_dict(path)[1]
     checks.enter_context(layout.verified(path))
-    return state
+    return state_dict(path)[1]
 
 
 def _has_vision(state: Tensors) -> bool:

@@ -55,26 +55,23 @@ def to_hf(
         raise UserError(f"unknown dtype {dtype!r}", "--dtype", f"choose one of {', '.join(DTYPES)}")
     out = out.absolute()
     _check_room(out)
-    recipe, found, tokenizer = (load or state_dict)(checkpoint)
-    state = lazy(found)
-    language_family.check_expressible(recipe.model)
-    model, wanted = recipe.model, DTYPES[dtype] if dtype else None
-    whole = multimodal.table(model).write(state, wanted) if model.encoders else None
-    table = language_family.table(model)
-    language = table.write(Part(state, "language.") if whole else state, wanted)
-
-    folder = "language" if whole else ""
-    files, index = plan(language, folder, max_shard_size)
-    indices = {Path(folder, INDEX): index}
-    if whole:
-        more, indices[Path(INDEX)] = plan(whole, "", max_shard_size)
-        files += more
     partial = out.with_name(f".{out.name}.part")
-    with (
-        nullcontext() if load else layout.verified(checkpoint),
-        progress("to-hf", sum(file.nbytes for file in files)) as advance,
-    ):
-        stream.write(partial, files, advance)
+    with nullcontext() if load else layout.verified(checkpoint):
+        recipe, found, tokenizer = (load or state_dict)(checkpoint)
+        language_family.check_expressible(recipe.model)
+        state, wanted, model = lazy(found), DTYPES[dtype] if dtype else None, recipe.model
+        whole = multimodal.table(model).write(state, wanted) if model.encoders else None
+        table = language_family.table(model)
+        language = table.write(Part(state, "language.") if whole else state, wanted)
+
+        folder = "language" if whole else ""
+        files, index = plan(language, folder, max_shard_size)
+        indices = {Path(folder, INDEX): index}
+        if whole:
+            more, indices[Path(INDEX)] = plan(whole, "", max_shard_size)
+            files += more
+        with progress("to-hf", sum(file.nbytes for file in files)) as advance:
+            stream.write(partial, files, advance, stream.CRC32)
     for path, content in indices.items():
         if content:
             (partial / path).write_bytes(content)

@@ -15,7 +15,7 @@ from mmoe.convert.families import language, longcat, multimodal
 from mmoe.convert.progress import progress
 from mmoe.convert.weights import Weights
 from mmoe.errors import UserError
-from mmoe.recipe.checks import model_problems
+from mmoe.recipe.checks import model_problems, problems
 from mmoe.recipe.load import dump_recipe, load_recipe
 from mmoe.recipe.model import MTP, Model, ViT
 from mmoe.recipe.schema import Data, Optimizer, Precision, Recipe, Train
@@ -113,12 +113,13 @@ def _save(imported: Imported, folder: Path) -> None:
     )
     plan = shards.plan(places, source, "state", FILE)
     with progress("from-hf", sum(file.nbytes for file in plan.files)) as advance:
-        known = stream.write(folder, plan.files, advance)
+        written = stream.write(folder, plan.files, advance)
     shards.write_index(folder / "state", network, plan)
     (folder / "progress.json").write_text("{}\n")
     (folder / "recipe.toml").write_text(dump_recipe(imported.recipe))
     shutil.copyfile(imported.tokenizer, folder / "tokenizer.json")
     stream.forget(folder)
+    known = {path: {"bytes": size, "sha256": checksum} for path, (size, checksum) in written.items()}
     layout.write_manifest(folder, known)
     for path in (folder / "state", folder):
         layout.sync(path)
@@ -195,13 +196,15 @@ def _fits(wanted: dict[str, torch.Size], imported: Imported) -> None:
 
 
 def _recipe(directory: Path, model: Model, tensors: Tensors) -> Recipe:
-    half = all(spec.dtype == torch.bfloat16 for name, spec in tensors.specs.items() if ".router." not in name)
-    return Recipe(
+    recipe = Recipe(
         name=directory.resolve().name,
         description="imported from Hugging Face format; data and training are still to be chosen",
         model=model,
         data=Data(mixture="unset", sequence_length=min(1024, model.backbone.max_position)),
         train=Train(steps=1, global_batch=1, micro_batch=1),
         optimizer=Optimizer(lr=1e-4),
-        precision=Precision(dtype="bf16" if half else "fp32"),
     )
+    half = dataclasses.replace(recipe, precision=Precision(dtype="bf16"))
+    stored = {spec.dtype for name, spec in tensors.specs.items() if ".router." not in name}
+    # Training in bf16 asks for widths that not every model has.
+    return half if stored == {torch.bfloat16} and not any(problems(half)) else recipe

@@ -103,6 +103,9 @@ def plan(tensors: Tensors, folder: str, largest: str) -> tuple[list[File], bytes
         UserError: ``largest`` is no size.
     """
     blank = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in tensors.specs.items()}
+    for name, spec in tensors.specs.items():
+        if spec.dtype not in ORDER:
+            raise UserError(f"tensor {name} is {spec.dtype}", "--dtype", "convert to fp32 or bf16")
     try:
         split = split_torch_state_dict_into_shards(blank, max_shard_size=largest)
     except ValueError as error:

@@ -252,7 +252,7 @@ def place(file: Any) -> tuple[torch.Tensor, int]:
         # What torch notes where it reads no data: serialization.py:2096 (2.13).
         storage: Any = found.untyped_storage()
         return found, storage._checkpoint_offset
-    except _WRONG as error:
+    except (pickle.UnpicklingError, *_WRONG) as error:
         raise pickle.UnpicklingError(_reason(error)) from None
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import training
 
+from mmoe.checkpoint.load import blank
+from mmoe.checkpoint.shards import Shards
 from mmoe.layers import mla
 from mmoe.models.multimodal import MultimodalModel, build_stages
 from mmoe.parallel import engine, layout, state
@@ -180,3 +182,17 @@ def train(
         "gradients": gradients,
         "weights": pieces(stepper.models, gradients=False),
     }
+
+
+def read(folder: str, **parallel: Any) -> dict[str, torch.Tensor]:
+    """Every tensor of a state as conversion reads it: some elements at a time, without a model."""
+    places = state.places(blank(recipe(**parallel)))
+    tensors, found = Shards(Path(folder), places, ""), {}
+    for name, place in places.items():
+        spec = tensors.specs[name]
+        flat = torch.full((spec.numel,), torch.nan, dtype=spec.dtype)
+        for start in range(0, spec.numel, 999):
+            tensors.read(name, start, flat[start : start + 999])
+        whole = found.setdefault(place.key, torch.full(place.whole, torch.nan, dtype=spec.dtype))
+        whole[place.leading] = flat.view(spec.shape)
+    return found

@@ -151,7 +151,11 @@ def test_goes_on_from_one_process_and_is_gone_on_from(
     distributed = parallel.get("distributed_optimizer", False)
     begin, alone = saved[distributed]
     there, path = ranks(world), str(tmp_path / "there")
-    compare(there.run("jobs", "train", steps=2, first=3, load=begin, save=(5, path), **parallel), single[0], first=3)
+    results = there.run("jobs", "train", steps=2, first=3, load=begin, save=(5, path), **parallel)
+    compare(results, single[0], first=3)
+    (read,), written = ranks(1).run("jobs", "read", folder=path), whole(results, "weights")
+    assert read.keys() == written.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in written.items())
     back = ranks(1).run("jobs", "train", steps=1, first=5, load=path, distributed_optimizer=distributed)
     compare(back, alone[0], first=2)
 

@@ -1,0 +1,248 @@
+"""Bounded memory, resuming, and files as others write them: conversions of a small model, a few KB at a time."""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from exporting import MODEL
+from huggingface_hub import save_torch_state_dict
+from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
+
+from mmoe.checkpoint import layout, shards, stream
+from mmoe.checkpoint.load import load as load_checkpoint
+from mmoe.checkpoint.load import state_dict, weights
+from mmoe.checkpoint.stream import File, Stretch
+from mmoe.checkpoint.tensors import Memory
+from mmoe.convert import from_hf, ingest, to_hf, verify
+from mmoe.convert.families import longcat
+from mmoe.convert.weights import INDEX
+from mmoe.errors import UserError
+from mmoe.layers.router import CONTROLLER_STATE
+from mmoe.models.multimodal import build
+
+SHARD = "40KB"
+
+
+@pytest.fixture
+def checkpoint(exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of many files, its larger tensors in several chunks."""
+    monkeypatch.setattr(ingest, "FILE", 40_000)
+    monkeypatch.setattr(shards, "LARGEST_CHUNK", 5_000)
+    from_hf(exported.out, tmp_path / "run")
+    return tmp_path / "run/checkpoints/step_00000000"
+
+
+def test_a_checkpoint_of_many_files_and_chunks(exported, checkpoint: Path) -> None:
+    assert len(list((checkpoint / "state").glob("__1_*.distcp"))) > 5
+    assert layout.verify(checkpoint) == len([path for path in checkpoint.rglob("*") if path.is_file()]) - 1
+    loaded = load_checkpoint(checkpoint)
+    found = weights(loaded.network)
+    assert found.keys() == exported.state.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in exported.state.items())
+    fresh, mine = build(loaded.recipe).state_dict(), loaded.network.state_dict()
+    controller = [name for name in fresh if name.endswith(CONTROLLER_STATE)]
+    assert controller
+    assert all(torch.equal(mine[name], fresh[name]) for name in controller)
+    lazy = state_dict(checkpoint)[1]
+    assert lazy.keys() == found.keys()
+    assert all(torch.equal(lazy[name], tensor) for name, tensor in found.items())
+
+
+def test_files_are_those_of_transformers(exported, foreign, checkpoint: Path, tmp_path: Path) -> None:
+    """Byte for byte: the whole in one file as ``save_pretrained`` writes it, and many with their index as
+    huggingface_hub does, which transformers calls."""
+    one = (exported.out / "language/model.safetensors").read_bytes()
+    assert one == (exported.out.with_name("again-language") / "model.safetensors").read_bytes()
+    for dtype in (None, "bf16"):
+        out, again = tmp_path / f"hf-{dtype}", tmp_path / f"again-{dtype}"
+        to_hf(checkpoint, out, dtype, max_shard_size=SHARD)
+        wanted = torch.bfloat16 if dtype else None
+        recipe, state, _ = state_dict(checkpoint)
+        again.mkdir()
+        language = {name: tensor for name, tensor in state.items() if name.startswith("language.")}
+        table = longcat.table(recipe.model.backbone, recipe.model.moe, fused=False)
+        save_torch_state_dict(dict(table.write(language, wanted)), str(again), max_shard_size=SHARD)
+        names = {path.name for path in again.iterdir()}
+        assert len(names) > 3
+        assert names <= {path.name for path in (out / "language").iterdir()}
+        index = again / INDEX
+        assert json.loads((out / "language" / INDEX).read_text()) == json.loads(index.read_text())
+        for name in sorted(names - {INDEX}):
+            assert (out / "language" / name).read_bytes() == (again / name).read_bytes(), name
+    _, info = LongcatFlashForCausalLM.from_pretrained(tmp_path / "hf-None/language", output_loading_info=True)
+    assert not any(info.values())
+    assert verify(checkpoint, tmp_path / "hf-None") == []
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("way", ["to-hf", "from-hf"])
+def test_goes_on_where_it_was_broken_off(exported, checkpoint, tmp_path, monkeypatch, way) -> None:
+    out = tmp_path / "out"
+    if way == "to-hf":
+        part, whole = tmp_path / ".out.part", out
+
+        def convert() -> None:
+            to_hf(checkpoint, out, max_shard_size=SHARD)
+    else:
+        part, whole = out / "checkpoints/.step_00000000.part", out / "checkpoints/step_00000000"
+
+        def convert() -> None:
+            from_hf(exported.out, out)
+
+    written: list[Path] = []
+    real = stream._write
+
+    def write(path: Path, *rest):
+        if len(written) == limit:
+            (path.parent / f".{path.name}.tmp").write_bytes(b"half of it")
+            raise Broken
+        written.append(path)
+        return real(path, *rest)
+
+    monkeypatch.setattr(stream, "_write", write)
+    limit = 4
+    with pytest.raises(Broken):
+        convert()
+    assert not whole.exists()
+    assert not (out / "checkpoints/latest").exists()
+    damaged, *kept = written
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1  # of the same size, other than it was written
+    damaged.write_bytes(content)
+    before = {path.relative_to(part): path.stat() for path in kept}
+    written.clear()
+    limit = 10**9
+    convert()
+    assert damaged in written
+    assert not set(kept) & set(written)
+    for path, stat in before.items():
+        assert ((whole / path).stat().st_ino, (whole / path).stat().st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns)
+    assert not part.exists()
+    assert not [path for path in whole.rglob("*") if path.name.endswith(".tmp") or path.name == stream.JOURNAL]
+    assert verify(whole, exported.out) == []
+
+
+def test_another_source_starts_anew(tmp_path: Path) -> None:
+    class Known(Memory):
+        def __init__(self, known: str, value: float) -> None:
+            super().__init__({"a": torch.full((3,), value), "b": torch.full((2,), value)})
+            self.known = known
+
+        def fingerprint(self) -> str:
+            return self.known
+
+    def files(source: Memory) -> list[File]:
+        return [File("one", source, [Stretch("a", 0, 3)]), File("two", source, [b"12345678", Stretch("b", 1, 1)])]
+
+    folder = tmp_path / "folder"
+    for known, value, wanted in (("x", 1.0, 1.0), ("x", 2.0, 1.0), ("y", 3.0, 3.0)):
+        told: list[int] = []
+        entries = stream.write(folder, files(Known(known, value)), told.append)
+        assert sum(told) == 24
+        assert (folder / "one").read_bytes() == np.full(3, wanted, dtype=np.float32).tobytes()
+        assert (folder / "two").read_bytes() == b"12345678" + np.float32(wanted).tobytes()
+        for name, entry in entries.items():
+            content = (folder / name).read_bytes()
+            assert entry == (len(content), hashlib.sha256(content).hexdigest())
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another process writes there"):
+        stream.write(folder, files(Known("y", 3.0)), told.append)
+    os.close(handle)
+
+
+class Counting(Memory):
+    """Notes what is asked of it."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__(tensors)
+        self.places: set[int] = set()
+        self.longest = 0
+
+    def read(self, name: str, start: int, out: torch.Tensor) -> None:
+        self.places.add(out.untyped_storage().data_ptr())
+        self.longest = max(self.longest, out.nbytes)
+        super().read(name, start, out)
+
+
+def test_memory_is_that_of_the_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tensors of megabytes, four pieces of 16 KiB are held: what is read is asked for into them."""
+    monkeypatch.setattr(stream, "PIECE", 16 << 10)
+    tensors = {"large": torch.randn(700, 1001), "half": torch.randn(300_001).bfloat16(), "last": torch.randn(5)}
+    source = Counting(tensors)
+    parts = [Stretch(name, 0, tensor.numel()) for name, tensor in tensors.items() if name != "half"]
+    file = File("file", source, [b"header8.", *parts, Stretch("half", 0, 300_001)])
+    stream.write(tmp_path, [file], lambda count: None)
+    wanted = b"".join(tensors[name].flatten().view(torch.uint8).numpy().tobytes() for name in ("large", "last", "half"))
+    assert (tmp_path / "file").read_bytes() == b"header8." + wanted
+    assert source.longest == 16 << 10
+    assert len(source.places) == stream.PIECES
+
+
+def test_zeros_are_holes(tmp_path: Path) -> None:
+    tensor = torch.zeros(12 << 20, dtype=torch.uint8)
+    tensor[[5 << 20, -1]] = 1
+    stream.write(tmp_path, [File("file", Memory({"a": tensor}), [Stretch("a", 0, len(tensor))])], lambda count: None)
+    assert (tmp_path / "file").read_bytes() == tensor.numpy().tobytes()
+    assert (tmp_path / "file").stat().st_blocks * 512 < 3 << 20
+
+
+def test_boxes_are_the_stretch() -> None:
+    for shape in ((), (5,), (3, 4), (2, 3, 1, 2)):
+        numbers = torch.arange(math.prod(shape)).view(shape)
+        for start in range(numbers.numel()):
+            for count in range(numbers.numel() - start + 1):
+                found = []
+                for place, box in shards.boxes(shape, start, count):
+                    assert place == sum(map(len, found))
+                    part = numbers[tuple(slice(a, a + n) for a, n in zip(*box, strict=True))].flatten()
+                    assert all(b - a == 1 for a, b in pairwise(part.tolist()))
+                    found.append(part)
+                assert torch.cat([*found, torch.empty(0)]).tolist() == list(range(start, start + count))
+
+
+def test_an_altered_checkpoint_is_not_converted(checkpoint: Path, exported, tmp_path: Path) -> None:
+    """The bytes of a tensor, which nothing but the checksum tells of; and a file that ends early."""
+    path = max((checkpoint / "state").glob("__1_*.distcp"), key=lambda path: path.stat().st_size)
+    content = path.read_bytes()
+    for damaged in (content[:2000] + b"????" + content[2004:], content[:2000]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="was altered since it was saved"):
+            to_hf(checkpoint, tmp_path / "hf")
+        with pytest.raises(UserError, match="was altered since it was saved"):
+            verify(exported.out, checkpoint)
+    assert not (tmp_path / "hf").exists()
+    path.write_bytes(content)
+    to_hf(checkpoint, tmp_path / "hf")
+
+
+def test_a_foreign_model_keeps_its_dtype(exported, tmp_path: Path) -> None:
+    moe = dataclasses.replace(MODEL.moe, expert_hidden_size=16)  # a width that bf16 is trained with
+    fields = longcat.to_config(MODEL.backbone, moe, "bfloat16")
+    config = LongcatFlashConfig(**{k: v for k, v in fields.items() if k not in ("architectures", "model_type")})
+    LongcatFlashForCausalLM(config).bfloat16().save_pretrained(tmp_path / "hf")
+    shutil.copy(exported.tokenizer, tmp_path / "hf")
+    from_hf(tmp_path / "hf", tmp_path / "run")
+    checkpoint = tmp_path / "run/checkpoints/step_00000000"
+    recipe, state, _ = state_dict(checkpoint)
+    assert recipe.precision.dtype == "bf16"
+    assert {spec.dtype for name, spec in state.specs.items() if ".router." not in name} == {torch.bfloat16}
+    assert all(".router." in line for line in verify(checkpoint, tmp_path / "hf"))  # fp32 with us
+
+
+def test_sizes_that_are_none(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'much' is no size"):
+        to_hf(checkpoint, tmp_path / "hf", max_shard_size="much")
+    assert json.loads((checkpoint / "manifest.json").read_text())["format"] == 1
