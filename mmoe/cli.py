@@ -174,8 +174,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     report.add_argument("run_directory", type=Path, metavar="DIR")
     example = "bench ops --only router --json router.json"
     bench = _command(commands, "bench", _bench, "measure operators, training steps and choices of the model", example)
-    text = "the operators, a training step, checkpoints, or choices of LongCat-Flash in training; needs a checkout"
-    bench.add_argument("suite", choices=["ops", "step", "checkpoint", "ablations"], help=text)
+    text = "operators, a training step, checkpoints, loading of images, or choices of LongCat-Flash; needs a checkout"
+    bench.add_argument("suite", choices=["ops", "step", "checkpoint", "data", "ablations"], help=text)
     bench.add_argument("--json", type=Path, metavar="FILE", help="write every row here")
     bench.add_argument("--only", action="extend", nargs="+", default=[], metavar="NAME", help="these operators alone")
     bench.add_argument("--skip", action="extend", nargs="+", default=[], metavar="PEER", help="leave these peers out")
