@@ -74,18 +74,30 @@ def _rows(folder: Path, ours: list[str], peers: list[str], threads: int, *, quic
     count, height, width = (BATCH, 32, 48) if quick else (IMAGES, HEIGHT, WIDTH)
     samples, batches, ahead = (2, 1, 0) if quick else (SAMPLES, BATCHES, AHEAD)
     files = made.write(folder, count, height, width)
+    sides: dict[str, Iterator[int]] = {}
+    missing: list[str] = []
     with ExitStack() as closing:
-        sides = {f"data.{name}": _ours(files, name, threads, closing) for name in ours}
-        sides |= {name: _started(PEERS[name](files, threads)) for name in peers}
+        for name in peers:
+            try:
+                sides[name] = _started(PEERS[name](files, threads))
+            except ImportError:
+                missing.append(name)
+        sides |= {f"data.{name}": _ours(files, name, threads, closing) for name in ours}
         rates = _alternate(sides, samples, batches, ahead)
     shape = f"{width}x{height} JPEG → {SIZE}, {threads} threads"
-    return [
+    present = [name for name in peers if name not in missing]
+    found = [
         _row(f"data.{name}{measured}", shape, rates[f"data.{name}"], rates[peer], peer, unit, i)
         for name in ours
         for i, (measured, unit) in enumerate((("", "images/s"), (".processor", "images/CPU s")))
-        for peer in peers
+        for peer in present
         if not (i and peer in PROCESSES)
     ]
+    for name in missing:
+        for side in ours:
+            speed = statistics.median(rate.clock for rate in rates[f"data.{side}"])
+            found.append(Row(f"data.{side}", shape, "float32", speed, None, f"{name}: not installed", "images/s"))
+    return found
 
 
 def _row(name: str, shape: str, mine: list[Rate], theirs: list[Rate], peer: str, unit: str, which: int) -> Row:

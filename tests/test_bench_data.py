@@ -1,20 +1,25 @@
 """`mmoe bench data` on tiny files: that it runs and measures, not how fast."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from mmoe import cli
 
+MISSING = "megatron-energon: not installed"
 PEERS = ["raw DALI", "simplejpeg + OpenCV", "PIL"]
 
 
-def test_every_row_is_measured(tmp_path: Path) -> None:
+def test_every_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rows.json"
     # Its processes take ten seconds to start.
-    assert cli.main(["bench", "data", "--quick", "--skip", "webdataset", "megatron-energon", "--json", str(path)]) == 0
+    monkeypatch.setitem(sys.modules, "megatron.energon", None)
+    assert cli.main(["bench", "data", "--quick", "--skip", "webdataset", "--json", str(path)]) == 0
     rows = json.loads(path.read_text())
+    rows, rest = rows[:-3], rows[-3:]
+    assert [(row["peer_name"], row["peer"], row["ratio"]) for row in rest] == [(MISSING, None, None)] * 3
     names = [f"data.{name}{which}" for name in ("dali", "simplejpeg", "pillow") for which in ("", ".processor")]
     assert [(row["name"], row["peer_name"]) for row in rows] == [(name, peer) for name in names for peer in PEERS]
     for row in rows:

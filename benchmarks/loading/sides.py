@@ -7,6 +7,7 @@ import io
 import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -27,7 +28,7 @@ def dali(files: Files, threads: int) -> Iterator[int]:
     pipeline = Pipeline(BATCH, threads, None, prefetch_queue_depth=2, exec_dynamic=True)
     with pipeline:
         encoded, _ = fn.readers.file(file_root=str(files.root), dir_filters=["loose"], name="reader")
-        pixels = fn.decoders.image(encoded, device="cpu", output_type=DALIImageType.RGB)
+        pixels: Any = fn.decoders.image(encoded, device="cpu", output_type=DALIImageType.RGB)
         pixels = fn.resize(
             pixels,
             size=[SIZE, SIZE],
@@ -87,28 +88,37 @@ def opencv(files: Files, threads: int) -> Iterator[int]:
     return _threaded(files, threads, one)
 
 
-def _normalised(image: Image.Image) -> np.ndarray:
+def normalised(image: Image.Image) -> np.ndarray:
     small = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR), np.float32).transpose(2, 0, 1)
     return (small - np.float32(MEAN)) * np.float32(1 / SCALE)
 
 
 def webdataset(files: Files, threads: int) -> Iterator[int]:
     """Its usual pipeline: tars, Pillow, a process each decoding thread."""
-    import webdataset as wds
+    from webdataset.compat import WebDataset, WebLoader
+    from webdataset.shardlists import split_by_node
 
     urls = [str(path) for path in files.shards]
-    data = wds.WebDataset(urls, resampled=True, shardshuffle=False, nodesplitter=wds.split_by_node)
-    data = data.decode("pilrgb", only=["0.jpg"]).to_tuple("0.jpg").map_tuple(_normalised).batched(BATCH, partial=False)
-    loader = wds.WebLoader(data, batch_size=None, num_workers=threads, multiprocessing_context="spawn")
+    data = WebDataset(urls, resampled=True, shardshuffle=False, nodesplitter=split_by_node)
+    data = data.decode("pilrgb", only=["0.jpg"]).to_tuple("0.jpg").map_tuple(normalised).batched(BATCH, partial=False)
+    loader = WebLoader(data, batch_size=None, num_workers=threads, multiprocessing_context="spawn")
     for (batch,) in loader:
         yield len(batch)
 
 
+def energon(files: Files, threads: int) -> Iterator[int]:
+    from benchmarks.loading.energon import batches
+
+    return batches(files, threads)
+
+
 PEERS: dict[str, Callable[[Files, int], Iterator[int]]] = {
+    "megatron-energon": energon,
+    "webdataset": webdataset,
     "raw DALI": dali,
     "simplejpeg + OpenCV": opencv,
     "PIL": pil,
-    "webdataset": webdataset,
 }
-PROCESSES = ("webdataset",)
+"""Those that fork come first, before there are threads."""
+PROCESSES = ("megatron-energon", "webdataset")
 """Those with processes of their own, whose processor time is not counted here."""

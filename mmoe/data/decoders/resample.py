@@ -90,7 +90,7 @@ def _torch(pixels: Tensor, rows: int, columns: int, interpolation: Interpolation
 
 def _filters(
     length: int, size: int, interpolation: Interpolation
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+) -> Iterator[tuple[NDArray[np.integer], NDArray[np.floating]]]:
     """For each of the ``size`` pixels made of ``length``: those that its filter reads, beyond the border too, and their
     weights, of sum 1."""
     scale = length / size
@@ -124,7 +124,7 @@ def _share(canvas: int, start: int, length: int, size: int, interpolation: Inter
     return np.array([weights[(taps >= start) & (taps < start + length)].sum() for taps, weights in filters], np.float32)
 
 
-def _weights(x: NDArray[np.float64], interpolation: Interpolation) -> NDArray[np.float64]:
+def _weights(x: NDArray[np.floating], interpolation: Interpolation) -> NDArray[np.floating]:
     x = np.abs(x)
     if interpolation == "triangular":
         return np.maximum(0, 1 - x)
