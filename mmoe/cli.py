@@ -168,6 +168,13 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     stats = _command(data, "stats", _stats, "describe a data set in a page", example)
     stats.add_argument("path", type=Path, metavar="PATH")
     stats.add_argument("--out", type=Path, required=True, metavar="FILE")
+    example = "data leakage data-cache/scenes/train data-cache/scenes/test"
+    leakage = _command(data, "leakage", _leakage, "find test pictures that the training data shows too", example)
+    leakage.add_argument("train", type=Path, metavar="TRAIN")
+    leakage.add_argument("tests", type=Path, nargs="+", metavar="TEST")
+    leakage.add_argument("--json", type=Path, metavar="FILE", help="write every match here")
+    text = "bits of 64 that two pictures' hashes may differ by (default: 4)"
+    leakage.add_argument("--threshold", type=int, default=4, metavar="N", help=text)
 
     example = "report runs/quickstart"
     report = _command(commands, "report", _report, "write report.html and report.png of a run", example)
@@ -335,6 +342,12 @@ def _stats(options: argparse.Namespace) -> None:
     from mmoe.data.stats import report
 
     report(options.path, options.out)
+
+
+def _leakage(options: argparse.Namespace) -> None:
+    from mmoe.data.leakage import run
+
+    run(options.train, options.tests, options.json, options.threshold)
 
 
 def _report(options: argparse.Namespace) -> None:
