@@ -1,5 +1,6 @@
 """Perceptual hashes by their equation, pairs by comparing all, and data sets that share pictures."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -46,18 +47,10 @@ def test_pictures_of_one_colour_have_one_hash():
 
 def test_a_picture_changes_little_when_it_is_made_again():
     pixels = smooth(3, 96, 128)
-    small = Image.fromarray(pixels).resize((80, 60))
-    for other in (Image.open(_file(encode(pixels, "JPEG", quality=60))), small):
-        assert (perceptual_hash(Image.fromarray(pixels)) ^ perceptual_hash(other)).bit_count() <= 4
-    assert (
-        perceptual_hash(Image.fromarray(pixels)) ^ perceptual_hash(Image.fromarray(smooth(4, 96, 128)))
-    ).bit_count() > 12
-
-
-def _file(data: bytes):
-    import io
-
-    return io.BytesIO(data)
+    whole, another = Image.fromarray(pixels), Image.fromarray(smooth(4, 96, 128))
+    for other in (Image.open(io.BytesIO(encode(pixels, "JPEG", quality=60))), whole.resize((80, 60))):
+        assert (perceptual_hash(whole) ^ perceptual_hash(other)).bit_count() <= 4
+    assert (perceptual_hash(whole) ^ perceptual_hash(another)).bit_count() > 12
 
 
 @pytest.mark.parametrize("threshold", [0, 1, 4, 10, 31])
@@ -95,10 +88,10 @@ def test_shared_pictures_are_listed_and_counted(tmp_path: Path, capsys: pytest.C
     name = tmp_path.name
     assert (leaky["images"], leaky["leaked"]) == (4, 2)
     assert [(match["test"], match["train"]) for match in leaky["matches"]] == [
-        (f"{name}/test/s3:0", f"{name}/train/t5:0"),
         (f"{name}/test/s1:0", f"{name}/train/t2:0"),
+        (f"{name}/test/s3:0", f"{name}/train/t5:0"),
     ]
-    assert leaky["matches"][0]["bits"] == 0
+    assert leaky["matches"][1]["bits"] == 0
     assert [line.partition(": ")[0] for line in leaky["bad"]] == [f"{name}/test/s4:0"]
     assert (clean["images"], clean["leaked"], clean["matches"]) == (1, 0, [])
     printed = capsys.readouterr().out
