@@ -25,8 +25,9 @@ from mmoe.recipe.schema import Data
 HEIGHT, WIDTH = 480, 640
 IMAGES, SAMPLES, BATCHES = 256, 5, 6
 """Files, timed samples of each side, batches in a sample."""
-QUIET, LONGEST_WAIT = 0.1, 10.0
-"""Seconds: a side is done with what it reads ahead once it uses hardly any processor time for so long."""
+QUIET, TIMES, LONGEST_WAIT = 0.1, 4, 10.0
+"""Seconds: a side is done with what it reads ahead once it uses hardly any processor time so many times in a row (on a
+loaded machine a single time may mean that it waits for a processor)."""
 AHEAD = 5
 """Batches that no side reads ahead more of: they are taken before the clock starts."""
 PACKS, IMAGE_TOKENS = 2, 4
@@ -144,11 +145,10 @@ def _alternate(sides: dict[str, Iterator[int]], samples: int, batches: int, ahea
 
 def _wait_for_quiet() -> None:
     """Until neither this process nor those that it started work."""
-    us, end, before = psutil.Process(), time.monotonic() + LONGEST_WAIT, -1.0
-    while time.monotonic() < end:
+    us, end, before, quiet = psutil.Process(), time.monotonic() + LONGEST_WAIT, 0.0, 0
+    while quiet < TIMES and time.monotonic() < end:
         times = [process.cpu_times() for process in (us, *us.children(recursive=True))]
         used = sum(spent.user + spent.system for spent in times)
-        if used - before <= QUIET / 5 and before >= 0:
-            return
+        quiet = quiet + 1 if used - before <= QUIET / 5 else 0
         before = used
         time.sleep(QUIET)
