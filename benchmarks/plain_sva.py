@@ -30,16 +30,15 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = Non
 
 def layer(ours: Any, queries: Tensor, features: Sequence[Tensor], context: Tensor) -> Tensor:
     """The forward of :class:`mmoe.models.connectors.sva.Layer`, with its weights, as the release computes it."""
-    side = queries.shape[1]
+    side, joint = queries.shape[1], ours.gather
     about = ours.context(context[:, None, None].expand(*queries.shape[:3], -1))
     start = ours.query_in(torch.cat([queries, about], dim=-1))
     keys, values = [], []
-    for source, grid in zip(ours.sources, features, strict=True):
+    for source, grid in zip(joint.sources, features, strict=True):
         seen = windows(grid, side)
         seen = seen if source.position is None else seen + source.position
         keys.append(source.key(source.key_norm(seen)))
         values.append(source.value(source.value_norm(seen)))
-    q = ours.query(ours.query_norm(start)).unflatten(-1, (ours.heads, -1))
+    q = joint.query(joint.query_norm(start)).unflatten(-1, (joint.heads, -1))
     mixed = attention(q, torch.cat(keys, dim=1), torch.cat(values, dim=1))
-    gathered = ours.norm(start + ours.attention_out(mixed))
-    return queries + ours.mlp_out(F.gelu(ours.mlp_in(gathered)))
+    return queries + ours.mlp(ours.norm(start + joint.out(mixed)))

@@ -97,6 +97,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     train.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or the path of a .toml file")
     train.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/RECIPE)")
     train.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint in DIR")
+    train.add_argument("--stage", metavar="NAME", help="begin with this stage of the recipe; those before it are there")
     _add_set(train)
 
     recipes = _command(commands, "recipes", _recipes, "list the shipped recipes or show one", "recipes quickstart")
@@ -141,6 +142,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     to_hf.add_argument("source", type=Path, metavar="CHECKPOINT")
     to_hf.add_argument("out", type=Path, metavar="OUT")
     to_hf.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    to_hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file with weights (default: 5GB)")
     example = "convert verify runs/quickstart/checkpoints/step_00001000 runs/quickstart/hf"
     text = "compare two models' weights and logits, or one checkpoint's files with their checksums"
     verify = _command(convert, "verify", _verify, text, example)
@@ -181,8 +183,9 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     report.add_argument("run_directory", type=Path, metavar="DIR")
     example = "bench ops --only router --json router.json"
     bench = _command(commands, "bench", _bench, "measure operators, training steps and choices of the model", example)
-    text = "operators, a training step, checkpoints, loading of images, or choices of LongCat-Flash; needs a checkout"
-    bench.add_argument("suite", choices=["ops", "step", "checkpoint", "data", "ablations"], help=text)
+    text = "the operators, a step, checkpoints, conversion, loading, or choices of LongCat-Flash; needs a checkout"
+    suites = ["ops", "step", "checkpoint", "convert", "data", "ablations"]
+    bench.add_argument("suite", choices=suites, help=text)
     bench.add_argument("--json", type=Path, metavar="FILE", help="write every row here")
     bench.add_argument("--only", action="extend", nargs="+", default=[], metavar="NAME", help="these operators alone")
     bench.add_argument("--skip", action="extend", nargs="+", default=[], metavar="PEER", help="leave these peers out")
@@ -246,10 +249,10 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from mmoe.recipe import load_recipe
-    from mmoe.train.run import train
+    from mmoe.train.stages import train
 
     recipe = load_recipe(options.recipe, options.set)
-    train(recipe, options.out or Path("runs") / recipe.name, options.resume)
+    train(recipe, options.out or Path("runs") / recipe.name, options.resume, options.stage)
 
 
 def _recipes(options: argparse.Namespace) -> None:
@@ -298,7 +301,7 @@ def _from_hf(options: argparse.Namespace) -> None:
 def _to_hf(options: argparse.Namespace) -> None:
     from mmoe.convert import to_hf
 
-    to_hf(options.source, options.out, options.dtype)
+    to_hf(options.source, options.out, options.dtype, max_shard_size=options.max_shard_size)
 
 
 def _verify(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
 from mmoe.convert.families import longcat
-from mmoe.models.connectors.sva import Connector
+from mmoe.models.connectors import build_connector
 from mmoe.models.encoders import build_encoder
 from mmoe.recipe import model, schema
 
@@ -52,7 +52,7 @@ class Whole(torch.nn.Module):
         self.encoders = torch.nn.ModuleDict({e.name: build_encoder(e) for e in MODEL.encoders})
         parts = list(self.encoders.values())
         assert MODEL.connector is not None
-        self.connector = Connector(MODEL.connector, [p.channels for p in parts], [p.grid for p in parts], 32)
+        self.connector = build_connector(MODEL.connector, [p.channels for p in parts], [p.grid for p in parts], 32)
         fields = longcat.to_config(MODEL.backbone, MODEL.moe, "float32")
         config = LongcatFlashConfig(**{k: v for k, v in fields.items() if k not in ("architectures", "model_type")})
         self.language_model = LongcatFlashForCausalLM(config)

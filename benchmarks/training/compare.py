@@ -7,7 +7,7 @@ import torch
 from benchmarks import allocator
 from benchmarks.measure import Effort, alternate, repeat
 from benchmarks.report import Row
-from benchmarks.training import flops, peers
+from benchmarks.training import flops, parts_of, peers
 from benchmarks.training.ours import ROUTINGS, Ours, recipe
 from mmoe.recipe.schema import Recipe
 
@@ -68,9 +68,9 @@ def rows(routing: str, dtype: str, *, quick: bool, skip: set[str], effort: Effor
 
 def shape_of(settings: Recipe, tokens: int, active: float) -> str:
     """The model in a few words; active weights are those of matrix products for the mean token."""
-    model = settings.model
-    weights = flops.active_weights(model, active) / 1e6
-    return f"T {tokens} N {model.moe.experts} Z {model.moe.zero_experts} K {active:.2f}, {weights:.3g} M active"
+    _, moe = parts_of(settings.model)
+    weights = flops.active_weights(settings.model, active) / 1e6
+    return f"T {tokens} N {moe.experts} Z {moe.zero_experts} K {active:.2f}, {weights:.3g} M active"
 
 
 def all_names() -> list[str]:

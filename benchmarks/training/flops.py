@@ -14,6 +14,7 @@ and D V weights of the output layer. Not counted: norms, softmax, activations, r
 look-up, the optimizer, and whatever is computed twice or for nothing.
 """
 
+from benchmarks.training import parts_of
 from mmoe.recipe.model import Longcat, Model
 
 
@@ -31,7 +32,7 @@ def attention_weights(shape: Longcat) -> int:
 
 def active_weights(model: Model, active_experts: float) -> float:
     """Weights that take part in a matrix product for the mean token; embeddings do not."""
-    shape, moe = model.backbone, model.moe
+    shape, moe = parts_of(model)
     width = shape.hidden_size
     layer = (
         2 * attention_weights(shape)
@@ -44,7 +45,7 @@ def active_weights(model: Model, active_experts: float) -> float:
 
 def per_token(model: Model, active_experts: float, sequence: int) -> float:
     """Operations of a training step (forward and backward) for one token."""
-    shape = model.backbone
+    shape, _ = parts_of(model)
     head = shape.qk_nope_head_dim + shape.qk_rope_head_dim + shape.v_head_dim
     products = shape.layers * 2 * shape.heads * head * (sequence + 1) / 2
     return 6 * (active_weights(model, active_experts) + products)

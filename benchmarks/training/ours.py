@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.training import parts_of
 from mmoe.models.multimodal import MultimodalModel, build_stages
 from mmoe.parallel import engine
 from mmoe.recipe.model import Longcat, Model, MoE
@@ -110,7 +111,7 @@ class Ours:
 
     def active_experts(self) -> float:
         """Mean FFN experts a token of the batch, over layers, without a change to the weights."""
-        moe = self.recipe.model.moe
+        _, moe = parts_of(self.recipe.model)
         ids = [scores.add(bias).topk(moe.top_k).indices for scores, bias in routings(self.model, self.batch)]
         return float((torch.stack(ids) < moe.experts).sum(-1).double().mean())
 

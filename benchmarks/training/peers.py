@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.training import flops
+from benchmarks.training import flops, parts_of
 from benchmarks.training.ours import Ours
 from mmoe.convert.families import longcat
 from mmoe.layers.router import CONTROLLER_STATE
@@ -26,7 +26,7 @@ class Transformers:
     def __init__(self, ours: Ours) -> None:
         from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
-        shape, moe = ours.recipe.model.backbone, ours.recipe.model.moe
+        shape, moe = parts_of(ours.recipe.model)
         fields = longcat.to_config(shape, moe, "float32")
         self.model: Any = LongcatFlashForCausalLM(LongcatFlashConfig(**fields))
         state = {
@@ -89,7 +89,7 @@ class Megatron:
             # 0.16.1, moe_utils.py:1192: a NameError without Transformer Engine.
             moe_utils.te_general_gemm = None
         engine.start(settings.parallel, settings.train.seed)
-        shape, moe = settings.model.backbone, settings.model.moe
+        shape, moe = parts_of(settings.model)
         self.active = round(moe.active_experts)
         dtype = torch.bfloat16 if settings.precision.dtype == "bf16" else torch.float32
         config = engine.TransformerConfig(

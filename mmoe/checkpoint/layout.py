@@ -11,7 +11,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from mmoe import reading
@@ -20,15 +23,21 @@ from mmoe.errors import UserError
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 1 << 26
 """Bytes."""
+PIECE = 1 << 22
+"""Bytes that are hashed at a time."""
 
 
 def folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:08d}"
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(path: Path, ended: threading.Event | None = None) -> str:
+    """SHA-256 of a file, or of its beginning where ``ended`` is set meanwhile."""
+    known, piece = hashlib.sha256(), memoryview(bytearray(PIECE))
+    with path.open("rb", buffering=0) as file:
+        while (count := file.readinto(piece)) and not (ended and ended.is_set()):
+            known.update(piece[:count])
+    return known.hexdigest()
 
 
 def sync(path: Path) -> None:
@@ -58,28 +67,73 @@ def write_manifest(checkpoint: Path, known: dict[str, dict]) -> None:
     sync(checkpoint / MANIFEST)
 
 
-def verify(checkpoint: Path, rank: int = 0, ranks: int = 1) -> int:
-    """How many files ``checkpoint`` has; raises :class:`UserError` unless each is there and unaltered, and names an
-    older checkpoint. One of several ``ranks`` looks at its part of the files."""
+def manifest(checkpoint: Path) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of every file.
+
+    Raises:
+        UserError: there is no checkpoint, or its manifest cannot be read.
+    """
     if not checkpoint.is_dir():
         raise UserError("no checkpoint", str(checkpoint), "name a folder like DIR/checkpoints/step_00000100")
-    older = max((path for path in checkpoint.parent.glob("step_*") if path < checkpoint), default=None)
-    instead = f"move this folder away to go on from {older.name}" if older else "there is no older checkpoint here"
-    fix = f"restore the file, or {instead}"
     try:
         files = reading.json_object(reading.text(checkpoint / MANIFEST, LARGEST_MANIFEST, follow=False))["files"]
-        entries = [(name, entry["bytes"], entry["sha256"]) for name, entry in files.items()]
+        return {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except FileNotFoundError:
-        raise UserError(f"checkpoint without {MANIFEST}", str(checkpoint), fix) from None
+        raise UserError(f"checkpoint without {MANIFEST}", str(checkpoint), _mend(checkpoint)) from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"unreadable {MANIFEST}", str(checkpoint), fix) from None
+        raise UserError(f"unreadable {MANIFEST}", str(checkpoint), _mend(checkpoint)) from None
+
+
+def _mend(checkpoint: Path) -> str:
+    older = max((path for path in checkpoint.parent.glob("step_*") if path < checkpoint), default=None)
+    instead = f"move this folder away to go on from {older.name}" if older else "there is no older checkpoint here"
+    return f"restore the file, or {instead}"
+
+
+@contextmanager
+def verified(checkpoint: Path) -> Iterator[None]:
+    """While it lasts the files with tensors are held against their checksums, beside what is done with them: that
+    counts only if this ends without an error, and where it fails because a file was altered, this says so.
+
+    Raises:
+        UserError: see :func:`verify`.
+    """
+    ended = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        check = pool.submit(verify, checkpoint, only=is_tensors, ended=ended)
+        try:
+            yield
+        except Exception:
+            check.result()
+            raise
+        except BaseException:
+            ended.set()
+            raise
+        check.result()
+
+
+def is_tensors(name: str) -> bool:
+    """Whether a file is one of the large ones."""
+    return name.endswith(".distcp")
+
+
+def verify(
+    checkpoint: Path,
+    rank: int = 0,
+    ranks: int = 1,
+    only: Callable[[str], bool] = lambda name: True,
+    ended: threading.Event | None = None,
+) -> int:
+    """How many files ``checkpoint`` has; raises :class:`UserError` unless each is there and unaltered, and names an
+    older checkpoint. One of several ``ranks`` looks at its part of the files, or of those for which ``only`` holds."""
+    entries = [(name, *entry) for name, entry in manifest(checkpoint).items() if only(name)]
     for name, size, digest in entries[rank::ranks]:
-        path = checkpoint / name
+        path, fix = checkpoint / name, _mend(checkpoint)
         if not path.resolve().is_relative_to(checkpoint.resolve()):
             raise UserError(f"{MANIFEST} names {name!r}, which is not in the checkpoint", str(checkpoint), fix)
         if not path.is_file():
             raise UserError(f"checkpoint lacks {name}", str(checkpoint), fix)
-        if path.stat().st_size != size or _digest(path) != digest:
+        if path.stat().st_size != size or _digest(path, ended) != digest:
             raise UserError(f"{name} was altered since it was saved", str(checkpoint), fix)
     return len(entries)
 

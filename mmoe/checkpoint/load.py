@@ -1,7 +1,8 @@
 """Reads checkpoints: to go on training, to evaluate on one process, or to convert."""
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from mmoe import reading
 from mmoe.checkpoint import layout
+from mmoe.checkpoint.shards import Shards
 from mmoe.data.batch import to_device
 from mmoe.data.tokenizer import load_tokenizer
 from mmoe.layers.router import CONTROLLER_STATE
+from mmoe.models.encoders.vit import ViT, resize_position
 from mmoe.models.multimodal import MultimodalModel, build
 from mmoe.parallel import calls, cpu_platform, engine, state
 from mmoe.recipe.load import load_recipe
@@ -26,6 +29,30 @@ def resume(checkpoint: Path, models: Sequence[Any], optimizer: Any) -> dict:
     """Fills the pipeline chunks ``models``, ``optimizer`` and the random states; returns the progress beside them."""
     state.load(checkpoint / "state", models, optimizer)
     return reading.json_object((checkpoint / "progress.json").read_bytes())
+
+
+@calls.phase("taking over a stage's weights")
+def hand_over(checkpoint: Path, models: Sequence[Any]) -> None:
+    """Fills the pipeline chunks ``models`` with the weights, and what the controller remembers, of ``checkpoint``.
+
+    A ViT's learned positions are interpolated where its images have another size than there.
+    """
+    before = {encoder.name: encoder for encoder in load_recipe(str(checkpoint / "recipe.toml")).model.encoders}
+    resized = {
+        f"encoders.{name}.position": encoder
+        for model in models
+        for name, encoder in model.encoders.items()
+        if isinstance(encoder, ViT)
+        and encoder.position is not None
+        and encoder.config.image_size != before[name].image_size
+    }
+    state.load(checkpoint / "state", models, None, without=resized)
+    if resized:
+        stored = state_dict(checkpoint)[1]
+        with torch.no_grad():
+            for name, encoder in resized.items():
+                assert encoder.position is not None
+                encoder.position.copy_(resize_position(stored[name], encoder.config))
 
 
 class Loaded:
@@ -109,10 +136,28 @@ def load(path: str | Path) -> Loaded:
     return Loaded(recipe, network, checkpoint / "tokenizer.json")
 
 
-def state_dict(path: str | Path) -> tuple[Recipe, dict[str, Tensor], Path]:
-    """Recipe, weights (:func:`weights`) and the tokenizer's path."""
-    loaded = load(path)
-    return loaded.recipe, weights(loaded.network), loaded.tokenizer_path
+def state_dict(path: str | Path) -> tuple[Recipe, Shards, Path]:
+    """Recipe, weights (:func:`weights`), which are read when they are asked for, and the tokenizer's path.
+
+    Of the files with tensors the checksums are left to :func:`mmoe.checkpoint.layout.verify`.
+
+    Raises:
+        UserError: a file is missing or altered, or the weights are not the recipe's.
+    """
+    checkpoint = Path(path)
+    layout.verify(checkpoint, only=lambda name: not layout.is_tensors(name))
+    recipe = load_recipe(str(checkpoint / "recipe.toml"), [])
+    places = {name: place for name, place in state.places(blank(_plain(recipe))).items() if _is_weight(name)}
+    known = hashlib.sha256(repr(layout.manifest(checkpoint)).encode()).hexdigest()
+    return recipe, Shards(checkpoint / "state", places, known), checkpoint / "tokenizer.json"
+
+
+def blank(recipe: Recipe) -> MultimodalModel:
+    """The model on one process, without memory for its tensors."""
+    with torch.random.fork_rng():  # the caller's random numbers stay as they were
+        engine.start(Parallel(), recipe.train.seed, alone=True)
+        with torch.device("meta"):
+            return build(recipe)
 
 
 def _tensors(network: MultimodalModel) -> dict[str, Tensor]:
@@ -121,10 +166,14 @@ def _tensors(network: MultimodalModel) -> dict[str, Tensor]:
 
 def weights(network: MultimodalModel) -> dict[str, Tensor]:
     """Every weight under its name (docs/conversion.md): the state without what the controller remembers."""
-    return {name: tensor for name, tensor in _tensors(network).items() if not name.endswith(CONTROLLER_STATE)}
+    return {name: tensor for name, tensor in _tensors(network).items() if _is_weight(name)}
 
 
-def fill(network: MultimodalModel, tensors: dict[str, Tensor]) -> None:
+def _is_weight(name: str) -> bool:
+    return not name.endswith(CONTROLLER_STATE)
+
+
+def fill(network: MultimodalModel, tensors: Mapping[str, Tensor]) -> None:
     """Gives ``network`` all of its :func:`weights`; the controller's memory stays as it is."""
-    kept = {name: tensor for name, tensor in _tensors(network).items() if name.endswith(CONTROLLER_STATE)}
-    network.load_state_dict(kept | tensors)
+    kept = {name: tensor for name, tensor in _tensors(network).items() if not _is_weight(name)}
+    network.load_state_dict(kept | dict(tensors))

@@ -1,11 +1,12 @@
 """Two models' weights compared bit for bit."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
+from mmoe.checkpoint import layout
+from mmoe.checkpoint.tensors import Part, Tensors, difference
 from mmoe.convert.ingest import read_hf
+from mmoe.convert.progress import progress
 
 
 def verify(a: Path, b: Path) -> list[str]:
@@ -19,35 +20,33 @@ def verify(a: Path, b: Path) -> list[str]:
     Raises:
         UserError: one of them cannot be read.
     """
-    ours, theirs = _read(a), _read(b)
-    if not (_has_vision(ours) and _has_vision(theirs)):
-        ours, theirs = _language(ours), _language(theirs)
-    findings = [f"{name}: only in {a}" for name in sorted(ours.keys() - theirs.keys())]
-    findings += [f"{name}: only in {b}" for name in sorted(theirs.keys() - ours.keys())]
-    for name in sorted(ours.keys() & theirs.keys()):
-        x, y = ours[name].cpu(), theirs[name].cpu()
-        if x.shape != y.shape or x.dtype != y.dtype:
-            findings.append(f"{name}: {tuple(x.shape)} {x.dtype} and {tuple(y.shape)} {y.dtype}")
-        elif not torch.equal(_bytes(x), _bytes(y)):  # bytes, so that NaN equals itself and 0 does not equal −0
-            findings.append(f"{name}: differs by up to {(x.double() - y.double()).abs().max().item():.3g}")
+    with ExitStack() as checks:
+        ours, theirs = _open(a, checks), _open(b, checks)
+        if not (_has_vision(ours) and _has_vision(theirs)):
+            ours, theirs = Part(ours, "language."), Part(theirs, "language.")
+        findings = [f"{name}: only in {a}" for name in sorted(ours.keys() - theirs.keys())]
+        findings += [f"{name}: only in {b}" for name in sorted(theirs.keys() - ours.keys())]
+        both = sorted(ours.keys() & theirs.keys())
+        with progress("verify", sum(ours.specs[name].nbytes for name in both)) as advance:
+            for name in both:
+                x, y = ours.specs[name], theirs.specs[name]
+                if x != y:
+                    findings.append(f"{name}: {tuple(x.shape)} {x.dtype} and {tuple(y.shape)} {y.dtype}")
+                    advance(x.nbytes)
+                elif (most := difference(ours, name, theirs, name, advance)) is not None:
+                    findings.append(f"{name}: differs by up to {most:.3g}")
     return findings
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _open(path: Path, checks: ExitStack) -> Tensors:
     if (path / "config.json").is_file():
         return read_hf(path).state
     from mmoe.checkpoint.load import state_dict
 
-    return state_dict(path)[1]
+    state = state_dict(path)[1]
+    checks.enter_context(layout.verified(path))
+    return state
 
 
-def _has_vision(state: dict[str, Tensor]) -> bool:
+def _has_vision(state: Tensors) -> bool:
     return not all(name.startswith("language.") for name in state)
-
-
-def _language(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in state.items() if name.startswith("language.")}
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)

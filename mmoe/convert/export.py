@@ -4,100 +4,123 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from mmoe.convert.families import longcat, multimodal
+from mmoe.checkpoint import layout, stream
+from mmoe.checkpoint.tensors import Part, Tensors, lazy
+from mmoe.convert.families import language as language_family
+from mmoe.convert.families import multimodal
+from mmoe.convert.progress import progress
 from mmoe.convert.ship import ship
+from mmoe.convert.weights import INDEX, SHARD, plan
 from mmoe.errors import UserError
 from mmoe.recipe.load import dump_recipe
 from mmoe.recipe.schema import Recipe
 from mmoe.recipe.tokens import BOS, EOS, IMAGE, PAD, SPECIAL
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-KEPT_IN_FP32 = ("classifier.weight", "e_score_correction_bias")
-"""The router: it decides in fp32 whatever the rest of the model is stored in."""
 TOKEN_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 RECIPE = "mmoe_recipe.toml"
 
 Load = Callable[[Path], tuple[Recipe, Mapping[str, Tensor], Path]]
 
 
-def to_hf(checkpoint: Path, out: Path, dtype: str | None = None, load: Load | None = None) -> None:
-    """Write OUT/language, a ``LongcatFlashForCausalLM``, and OUT, the whole model with the code to run it.
+def to_hf(
+    checkpoint: Path, out: Path, dtype: str | None = None, load: Load | None = None, max_shard_size: str = SHARD
+) -> None:
+    """Write OUT/language, transformers' own language model, and OUT, the whole model with the code to run it.
 
-    A recipe without encoders is a language model alone, and OUT itself is the ``LongcatFlashForCausalLM``.
+    A recipe without encoders is a language model alone, and OUT itself is that. OUT is there
+    once it is whole; a conversion that was broken off goes on where it was.
 
     Args:
         checkpoint: a checkpoint's folder.
         out: the directory to write; it may exist only if it is empty or an earlier export.
         dtype: ``fp32`` or ``bf16`` to convert to; None keeps the checkpoint's types. The router stays in fp32.
-        load: gives (recipe, state dict, path of tokenizer.json); :func:`mmoe.checkpoint.load.state_dict` if None.
+        load: gives (recipe, tensors, path of tokenizer.json); :func:`mmoe.checkpoint.load.state_dict` if None, and then
+            the checkpoint's files are held against their checksums.
+        max_shard_size: of a file, as "5GB".
 
     Raises:
         UserError: the checkpoint cannot be read, transformers has no such model, or OUT holds something else.
     """
-    if load is None:
-        from mmoe.checkpoint.load import state_dict
+    from mmoe.checkpoint.load import state_dict
 
-        load = state_dict
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}", "--dtype", f"choose one of {', '.join(DTYPES)}")
-    recipe, state, tokenizer = load(checkpoint)
-    longcat.check_expressible(recipe.model.moe)
+    out = out.absolute()
+    _check_room(out)
+    recipe, found, tokenizer = (load or state_dict)(checkpoint)
+    state = lazy(found)
+    language_family.check_expressible(recipe.model)
     model, wanted = recipe.model, DTYPES[dtype] if dtype else None
-    whole = multimodal.table(model).write(state) if model.encoders else None
-    language_state = {n: t for n, t in state.items() if n.startswith("language.") or whole is None}
-    language_tensors = longcat.table(model.backbone, model.moe, fused=False, mtp=model.mtp is not None).write(
-        language_state
-    )
-    _make_room(out)
+    whole = multimodal.table(model).write(state, wanted) if model.encoders else None
+    table = language_family.table(model)
+    language = table.write(Part(state, "language.") if whole else state, wanted)
 
-    # The recipe comes first: it marks what a broken-off export leaves behind as one that may be written over.
-    (out / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
-    language = out / "language" if whole is not None else out
-    language.mkdir(exist_ok=True)
-    kept = _save(language_tensors, language, wanted)
-    config = longcat.to_config(model.backbone, model.moe, kept)
-    if model.mtp:
-        config["num_nextn_predict_layers"] = 1
-    _write_json(language / "config.json", config)
-    _write_tokenizer(language, tokenizer, model.backbone.max_position)
-    _write_readme(out, recipe)
-    if whole is None:
-        return
-
-    kept = _save(whole, out, wanted)
-    _write_json(out / "config.json", _whole_config(recipe, config, kept))
-    _write_tokenizer(out, tokenizer, model.backbone.max_position)
-    _write_processor(out, recipe)
-    ship(out)
+    folder = "language" if whole else ""
+    files, index = plan(language, folder, max_shard_size)
+    indices = {Path(folder, INDEX): index}
+    if whole:
+        more, indices[Path(INDEX)] = plan(whole, "", max_shard_size)
+        files += more
+    partial = out.with_name(f".{out.name}.part")
+    with (
+        nullcontext() if load else layout.verified(checkpoint),
+        progress("to-hf", sum(file.nbytes for file in files)) as advance,
+    ):
+        stream.write(partial, files, advance)
+    for path, content in indices.items():
+        if content:
+            (partial / path).write_bytes(content)
+    _describe(partial, recipe, tokenizer, _stored(language), _stored(whole) if whole else None)
+    _publish(partial, out)
 
 
-def _make_room(out: Path) -> None:
+def _check_room(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError("is a file", str(out), "name a directory")
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / RECIPE).is_file():
-            raise UserError("the directory is not empty", str(out), "name another one")
+    if out.is_dir() and any(out.iterdir()) and not (out / RECIPE).is_file():
+        raise UserError("the directory is not empty", str(out), "name another one")
+
+
+def _publish(partial: Path, out: Path) -> None:
+    """Makes ``partial`` OUT, in place of an earlier export."""
+    stream.forget(partial)
+    for path in sorted(partial.rglob("*"), reverse=True):
+        layout.sync(path)
+    layout.sync(partial)
+    if out.is_dir():
         shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+    partial.rename(out)
+    layout.sync(out.parent)
 
 
-def _save(tensors: Mapping[str, Tensor], out: Path, dtype: torch.dtype | None) -> str:
-    """Write safetensors; returns the name of the weights' type."""
-    converted = {
-        name: (tensor if dtype is None else tensor.to(torch.float32 if name.endswith(KEPT_IN_FP32) else dtype))
-        for name, tensor in tensors.items()
-    }
-    # Copies: safetensors refuses the halves of one tensor, which share their memory.
-    save_torch_state_dict({name: tensor.cpu().clone() for name, tensor in converted.items()}, str(out))
-    stored = next(tensor.dtype for name, tensor in converted.items() if name.endswith("embed_tokens.weight"))
-    return str(stored).removeprefix("torch.")
+def _stored(tensors: Tensors) -> str:
+    """The name of the weights' type."""
+    dtype = next(spec.dtype for name, spec in tensors.specs.items() if name.endswith("embed_tokens.weight"))
+    return str(dtype).removeprefix("torch.")
+
+
+def _describe(out: Path, recipe: Recipe, tokenizer: Path, language_dtype: str, whole_dtype: str | None) -> None:
+    """Everything but the weights; ``whole_dtype`` is None where the language model is all."""
+    model = recipe.model
+    language = out / "language" if whole_dtype else out
+    (out / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
+    config = language_family.to_config(model, language_dtype)
+    _write_json(language / "config.json", config)
+    _write_tokenizer(language, tokenizer, model.backbone.max_position)
+    _write_readme(out, recipe, config["architectures"][0])
+    if whole_dtype:
+        _write_json(out / "config.json", _whole_config(recipe, config, whole_dtype))
+        _write_tokenizer(out, tokenizer, model.backbone.max_position)
+        _write_processor(out, recipe)
+        ship(out)
 
 
 def _whole_config(recipe: Recipe, language: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -139,7 +162,6 @@ def _write_tokenizer(out: Path, tokenizer: Path, longest: int) -> None:
 
 
 def _write_processor(out: Path, recipe: Recipe) -> None:
-    assert recipe.model.connector is not None
     maps = {
         "AutoImageProcessor": "processing_mmoe.MmoeImageProcessor",
         "AutoProcessor": "processing_mmoe.MmoeProcessor",
@@ -153,7 +175,7 @@ def _write_processor(out: Path, recipe: Recipe) -> None:
         "auto_map": maps,
     }
     _write_json(out / "preprocessor_config.json", image | {"processor_class": "MmoeProcessor"})
-    tokens = recipe.model.connector.grid**2
+    tokens = recipe.model.image_tokens
     _write_json(
         out / "processor_config.json", {"processor_class": "MmoeProcessor", "auto_map": maps, "image_tokens": tokens}
     )
@@ -163,8 +185,8 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_readme(out: Path, recipe: Recipe) -> None:
-    template = WHOLE_README if recipe.model.encoders else LANGUAGE_README
+def _write_readme(out: Path, recipe: Recipe, language: str) -> None:
+    template = (WHOLE_README if recipe.model.encoders else LANGUAGE_README).replace("LANGUAGE", language)
     title = f"# {recipe.name}\n\n{recipe.description}".rstrip()
     (out / "README.md").write_text(f"---\nlibrary_name: transformers\n---\n{title}\n{template}", encoding="utf-8")
 
@@ -180,12 +202,12 @@ Trained with mmoe; `mmoe_recipe.toml` is the recipe. Needs transformers, torch, 
     ids = model.generate(**inputs, max_new_tokens=16)
     print(processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 
-`language/` holds the language model alone: `LongcatFlashForCausalLM.from_pretrained("language")`.
+`language/` holds the language model alone: `LANGUAGE.from_pretrained("language")`.
 """
 LANGUAGE_README = """
 Trained with mmoe; `mmoe_recipe.toml` is the recipe.
 
-    from transformers import AutoTokenizer, LongcatFlashForCausalLM
+    from transformers import AutoTokenizer, LANGUAGE
 
-    model, tokenizer = LongcatFlashForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+    model, tokenizer = LANGUAGE.from_pretrained("."), AutoTokenizer.from_pretrained(".")
 """

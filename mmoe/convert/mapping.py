@@ -1,53 +1,118 @@
-"""Two-way tables between our parameter names and a family's: every name is listed, so nothing is dropped in silence."""
+"""Two-way tables between our parameter names and a family's: every name is listed, so nothing is dropped in silence.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+A table moves elements and computes nothing. What it gives is again read when it is asked for (:class:`Tensors`).
+"""
+
+import math
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mmoe.checkpoint.tensors import Spec, Tensors, difference, lazy, read_as
 from mmoe.errors import UserError
+
+
+class Run(NamedTuple):
+    """Elements that lie side by side in both, in row-major order."""
+
+    theirs: str
+    their_start: int
+    start: int
+    count: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count
 
 
 @dataclass(frozen=True)
 class Entry:
     """One of our tensors and theirs that make it up, one after another along dimension 0.
 
-    ``stacked``: ours has one more dimension in front; its rows are made up of equal parts of ``theirs`` in turn.
-    ``unused_rows``: their one tensor has so many further rows, written as zeros and not read.
+    ``shares``: in which proportion theirs divide that dimension; equal where it is left out.
+    ``groups``: each of theirs is cut into so many equal parts, and ours takes one of each in turn.
+    ``stacked``: ours has one more dimension in front; its rows are made up of equal numbers of ``theirs`` in turn.
     ``halves``: ours keeps the two halves of each of its rows apart, [rows, 2, …].
+    ``shapes``: ours and theirs, of one tensor whose elements are in the same order under another shape.
+    ``unused_rows``: their one tensor has so many further rows, written as zeros and not read.
+    ``tied``: further names of theirs for the same tensor, which are not written; where one is there, it must be equal.
+    ``fp32``: theirs stays in fp32, whatever the others are stored in.
     """
 
     ours: str
     theirs: tuple[str, ...]
+    shares: tuple[int, ...] = ()
+    groups: int = 1
     stacked: int = 0
-    unused_rows: int = 0
     halves: bool = False
+    shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    unused_rows: int = 0
+    tied: tuple[str, ...] = ()
+    fp32: bool = False
 
-    def write(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Ours → theirs by name."""
-        tensor = tensor.flatten(1, 2) if self.halves else tensor
+    def their_shapes(self, ours: torch.Size) -> list[torch.Size]:
+        """The shapes of ``theirs``.
+
+        Raises:
+            ValueError: ours is not made up of such parts.
+        """
+        shape = list(ours)
+        if self.shapes:
+            if self.shapes[0] != tuple(ours):
+                raise ValueError(f"it is {shape}, not {list(self.shapes[0])}")
+            shape = list(self.shapes[1])
+        if self.halves:
+            shape[1:3] = [shape[1] * shape[2]]
+        if self.stacked and shape.pop(0) != self.stacked:
+            raise ValueError(f"it has not {self.stacked} rows")
+        if not shape:
+            return [torch.Size(shape)]
+        part, rest = divmod(shape[0], sum(self._shares))
+        if rest:
+            raise ValueError(f"{shape[0]} rows are not made up of {self._shares}")
+        if any(share * part % self.groups for share in self._shares):
+            raise ValueError(f"{shape[0]} rows are not made up of {self.groups} groups")
+        parts = [torch.Size([share * part + self.unused_rows, *shape[1:]]) for share in self._shares]
+        return parts * max(1, self.stacked)
+
+    def our_shape(self, theirs: Sequence[torch.Size]) -> torch.Size:
+        """The shape of ``ours``.
+
+        Raises:
+            ValueError: theirs do not make it up.
+        """
+        shape = list(theirs[0])
+        if shape:
+            shape[0] = sum(part[0] for part in theirs[: len(self._shares)]) - self.unused_rows
         if self.stacked:
-            parts = [part for row in tensor for part in row.chunk(len(self.theirs) // self.stacked)]
-        else:
-            parts = list(tensor.chunk(len(self.theirs)))
-        if self.unused_rows:
-            parts = [torch.cat([parts[0], parts[0].new_zeros(self.unused_rows, *parts[0].shape[1:])])]
-        return {name: part.contiguous() for name, part in zip(self.theirs, parts, strict=True)}
+            shape.insert(0, self.stacked)
+        if self.halves:
+            if len(shape) < 2 or shape[1] % 2:
+                raise ValueError("its rows have no halves")
+            shape[1:2] = [2, shape[1] // 2]
+        ours = torch.Size(self.shapes[0] if self.shapes else shape)
+        if min(ours, default=0) < 0 or self.their_shapes(ours) != list(theirs):
+            raise ValueError("the parts do not fit together")
+        return ours
 
-    def read(self, theirs: Mapping[str, Tensor]) -> Tensor:
-        """Theirs by name → ours."""
-        tensor = self._joined(theirs)
-        return tensor.unflatten(1, (2, -1)) if self.halves else tensor
+    @property
+    def _shares(self) -> tuple[int, ...]:
+        return self.shares or (1,) * (len(self.theirs) // max(1, self.stacked))
 
-    def _joined(self, theirs: Mapping[str, Tensor]) -> Tensor:
-        parts = [theirs[name] for name in self.theirs]
-        if self.unused_rows:
-            return parts[0][: -self.unused_rows].clone()
-        if not self.stacked:
-            return torch.cat(parts) if len(parts) > 1 else parts[0]
-        each = len(parts) // self.stacked
-        return torch.stack([torch.cat(parts[i * each : (i + 1) * each]) for i in range(self.stacked)])
+    def runs(self, shapes: Sequence[torch.Size]) -> Iterator[Run]:
+        """How the elements of theirs, of these ``shapes``, lie in ours, in the order of ours."""
+        row = math.prod(shapes[0][1:])
+        counts = [math.prod(shape) - self.unused_rows * row for shape in shapes]
+        start = 0
+        for group in range(self.groups):
+            for name, count in zip(self.theirs, counts, strict=True):
+                yield Run(name, group * (count // self.groups), start, count // self.groups)
+                start += count // self.groups
 
 
 @dataclass(frozen=True)
@@ -61,34 +126,119 @@ class Table:
     entries: Sequence[Entry]
     padding: Mapping[str, str] = field(default_factory=dict)
 
-    def write(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our state dict → theirs.
+    def __post_init__(self) -> None:
+        theirs = [name for entry in self.entries for name in (*entry.theirs, *entry.tied)] + list(self.padding)
+        for names in ([entry.ours for entry in self.entries], theirs):
+            twice = next((name for name, count in Counter(names).items() if count > 1), None)
+            if twice is not None:
+                raise ValueError(f"{twice} stands in the table twice")
+
+    def __add__(self, other: "Table") -> "Table":
+        return Table([*self.entries, *other.entries], {**self.padding, **other.padding})
+
+    def prefixed(self, ours: str = "", theirs: str = "") -> "Table":
+        """The table of the same model as a part of another one, with these in front of the names."""
+        entries = [
+            replace(
+                entry,
+                ours=f"{ours}{entry.ours}",
+                theirs=tuple(f"{theirs}{name}" for name in entry.theirs),
+                tied=tuple(f"{theirs}{name}" for name in entry.tied),
+            )
+            for entry in self.entries
+        ]
+        return Table(entries, {f"{theirs}{name}": f"{theirs}{like}" for name, like in self.padding.items()})
+
+    def write(self, ours: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensors:
+        """Our tensors → theirs, in ``dtype``, or as ours are.
 
         Raises:
-            UserError: a tensor that is missing, or that no entry reads.
+            UserError: a tensor that is missing, that no entry reads, or that theirs cannot make up.
         """
-        _compare({entry.ours for entry in self.entries}, set(ours), "the model's state")
-        theirs: dict[str, Tensor] = {}
-        for entry in self.entries:
-            theirs |= entry.write(ours[entry.ours])
-        return theirs | {name: torch.zeros_like(theirs[like]) for name, like in self.padding.items()}
+        return _Theirs(self, lazy(ours), dtype)
 
-    def read(self, theirs: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-        """Their state dict → ours.
+    def read(self, theirs: Mapping[str, Tensor], where: str) -> Tensors:
+        """Their tensors → ours.
 
         Raises:
-            UserError: a tensor that is missing, that no entry reads, or of another shape.
+            UserError: a tensor that is missing, that no entry reads, or of another shape; or tied ones that differ.
         """
-        names = {name for entry in self.entries for name in entry.theirs}
-        _compare(names, set(theirs) - set(self.padding), where)
-        ours = {}
-        for entry in self.entries:
+        return _Ours(self, lazy(theirs), where)
+
+
+class _Theirs(Tensors):
+    def __init__(self, table: Table, ours: Tensors, dtype: torch.dtype | None) -> None:
+        self.ours = ours
+        _compare({entry.ours for entry in table.entries}, set(ours), "the model's state")
+        self.specs = {}
+        self.runs: dict[str, list[tuple[str, Run]]] = {}
+        for entry in table.entries:
+            spec = ours.specs[entry.ours]
+            stored = spec.dtype if dtype is None else torch.float32 if entry.fp32 else dtype
             try:
-                ours[entry.ours] = entry.read(theirs)
-            except (RuntimeError, IndexError):
+                shapes = entry.their_shapes(spec.shape)
+                self.specs |= {n: Spec(shape, stored) for n, shape in zip(entry.theirs, shapes, strict=True)}
+            except (ValueError, IndexError) as error:
+                what = f"{entry.ours} {list(spec.shape)} is not made up of {entry.theirs[0]}: {error}"
+                raise UserError(what, "the model's state", "the weights do not fit the configuration") from None
+            for run in entry.runs(shapes):
+                self.runs.setdefault(run.theirs, []).append((entry.ours, run))
+        self.specs |= {name: self.specs[like] for name, like in table.padding.items()}
+
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        done = start
+        for ours, run in self.runs.get(name, ()):
+            first = max(start, run.their_start)
+            last = min(start + out.numel(), run.their_start + run.count)
+            if first < last:
+                read_as(self.ours, ours, run.start + first - run.their_start, out[first - start : last - start])
+                done = last
+        out[done - start :].zero_()  # rows that no computation reads
+
+    def fingerprint(self) -> str | None:
+        return self.ours.fingerprint()
+
+
+class _Ours(Tensors):
+    def __init__(self, table: Table, theirs: Tensors, where: str) -> None:
+        self.theirs = theirs
+        names = {name for entry in table.entries for name in entry.theirs}
+        tied = {name for entry in table.entries for name in entry.tied}
+        _compare(names, set(theirs) - set(table.padding) - tied, where)
+        self.specs = {}
+        self.runs: dict[str, list[Run]] = {}
+        for entry in table.entries:
+            specs = [theirs.specs[name] for name in entry.theirs]
+            dtype = specs[0].dtype
+            for spec in specs[1:]:
+                dtype = torch.promote_types(dtype, spec.dtype)
+            try:
+                self.specs[entry.ours] = Spec(entry.our_shape([spec.shape for spec in specs]), dtype)
+            except (ValueError, IndexError):
                 what = f"{where} has shapes that do not make up {entry.ours}, from tensor {entry.theirs[0]}"
                 raise UserError(what, "", "the weights do not fit the configuration") from None
-        return ours
+            self.runs[entry.ours] = list(entry.runs([spec.shape for spec in specs]))
+            for name in entry.tied:
+                if name in theirs and _differ(theirs, entry.theirs[0], name):
+                    what = f"{where} has other numbers in {name} than in {entry.theirs[0]}"
+                    raise UserError(what, "", "the configuration ties them: export the model again")
+
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        runs, stop = self.runs[name], start + out.numel()
+        for run in runs[bisect_right(runs, start, key=lambda run: run.start) - 1 :]:
+            if run.start >= stop:
+                break
+            first, last = max(start, run.start), min(stop, run.stop)
+            if first < last:
+                theirs = run.their_start + first - run.start
+                read_as(self.theirs, run.theirs, theirs, out[first - start : last - start])
+
+    def fingerprint(self) -> str | None:
+        return self.theirs.fingerprint()
+
+
+def _differ(tensors: Tensors, a: str, b: str) -> bool:
+    return tensors.specs[a] != tensors.specs[b] or difference(tensors, a, tensors, b) is not None
 
 
 def _compare(wanted: set[str], found: set[str], where: str) -> None:

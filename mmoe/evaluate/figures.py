@@ -89,7 +89,7 @@ def draw_rate(axes: Axes, run: History) -> None:
 
 
 def draw_active(axes: Axes, run: History) -> None:
-    moe = run.recipe.model.moe
+    moe = run.moe
     uniform = moe.top_k * moe.experts / (moe.experts + moe.zero_experts)
     _line(axes, run, "active_experts_mean", BLUE, "mean over tokens")
     axes.axhline(moe.active_experts, color=GREEN, linewidth=1.4, linestyle=(0, (5, 3)))
@@ -119,7 +119,7 @@ def draw_busiest(axes: Axes, run: History) -> None:
 def draw_load(axes: Axes, run: History) -> None:
     """Rows: the experts, layer under layer; columns: time; colour: share of the layer's selections."""
     steps, loads = run.loads()
-    moe = run.recipe.model.moe
+    moe = run.moe
     axes.set_title("Expert load over time, share of a layer's selections")
     axes.grid(visible=False)
     if not len(steps):
@@ -234,8 +234,9 @@ def summary(run: History, headline: str, facts: str, examples: list[dict[str, An
         figure.text(0.035, 0.92, facts, fontsize=10.5, color=MUTED, va="center")
         left = figure.add_gridspec(3, 1, left=0.075, right=0.455, top=0.865, bottom=0.06, hspace=0.42)
         draw_loss(figure.add_subplot(left[0]), run)
-        draw_active(figure.add_subplot(left[1]), run)
-        draw_load(figure.add_subplot(left[2]), run)
+        beside = (draw_active, draw_load) if run.recipe.model.moe else (draw_gradient, draw_rate)
+        for place, draw in enumerate(beside, start=1):
+            draw(figure.add_subplot(left[place]), run)
         right = figure.add_gridspec(1, 1, left=0.565, right=0.94, top=0.865, bottom=0.475)
         draw_accuracy(figure.add_subplot(right[0]), run)
         figure.text(0.51, 0.378, "Answers on unseen scenes", fontsize=10.5, fontweight="bold")

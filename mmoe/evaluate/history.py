@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from mmoe.errors import UserError
 from mmoe.evaluate.goodput import Goodput, account
 from mmoe.recipe import Recipe, load_recipe
+from mmoe.recipe.model import MoE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +39,16 @@ class History:
     def loads(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Steps ``[t]`` at which the expert load was written, and the loads ``[t, layers, N + Z]``."""
         rows = [row for row in self.rows if "expert_load" in row]
-        moe, layers = self.recipe.model.moe, self.recipe.model.backbone.layers
+        moe, layers = self.moe, self.recipe.model.backbone.layers
         shape = (len(rows), layers, moe.experts + moe.zero_experts)
         steps = np.array([row["step"] for row in rows], np.float64)
         return steps, np.array([row["expert_load"] for row in rows], np.float64).reshape(shape)
+
+    @property
+    def moe(self) -> MoE:
+        """The table of the experts, in the recipe of a model that has any."""
+        assert self.recipe.model.moe is not None
+        return self.recipe.model.moe
 
     def settled_active_experts(self) -> float:
         """Mean active experts per token over the last fifth of the steps; NaN without steps."""

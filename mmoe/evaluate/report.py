@@ -53,6 +53,7 @@ _PANELS = [
     (figures.draw_gradient, _HALF),
     (figures.draw_rate, _HALF),
 ]
+_OF_EXPERTS = (figures.draw_active, figures.draw_zero_share, figures.draw_busiest, figures.draw_load)
 
 
 def write(run: Path) -> None:
@@ -88,6 +89,9 @@ def _facts(history: History) -> dict[str, str]:
     seconds = history.column("seconds").sum()
     minutes, rest = divmod(round(float(seconds)), 60)
     moe = history.recipe.model.moe
+    routed = (
+        {f"active experts, target {moe.active_experts:g}": f"{history.settled_active_experts():.2f}"} if moe else {}
+    )
     goodput = history.goodput
     survived = {"goodput": f"{goodput.share:.0%}", "restarts": str(len(goodput.starts) - 1)} if goodput else {}
     return {
@@ -95,7 +99,7 @@ def _facts(history: History) -> dict[str, str]:
         "samples": f"{int(samples):,}",
         "tokens": f"{tokens / 1e6:,.2f} M",
         "in training": f"{minutes} min {rest:02d} s",
-        f"active experts, target {moe.active_experts:g}": f"{history.settled_active_experts():.2f}",
+        **routed,
         **survived,
     }
 
@@ -109,7 +113,8 @@ def _page(history: History, facts: dict[str, str], examples: list[dict[str, Any]
     yield '<dl class="facts">'
     yield from (f"<div><dt>{html.escape(fact)}</dt><dd>{value}</dd></div>" for fact, value in facts.items())
     yield '</dl>\n<h2>Curves</h2>\n<div class="panels">'
-    for draw, (kind, width, height) in _PANELS:
+    routed = history.recipe.model.moe is not None
+    for draw, (kind, width, height) in (panel for panel in _PANELS if routed or panel[0] not in _OF_EXPERTS):
         # A file of its own: inline, the identifiers of one drawing would be those of the next.
         drawing = base64.b64encode(figures.svg(draw, history, width, height)).decode()
         yield f'<img class="{kind}" alt="{draw.__name__}" src="data:image/svg+xml;base64,{drawing}">'

@@ -10,6 +10,7 @@ import torch
 
 from mmoe.errors import UserError
 from mmoe.parallel import cpu_platform
+from mmoe.recipe.model import Longcat
 from mmoe.recipe.schema import Fp8, Precision, Recipe
 
 FP8_CAPABILITY: dict[Fp8, tuple[tuple[int, int], tuple[int, int]]] = {
@@ -124,16 +125,21 @@ def megatron_settings(recipe: Recipe, choice: Choice) -> dict[str, Any]:
 
 def _gemm_sizes(recipe: Recipe) -> Iterator[tuple[str, int]]:
     """Rows and columns of the GEMMs of one rank, with where they come from."""
-    shape, parallel, heads = recipe.model.backbone, recipe.parallel, "model.backbone.heads × head dimension"
-    local = shape.heads // parallel.tensor
+    shape, moe, parallel = recipe.model.backbone, recipe.model.moe, recipe.parallel
+    heads, local = "model.backbone.heads × head dimension", shape.heads // parallel.tensor
     shards = parallel.context * (parallel.tensor if parallel.sequence else 1)
     yield "data.sequence_length × train.micro_batch", recipe.data.sequence_length * recipe.train.micro_batch // shards
     yield "model.backbone.hidden_size", shape.hidden_size
-    yield "model.backbone.q_lora_rank", shape.q_lora_rank
-    yield "model.backbone.kv_lora_rank", shape.kv_lora_rank
-    yield "model.backbone.kv_lora_rank + qk_rope_head_dim", shape.kv_lora_rank + shape.qk_rope_head_dim
-    yield heads, local * (shape.qk_nope_head_dim + shape.qk_rope_head_dim)
-    yield heads, local * (shape.qk_nope_head_dim + shape.v_head_dim)
-    yield heads, local * shape.v_head_dim
+    if isinstance(shape, Longcat):
+        yield "model.backbone.q_lora_rank", shape.q_lora_rank
+        yield "model.backbone.kv_lora_rank", shape.kv_lora_rank
+        yield "model.backbone.kv_lora_rank + qk_rope_head_dim", shape.kv_lora_rank + shape.qk_rope_head_dim
+        yield heads, local * (shape.qk_nope_head_dim + shape.qk_rope_head_dim)
+        yield heads, local * (shape.qk_nope_head_dim + shape.v_head_dim)
+        yield heads, local * shape.v_head_dim
+    else:
+        yield heads, local * shape.head_dim
+        yield "model.backbone.kv_heads × head_dim", shape.kv_heads // parallel.tensor * shape.head_dim
     yield "model.backbone.ffn_hidden_size", shape.ffn_hidden_size // parallel.tensor
-    yield "model.moe.expert_hidden_size", recipe.model.moe.expert_hidden_size // parallel.expert_tensor
+    if moe:
+        yield "model.moe.expert_hidden_size", moe.expert_hidden_size // parallel.expert_tensor

@@ -1,24 +1,24 @@
 """A recipe as the configuration that Megatron-Core's modules and ours read."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.nn.functional import silu
 
 from mmoe.layers.choice import Choice, choose, megatron_settings
 from mmoe.parallel.engine import TransformerConfig, version_settings
-from mmoe.recipe.model import MTP, Backbone, MoE
+from mmoe.recipe.model import MTP, AnyBackbone, Llama, Longcat, MoE
 from mmoe.recipe.schema import Precision, Recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
-class LongcatConfig(TransformerConfig):
+class LanguageConfig(TransformerConfig):
     """Megatron's configuration plus the recipe's own tables, which our layers read."""
 
-    backbone: Backbone = field(default=None)  # type: ignore[assignment]
-    moe: MoE = field(default=None)  # type: ignore[assignment]
+    backbone: AnyBackbone = field(default=None)  # type: ignore[assignment]
     mtp: MTP | None = None
     recompute: str = "none"
     overlap_moe: bool = True
@@ -26,16 +26,50 @@ class LongcatConfig(TransformerConfig):
     choice: Choice = field(default=None)  # type: ignore[assignment]
 
 
-def make_config(recipe: Recipe) -> LongcatConfig:
-    backbone, moe, parallel = recipe.model.backbone, recipe.model.moe, recipe.parallel
+@dataclass
+class LongcatConfig(LanguageConfig):
+    backbone: Longcat = field(default=None)  # type: ignore[assignment]
+    moe: MoE = field(default=None)  # type: ignore[assignment]
+
+
+@dataclass
+class LlamaConfig(LanguageConfig):
+    backbone: Llama = field(default=None)  # type: ignore[assignment]
+
+
+def make_config(recipe: Recipe) -> LongcatConfig | LlamaConfig:
+    """What the layers of ``recipe``'s backbone read, for this machine.
+
+    Raises:
+        UserError: a precision that this machine, or this size, cannot have.
+    """
+    backbone, moe = recipe.model.backbone, recipe.model.moe
+    common = _common(recipe)
+    if isinstance(backbone, Llama):
+        return LlamaConfig(
+            backbone=backbone, num_query_groups=backbone.kv_heads, kv_channels=backbone.head_dim, **common
+        )
+    assert moe is not None
+    return LongcatConfig(
+        backbone=backbone,
+        moe=moe,
+        num_moe_experts=moe.experts,
+        moe_ffn_hidden_size=moe.expert_hidden_size,
+        moe_router_topk=moe.top_k,
+        moe_router_load_balancing_type="none",
+        moe_router_dtype="fp32",
+        **common,
+    )
+
+
+def _common(recipe: Recipe) -> dict[str, Any]:
+    backbone, parallel = recipe.model.backbone, recipe.parallel
     dtype = DTYPES[recipe.precision.dtype]
     choice = choose(recipe.precision)
     stages = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
-    return LongcatConfig(
-        backbone=backbone,
-        moe=moe,
+    return dict(
         mtp=recipe.model.mtp,
         recompute=parallel.recompute,
         overlap_moe=parallel.overlap_moe,
@@ -45,11 +79,6 @@ def make_config(recipe: Recipe) -> LongcatConfig:
         hidden_size=backbone.hidden_size,
         num_attention_heads=backbone.heads,
         ffn_hidden_size=backbone.ffn_hidden_size,
-        num_moe_experts=moe.experts,
-        moe_ffn_hidden_size=moe.expert_hidden_size,
-        moe_router_topk=moe.top_k,
-        moe_router_load_balancing_type="none",
-        moe_router_dtype="fp32",
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=stages,

@@ -78,3 +78,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     then their second ones, as LongCat-Flash's released weights expect (queries and keys alike)."""
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (x₀, x_{d/2}), (x₁, x_{d/2+1}), … of [s, b, heads, d], as Llama's weights in transformers'
+    format expect."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

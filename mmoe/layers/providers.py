@@ -31,7 +31,7 @@ from mmoe.parallel import engine
 from mmoe.parallel.collectives import sum_gradient
 
 if TYPE_CHECKING:
-    from mmoe.layers.config import LongcatConfig
+    from mmoe.layers.config import LanguageConfig
 
 GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(rows [R, K] by expert, weight [n, …, K], ends int32 [n]) → [R, N], as mmoe.ops.grouped_linear."""
@@ -42,7 +42,7 @@ class _Fp8ParallelLinear(torch.nn.Module):
 
     kind = "mlp"
 
-    def __init__(self, *args: Any, config: "LongcatConfig", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, config: "LanguageConfig", **kwargs: Any) -> None:
         super().__init__(*args, config=config, **kwargs)  # Megatron's, which comes next in the order of resolution
         self.fp8 = fp8.make_scaling(config.choice.fp8, config.precision.fp8_amax_history)
 
@@ -67,7 +67,7 @@ class Fp8RowParallelLinear(_Fp8ParallelLinear, RowParallelLinear):
 
 
 class Fp8ReplicatedLinear(ReplicatedLinear):
-    def __init__(self, config: "LongcatConfig", inputs: int, outputs: int, kind: str) -> None:
+    def __init__(self, config: "LanguageConfig", inputs: int, outputs: int, kind: str) -> None:
         super().__init__(config, inputs, outputs)
         self.kind = kind
         self.fp8 = fp8.make_scaling(config.choice.fp8, config.precision.fp8_amax_history)
@@ -77,7 +77,7 @@ class Fp8ReplicatedLinear(ReplicatedLinear):
 
 
 class Fp8GroupedLinear(torch.nn.Module):
-    def __init__(self, config: "LongcatConfig", experts: int) -> None:
+    def __init__(self, config: "LanguageConfig", experts: int) -> None:
         super().__init__()
         self.fp8 = fp8.make_scaling(config.choice.fp8, config.precision.fp8_amax_history, experts)
 
@@ -100,7 +100,7 @@ class Fp8GroupedLinear(torch.nn.Module):
         }
 
 
-def column(config: "LongcatConfig", inputs: int, outputs: int, kind: str) -> Any:
+def column(config: "LanguageConfig", inputs: int, outputs: int, kind: str) -> Any:
     """Outputs cut over the tensor-parallel ranks; called with [t, b, inputs], it returns ([…, outputs], None)."""
     linear = _parallel_linears(config)[0](
         inputs,
@@ -116,7 +116,7 @@ def column(config: "LongcatConfig", inputs: int, outputs: int, kind: str) -> Any
     return linear
 
 
-def row(config: "LongcatConfig", inputs: int, outputs: int, kind: str) -> Any:
+def row(config: "LanguageConfig", inputs: int, outputs: int, kind: str) -> Any:
     """Inputs cut over the tensor-parallel ranks, their products summed; returns ([t, b, outputs], None)."""
     linear = _parallel_linears(config)[1](
         inputs,
@@ -132,14 +132,14 @@ def row(config: "LongcatConfig", inputs: int, outputs: int, kind: str) -> Any:
     return linear
 
 
-def mlp(config: "LongcatConfig", group: Any) -> MLP:
+def mlp(config: "LanguageConfig", group: Any) -> MLP:
     """Megatron's gated MLP over ``group``; its GEMMs count as "mlp"."""
     first, second = _parallel_linears(config)
     parts = MLPSubmodules(linear_fc1=first, linear_fc2=second)
     return MLP(config, parts, ffn_hidden_size=config.ffn_hidden_size, tp_group=group)
 
 
-def _parallel_linears(config: "LongcatConfig") -> tuple[Any, Any]:
+def _parallel_linears(config: "LanguageConfig") -> tuple[Any, Any]:
     if config.choice.transformer_engine:
         upstream = import_module("megatron.core.extensions.transformer_engine")
         return upstream.TEColumnParallelLinear, upstream.TERowParallelLinear
@@ -148,7 +148,7 @@ def _parallel_linears(config: "LongcatConfig") -> tuple[Any, Any]:
     return ColumnParallelLinear, RowParallelLinear
 
 
-def replicated(config: "LongcatConfig", inputs: int, outputs: int, kind: str) -> torch.nn.Module:
+def replicated(config: "LanguageConfig", inputs: int, outputs: int, kind: str) -> torch.nn.Module:
     """The same on all tensor-parallel ranks: [t, b, inputs] → [t, b, outputs]."""
     if config.choice.emulates:
         return Fp8ReplicatedLinear(config, inputs, outputs, kind)
@@ -194,7 +194,7 @@ class Norm:
     """Builds the chosen norm; a class, like Megatron's TENorm, because a spec has to be one."""
 
     def __new__(
-        cls, config: "LongcatConfig", hidden_size: int, eps: float = 1e-5, scale: float = 1.0, **_: Any
+        cls, config: "LanguageConfig", hidden_size: int, eps: float = 1e-5, scale: float = 1.0, **_: Any
     ) -> torch.nn.Module:
         # Transformer Engine's has no constant factor: the latent norms of MLA stay ours.
         if config.choice.transformer_engine and scale == 1.0:
@@ -204,7 +204,7 @@ class Norm:
         return (ApexRMSNorm if config.choice.apex_norms else RMSNorm)(config, hidden_size, eps, scale)
 
 
-def grouped_linear(config: "LongcatConfig", experts: int, inputs: int, outputs: int) -> GroupedLinear:
+def grouped_linear(config: "LanguageConfig", experts: int, inputs: int, outputs: int) -> GroupedLinear:
     """The grouped GEMM of ``experts`` experts; a module where it has a state."""
     if config.choice.emulates:
         return Fp8GroupedLinear(config, experts)
@@ -227,7 +227,7 @@ class TEGroupedLinear(torch.nn.Module):
     Megatron's TEGroupedMLP (moe/experts.py).
     """
 
-    def __init__(self, config: "LongcatConfig", experts: int, inputs: int, outputs: int) -> None:
+    def __init__(self, config: "LanguageConfig", experts: int, inputs: int, outputs: int) -> None:
         super().__init__()
         upstream = import_module("transformer_engine.pytorch")
         linear = _stacked(upstream.GroupedLinear)(

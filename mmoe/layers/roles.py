@@ -27,6 +27,9 @@ _BY_MODULE: dict[str, Role] = {
     "embed_tokens": "embedding",
     "output_layer": "unembedding",
     "eh_proj": "hidden",
+    "q_proj": "hidden",
+    "k_proj": "hidden",
+    "v_proj": "hidden",
     "q_a_proj": "hidden",
     "q_b_proj": "hidden",
     "kv_a_proj_with_mqa": "hidden",
@@ -75,12 +78,14 @@ def init_std(role: Role, recipe: Recipe) -> float:
         KeyError: ``vector`` (norm weights start at one) and ``vision`` (its modules choose their own).
     """
     backbone = recipe.model.backbone
+    if role == "router":
+        assert recipe.model.moe is not None
+        return recipe.model.moe.router_init_std / math.sqrt(width_factor(recipe))
     base = {
         "embedding": backbone.embedding_init_std,
         "unembedding": backbone.init_std,
         "hidden": backbone.init_std,
         "residual": backbone.residual_init_std,
-        "router": recipe.model.moe.router_init_std,
         "expert_in": backbone.init_std,
         "expert_out": backbone.residual_init_std,
     }[role]

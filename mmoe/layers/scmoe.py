@@ -12,7 +12,6 @@ With ``moe.order = "sequential"`` the experts read norm(h3) instead, as in a mod
 from typing import Any
 
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
 from torch import Tensor
 
@@ -73,7 +72,3 @@ class ScMoELayer(MegatronModule, BaseTransformerLayer):
         if self.config.recompute == "selective" and self.training:
             return engine.recompute(attend, x)
         return attend(x)
-
-
-def layer_spec() -> ModuleSpec:
-    return ModuleSpec(module=ScMoELayer)

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from mmoe.models.connectors.sva import Connector
+from mmoe.models.connectors import build_connector
 from mmoe.models.encoders import build_encoder
-from mmoe.recipe.model import Longcat, Model
+from mmoe.recipe.model import Llama, Longcat, Model
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Count:
         return self.dense + experts * self.expert
 
 
-def _attention(shape: Longcat) -> int:
+def _latent_attention(shape: Longcat) -> int:
     """One MLA block with its two latent norms."""
     down = shape.q_lora_rank + shape.kv_lora_rank + shape.qk_rope_head_dim
     queries = shape.q_lora_rank * (shape.qk_nope_head_dim + shape.qk_rope_head_dim)
@@ -44,28 +44,33 @@ def _attention(shape: Longcat) -> int:
 
 def _mtp(shape: Longcat) -> int:
     hidden = shape.hidden_size
-    return (
-        shape.vocab_size * hidden + _attention(shape) + 2 * hidden**2 + 3 * hidden * shape.ffn_hidden_size + 5 * hidden
-    )
+    layer = _latent_attention(shape) + 2 * hidden**2 + 3 * hidden * shape.ffn_hidden_size + 5 * hidden
+    return shape.vocab_size * hidden + layer
+
+
+def _layer(model: Model) -> int:
+    """What every token uses of one layer."""
+    shape, hidden = model.backbone, model.backbone.hidden_size
+    ffn = 3 * hidden * shape.ffn_hidden_size
+    if isinstance(shape, Longcat):
+        assert model.moe is not None
+        router = (model.moe.experts + model.moe.zero_experts) * hidden
+        return 2 * (_latent_attention(shape) + ffn) + 4 * hidden + router
+    return 2 * hidden * shape.head_dim * (shape.heads + shape.kv_heads) + ffn + 2 * hidden
 
 
 def count(model: Model) -> Count:
     """The parameters of ``model``; zero experts have none but their rows of the router."""
-    shape, moe = model.backbone, model.moe
-    hidden = shape.hidden_size
+    shape, moe, hidden = model.backbone, model.moe, model.backbone.hidden_size
     embedding = shape.vocab_size * hidden
-    layer = (
-        2 * _attention(shape)
-        + 2 * 3 * hidden * shape.ffn_hidden_size
-        + 4 * hidden
-        + (moe.experts + moe.zero_experts) * hidden
-    )
+    tied = isinstance(shape, Llama) and shape.tied_embeddings
     return Count(
-        embedding=embedding,
-        dense=shape.layers * layer + hidden + embedding,
-        mtp=_mtp(shape) if model.mtp else 0,
-        expert=shape.layers * 3 * hidden * moe.expert_hidden_size,
-        experts=moe.experts,
+        # A tied one is counted where every token uses all of it.
+        embedding=0 if tied else embedding,
+        dense=shape.layers * _layer(model) + hidden + embedding,
+        mtp=_mtp(shape) if model.mtp and isinstance(shape, Longcat) else 0,
+        expert=shape.layers * 3 * hidden * moe.expert_hidden_size if moe else 0,
+        experts=moe.experts if moe else 0,
         vision=sum(p.numel() for module in vision_modules(model).values() for p in module.parameters()),
     )
 
@@ -77,26 +82,28 @@ def vision_modules(model: Model) -> dict[str, torch.nn.Module]:
         if model.connector is not None:
             parts = list(modules.values())
             channels, grids = [part.channels for part in parts], [part.grid for part in parts]
-            modules["connector"] = Connector(model.connector, channels, grids, model.backbone.hidden_size)
+            modules["connector"] = build_connector(model.connector, channels, grids, model.backbone.hidden_size)
     return modules
 
 
 def describe(model: Model) -> str:
     """The counts as a few lines for the terminal."""
     counted, moe = count(model), model.moe
-    least, most = max(0, moe.top_k - moe.zero_experts), min(moe.top_k, moe.experts)
-    rows = [
+    rows: list[tuple[str, float, str]] = [
         ("total", counted.total, ""),
         ("embedding", counted.embedding, ""),
-        (
-            "FFN experts",
-            counted.experts * counted.expert,
-            f"{counted.experts} in each of {model.backbone.layers} layers",
-        ),
         ("vision", counted.vision, ""),
-        ("MTP", counted.mtp, "not in the total"),
-        ("active, least", counted.active(least), f"a token with {least} FFN experts"),
-        ("active, mean", counted.active(moe.active_experts), f"{moe.active_experts:g} FFN experts"),
-        ("active, most", counted.active(most), f"{most} FFN experts"),
     ]
+    if moe:
+        least, most = max(0, moe.top_k - moe.zero_experts), min(moe.top_k, moe.experts)
+        layers = f"{counted.experts} in each of {model.backbone.layers} layers"
+        rows += [
+            ("FFN experts", counted.experts * counted.expert, layers),
+            ("MTP", counted.mtp, "not in the total"),
+            ("active, least", counted.active(least), f"a token with {least} FFN experts"),
+            ("active, mean", counted.active(moe.active_experts), f"{moe.active_experts:g} FFN experts"),
+            ("active, most", counted.active(most), f"{most} FFN experts"),
+        ]
+    else:
+        rows.append(("active", counted.active(0), "every text token"))
     return "\n".join(f"{name:14} {value:>19,.0f}  {note}".rstrip() for name, value, note in rows)

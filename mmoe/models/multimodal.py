@@ -7,12 +7,17 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from mmoe.layers.config import LongcatConfig, make_config
+from mmoe.layers.config import LanguageConfig, make_config
 from mmoe.layers.initialise import initialise
-from mmoe.models.backbones.longcat import LongcatModel
-from mmoe.models.connectors.sva import Connector
+from mmoe.models.connectors import SVAConnector, build_connector
+from mmoe.models.connectors.sampler import Sampler, numbered, samplers
+from mmoe.models.connectors.sva import Seen
 from mmoe.models.encoders import build_encoder
+from mmoe.models.encoders_parallel import Encoders, shard
+from mmoe.models.language import LanguageModel
 from mmoe.parallel import engine
+from mmoe.parallel.collectives import sum_gradient
+from mmoe.recipe.model import SVA
 from mmoe.recipe.schema import Recipe
 from mmoe.recipe.tokens import IMAGE
 
@@ -21,54 +26,93 @@ class MultimodalModel(MegatronModule):
     """A batch (docs/architecture.md) in, losses or logits out; or one pipeline stage of it, hidden states out.
 
     The encoders and the connector stand on the first stage. Its tensor- and context-parallel ranks encode the same
-    images: context-parallel ones put in the rows of their own part of the packs, and gradients add up.
+    images, tensor-parallel ones with a part of a ViT's heads each: context-parallel ones put in the rows of their own
+    part of the packs, and gradients add up.
     """
 
     model_type = ModelType.encoder_or_decoder
 
-    def __init__(self, recipe: Recipe, config: LongcatConfig, stage: int | None = None) -> None:
+    def __init__(self, recipe: Recipe, config: LanguageConfig, stage: int | None = None) -> None:
         super().__init__(config)
         self.vp_stage = stage
         # Read by Megatron's schedule and by its reduction of shared embeddings' gradients, of which there are none.
         self.pre_process, self.post_process = engine.is_first_stage(stage), engine.is_last_stage(stage)
         self.share_embeddings_and_output_weights = False
-        shape = recipe.model
-        self.encoders, self.connector = torch.nn.ModuleDict(), None
+        self.shape = shape = recipe.model
+        self.encoders, self.connector = Encoders(), None
         if self.pre_process:
             self.encoders.update({encoder.name: build_encoder(encoder) for encoder in shape.encoders})
             if shape.connector is not None:
                 parts: list[Any] = list(self.encoders.values())
                 channels, grids = [part.channels for part in parts], [part.grid for part in parts]
-                self.connector = Connector(shape.connector, channels, grids, config.hidden_size)
-        self.language = LongcatModel(config, stage)
+                self.connector = build_connector(shape.connector, channels, grids, config.hidden_size)
+                for parameter in self.connector.inside.parameters() if self.connector.inside else ():
+                    # Sequence-parallel ranks have queries of their own: their gradients are summed.
+                    setattr(parameter, "sequence_parallel", config.sequence_parallel)
+            for encoder in self.encoders.values():
+                shard(encoder)
+        self.language = LanguageModel(config, stage)
         initialise(self, recipe)
 
     def set_input_tensor(self, input_tensor: list[Any]) -> None:
         """Called by the pipeline schedule with the previous stage's output; None on the first stage."""
         self.language.decoder.set_input_tensor(input_tensor[0])
 
-    def _splice(self, tokens: Tensor, images: Tensor) -> Tensor:
-        """Embeddings [s / context ranks, b, D] with the connector's rows in the <image> places, in order over the
-        batch; ``tokens`` are whole packs, int64 [b, s]."""
+    def _features(self, batch: dict[str, Any], dtype: torch.dtype) -> list[list[Tensor]]:
+        """Every encoder's feature maps."""
+        sizes = [encoder.image_size for encoder in self.shape.encoders]
+        return [
+            encoder(batch["images"][size].to(dtype))
+            for encoder, size in zip(self.encoders.values(), sizes, strict=True)
+        ]
+
+    def _splice(self, tokens: Tensor, rows: Tensor | None) -> Tensor:
+        """Embeddings [s / context ranks, b, D] with the connector's ``rows`` [n, tokens of an image, D] in the <image>
+        places, in order over the batch; ``tokens`` are whole packs, int64 [b, s]."""
         mine, places = self.language.mine(tokens.size(1), tokens.device), tokens == IMAGE
         hidden = self.language.embed(tokens[:, mine])
-        if self.connector is None or images.size(0) == 0:
+        if rows is None:
             return hidden
-        rows = self.connector([encoder(images.to(hidden.dtype)) for encoder in self.encoders.values()])
-        if int(places.sum()) != rows.size(0) * rows.size(1):
-            raise ValueError(f"{int(places.sum())} <image> tokens for {tuple(rows.shape[:2])} image rows")
         rows = rows.flatten(0, 1).to(hidden.dtype)
         if mine.numel() < tokens.size(1):
-            row_of_place = places.flatten().cumsum(0).view_as(places) - 1
+            row_of_place = numbered(places)
             places = places[:, mine]
             rows = rows[row_of_place[:, mine][places]]
         by_pack = hidden.transpose(0, 1).masked_scatter(places.unsqueeze(-1), rows)
         return by_pack.transpose(0, 1).contiguous()
 
     def hidden(self, batch: dict[str, Any]) -> Tensor:
-        """This stage's output (:meth:`LongcatModel.forward`)."""
-        hidden = self._splice(batch["tokens"], batch["images"]) if self.pre_process else None
-        return self.language(hidden, batch)
+        """This stage's output (:meth:`LanguageModel.forward`)."""
+        if not self.pre_process:
+            return self.language(None, batch)
+        tokens, connector = batch["tokens"], self.connector
+        images = next((part.size(0) for part in batch["images"].values()), 0)
+        if connector is None or not images:
+            return self.language(self._splice(tokens, None), batch)
+        features = self._features(batch, self.config.params_dtype)
+        each, there = connector.tokens, int((tokens == IMAGE).sum())
+        if there != images * each:
+            raise ValueError(f"{there} <image> tokens for {images} images of {each}")
+        if not isinstance(connector, SVAConnector):
+            return self.language(self._splice(tokens, connector(features, batch["original_sizes"])), batch)
+        seen = connector.see(features, batch["original_sizes"])
+        hidden = self._splice(tokens, connector.rows(seen))
+        return self.language(hidden, batch, self._samplers(connector, seen, tokens))
+
+    def _samplers(self, connector: SVAConnector, seen: Seen, tokens: Tensor) -> dict[int, Sampler]:
+        """The connector's layers within the language model, by the layer that they stand behind."""
+        if connector.inside is None:
+            return {}
+        shape = self.shape.connector
+        assert isinstance(shape, SVA)
+        assert shape.inside is not None
+        if self.config.sequence_parallel:
+            # Each tensor-parallel rank asks for its part of the sequence.
+            seen = seen.map(lambda tensor: sum_gradient(tensor, engine.tensor_group()))
+        places = tokens == IMAGE
+        numbers = torch.where(places, numbered(places), -1)[:, self.language.held(tokens.size(1), tokens.device)].t()
+        inside = shape.inside
+        return samplers(connector.inside, inside.start, inside.stride, seen, numbers, connector.grid, connector.tokens)
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """Cross-entropy, fp32 [n], of this rank's n positions with loss_mask 1, in the order of the flattened batch;
@@ -85,7 +129,7 @@ class MultimodalModel(MegatronModule):
         return self.language.logits(self.hidden(batch)).transpose(0, 1)
 
 
-def build(recipe: Recipe, stage: int | None = None, config: LongcatConfig | None = None) -> MultimodalModel:
+def build(recipe: Recipe, stage: int | None = None, config: LanguageConfig | None = None) -> MultimodalModel:
     """The model of ``recipe``, or this rank's (virtual) pipeline ``stage`` of it, with its first weights, in the
     recipe's dtype (the routers stay in fp32)."""
     config = config or make_config(recipe)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from mmoe.errors import UserError
 from mmoe.recipe.checks import row_unit
+from mmoe.recipe.model import SVA, Llama
 from mmoe.recipe.schema import Parallel, Recipe
 
 
@@ -36,19 +37,30 @@ def check(recipe: Recipe, ranks: int) -> None:
         if of % value:
             near = ", ".join(str(size) for size in range(1, of + 1) if of % size == 0)
             raise UserError(f"{value} does not divide {what} = {of}", f"parallel.{key}", f"possible: {near}")
-    width, unit = recipe.model.moe.expert_hidden_size // parallel.expert_tensor, row_unit(recipe)
+    _check_experts(recipe, ranks)
+    _check_batch(recipe, ranks)
+    _check_pipeline(recipe, ranks)
+
+
+def _check_experts(recipe: Recipe, ranks: int) -> None:
+    parallel, moe = recipe.parallel, recipe.model.moe
+    if moe is None:
+        for key in ("expert", "expert_tensor"):
+            if getattr(parallel, key) > 1:
+                what = f"the model has no experts to share out over {getattr(parallel, key)} ranks"
+                raise UserError(what, f"parallel.{key}", "set it to 1")
+        return
+    width, unit = moe.expert_hidden_size // parallel.expert_tensor, row_unit(recipe)
     if width % unit:
         what = f"{width} columns of each expert on a rank are no multiple of {unit}, 16 bytes of the grouped GEMM"
         raise UserError(what, f"parallel.expert_tensor = {parallel.expert_tensor}", "lower it")
-    sizes = possible_expert_sizes(recipe.model.moe.experts, parallel, ranks)
+    sizes = possible_expert_sizes(moe.experts, parallel, ranks)
     if parallel.expert not in sizes:
         raise UserError(
-            f"{recipe.model.moe.experts} experts do not fit {parallel.expert} expert-parallel ranks on {ranks} rank(s)",
+            f"{moe.experts} experts do not fit {parallel.expert} expert-parallel ranks on {ranks} rank(s)",
             f"parallel.expert = {parallel.expert}",
             f"possible here: {', '.join(map(str, sizes))}",
         )
-    _check_batch(recipe, ranks)
-    _check_pipeline(recipe, ranks)
 
 
 def _divisors(recipe: Recipe) -> Iterator[tuple[str, int, str, int]]:
@@ -56,7 +68,11 @@ def _divisors(recipe: Recipe) -> Iterator[tuple[str, int, str, int]]:
     parallel, backbone = recipe.parallel, recipe.model.backbone
     for name in ("heads", "vocab_size", "ffn_hidden_size"):
         yield "tensor", parallel.tensor, f"model.backbone.{name}", getattr(backbone, name)
-    yield "expert_tensor", parallel.expert_tensor, "model.moe.expert_hidden_size", recipe.model.moe.expert_hidden_size
+    if isinstance(backbone, Llama):
+        yield "tensor", parallel.tensor, "model.backbone.kv_heads", backbone.kv_heads
+    if recipe.model.moe:
+        width = recipe.model.moe.expert_hidden_size
+        yield "expert_tensor", parallel.expert_tensor, "model.moe.expert_hidden_size", width
     stages = parallel.pipeline * parallel.virtual_pipeline
     yield "pipeline × virtual_pipeline", stages, "model.backbone.layers", backbone.layers
     # Context parallelism cuts a pack into two pieces a rank, tensor parallelism cuts those of a rank for routing.
@@ -79,7 +95,17 @@ def _check_batch(recipe: Recipe, ranks: int) -> None:
 
 
 def _check_pipeline(recipe: Recipe, ranks: int) -> None:
-    parallel, train = recipe.parallel, recipe.train
+    parallel, train, model = recipe.parallel, recipe.train, recipe.model
+    if parallel.pipeline > 1 and isinstance(model.backbone, Llama) and model.backbone.tied_embeddings:
+        what = "tied embeddings stand on the first pipeline stage and on the last"
+        raise UserError(what, f"parallel.pipeline = {parallel.pipeline}", "set it to 1, or untie them")
+    inside = isinstance(model.connector, SVA) and model.connector.inside is not None
+    if parallel.pipeline > 1 and inside:
+        what = "SVA layers within the language model read the encoders' features, which are on the first stage alone"
+        raise UserError(what, f"parallel.pipeline = {parallel.pipeline}", "set it to 1, or leave out connector.inside")
+    if parallel.recompute == "full" and inside:
+        what = "a layer computed again in the backward cannot send gradients to features that it was not given"
+        raise UserError(what, 'parallel.recompute = "full"', 'use "selective", or leave out connector.inside')
     if parallel.virtual_pipeline == 1:
         return
     if parallel.pipeline == 1:

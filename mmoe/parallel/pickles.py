@@ -238,6 +238,24 @@ def _check_stored(file: Any) -> None:
         raise pickle.UnpicklingError("it is compressed, which torch.save never does")
 
 
+def place(file: Any) -> tuple[torch.Tensor, int]:
+    """A tensor that torch.save wrote to ``file``, on the meta device, and the byte where its data begin.
+
+    Raises:
+        pickle.UnpicklingError: it is something else.
+    """
+    try:
+        _check_stored(file)
+        found = torch.load(file, map_location="meta", weights_only=True)
+        if type(found) is not torch.Tensor:
+            raise ValueError("it is no tensor")
+        # What torch notes where it reads no data: serialization.py:2096 (2.13).
+        storage: Any = found.untyped_storage()
+        return found, storage._checkpoint_offset
+    except _WRONG as error:
+        raise pickle.UnpicklingError(_reason(error)) from None
+
+
 @contextmanager
 def _only_stored() -> Iterator[None]:
     """While it lasts, torch.load refuses archives that are compressed, and whatever it makes of a file that is none of

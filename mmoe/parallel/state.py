@@ -4,9 +4,9 @@ import inspect
 import math
 import queue
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -44,6 +44,38 @@ def sharded(
         # Every rank draws the same numbers (start() seeds them alike), so one state serves any layout.
         state["random"] = ShardedObject("random", torch.get_rng_state(), (1,), (0,), replica_id=ranks().rank)
     return state
+
+
+class Place(NamedTuple):
+    """Where a tensor of a model stands in the state: in that of ``key``, behind the indices ``leading``."""
+
+    key: str
+    leading: tuple[int, ...]
+    whole: tuple[int, ...]
+    """Shape of all that ``key`` has."""
+    tensor: torch.Tensor
+
+
+def places(model: torch.nn.Module) -> dict[str, Place]:
+    """Of every tensor by its name in ``model``, which is whole on one process; it may be on the meta device."""
+    found = {}
+    for name, part in model.sharded_state_dict().items():  # type: ignore[operator]
+        if not isinstance(part, ShardedTensor | ShardedTensorFactory):
+            continue
+        # A factory cuts a tensor into parts that stand side by side under one key.
+        built = list(nested_values(part.build())) if isinstance(part, ShardedTensorFactory) else [part]
+        keys = {(s.key, tuple(s.global_offset[: s.prepend_axis_num]), tuple(s.global_shape)) for s in built}
+        ((key, leading, whole),) = keys
+        assert part.data is not None
+        found[name] = Place(key, leading, whole, part.data)
+    return found
+
+
+def objects(model: torch.nn.Module) -> dict[str, Any]:
+    """What :func:`sharded` has beside tensors."""
+    state = model.sharded_state_dict().items()  # type: ignore[operator]
+    kept = {name: part for name, part in state if not isinstance(part, ShardedTensor | ShardedTensorFactory)}
+    return dict(zip(_names([model]), [kept], strict=True))
 
 
 def size(state: dict[str, Any]) -> int:
@@ -123,15 +155,23 @@ def _own(tensor: torch.Tensor, live: set[int]) -> torch.Tensor:
     return tensor.clone() if tensor.untyped_storage().data_ptr() in live else tensor
 
 
-def load(folder: Path, models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None) -> None:
+def load(
+    folder: Path,
+    models: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None,
+    without: Collection[str] = (),
+) -> None:
     """Fills the pipeline chunks ``models`` (and ``optimizer`` and random states, unless None) from ``folder``, saved at
-    any layout. Nothing in its files is called.
+    any layout; of the models' tensors those called ``without`` stay as they are. Nothing in its files is called.
 
     Raises:
         UserError: they hold something else than data.
     """
     pickles.check(folder)
     target = sharded(models, optimizer, loading=True)
+    kept = {
+        name: {key: target[name].pop(key).data for key in without if key in target[name]} for name in _names(models)
+    }
     with warnings.catch_warnings():
         # dist_checkpointing/strategies/torch.py:799 calls what torch has deprecated, or warns of (0.19.2).
         warnings.simplefilter("ignore", FutureWarning)
@@ -139,7 +179,7 @@ def load(folder: Path, models: Sequence[torch.nn.Module], optimizer: MegatronOpt
         with pickles.read_as_data(folder):
             state: Any = dist_checkpointing.load(target, str(folder))
     for name, model in zip(_names(models), models, strict=True):
-        _unwrap(model).load_state_dict(state[name])
+        _unwrap(model).load_state_dict(state[name] | kept[name])
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
         begin_state(optimizer)

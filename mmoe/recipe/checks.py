@@ -145,9 +145,12 @@ def model_problems(model: Model) -> Iterator[Problem]:
         names.add(encoder.name)
         found = list(_encoder(path, encoder))
         yield from found
-        if not found and isinstance(connector, SVA) and encoder_grid(encoder) % connector.grid:
-            what = f"{connector.grid} does not divide the grid of encoder {encoder.name!r}, {encoder_grid(encoder)}"
-            yield "model.connector.grid", what, f"give a divisor, or set {path}.grid: its features are resized to that"
+        if not found and isinstance(connector, SVA):
+            for key, side in (("grid", connector.grid), *(("groups", side) for side in connector.groups)):
+                if encoder_grid(encoder) % side:
+                    what = f"{side} does not divide the grid of encoder {encoder.name!r}, {encoder_grid(encoder)}"
+                    fix = f"give a divisor, or set {path}.grid: its features are resized to that"
+                    yield f"model.connector.{key}", what, fix
 
 
 def _longcat(backbone: Longcat, moe: MoE | None) -> Iterator[Problem]:
@@ -226,6 +229,10 @@ def _encoder(path: str, encoder: AnyEncoder) -> Iterator[Problem]:
                 yield f"{path}.widths", "a ConvNet without stages", "give one width a stage"
     if not isinstance(encoder, ViT) and len(encoder.widths) > MOST_STAGES:
         yield f"{path}.widths", f"{len(encoder.widths)} stages, each of which halves the image", "give fewer"
+    elif isinstance(encoder, ViT) and encoder.drop_border:
+        if encoder.image_size < encoder.patch_size:
+            what = f"{encoder.image_size} is less than patch_size = {encoder.patch_size}"
+            yield f"{path}.image_size", what, "an image has one patch or more"
     elif encoder.image_size % stride(encoder):
         what = f"{encoder.image_size} is not a multiple of the encoder's stride {stride(encoder)}"
         yield f"{path}.image_size", what, f"use a multiple of {stride(encoder)}"

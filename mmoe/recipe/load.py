@@ -15,6 +15,7 @@ from mmoe import reading
 from mmoe.errors import UserError
 from mmoe.recipe.checks import problems, ranges
 from mmoe.recipe.schema import Recipe
+from mmoe.recipe.stages import difference, merged
 
 T = TypeVar("T")
 LARGEST = 1 << 18
@@ -48,10 +49,8 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     reader = _Reader(source)
     for assignment in overrides:
         reader.override(table, assignment)
-    recipe = reader.build(Recipe, table, "")
-    for path, what, fix in problems(recipe):
-        reader.fail(path, f"{path}: {what}", fix)
-    return recipe
+    stages = table.pop("stages", [])
+    return dataclasses.replace(reader.recipe(table), stages=tuple(reader.stages(table, stages)))
 
 
 def typed(cls: type[T], table: Any, source: str) -> T:
@@ -70,7 +69,14 @@ def typed(cls: type[T], table: Any, source: str) -> T:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as TOML with every default filled in; loading the text gives an equal recipe."""
-    return "\n".join(_lines(dataclasses.asdict(recipe), "")).strip() + "\n"
+    table = dataclasses.asdict(dataclasses.replace(recipe, stages=()))
+    del table["stages"]
+    stages = []
+    for stage in recipe.stages:
+        changes = dataclasses.asdict(dataclasses.replace(stage, name=recipe.name))
+        name = stage.name.removeprefix(f"{recipe.name}-")
+        stages.append({"name": name, **difference({**table, "stages": ()}, changes)})
+    return "\n".join(_lines({**table, **({"stages": tuple(stages)} if stages else {})}, "")).strip() + "\n"
 
 
 def _read(name_or_path: str) -> tuple[str, str]:
@@ -108,6 +114,34 @@ class _Reader:
         )
         given = next(near, None) if path else None
         raise UserError(what, f"--set {given}" if given else self.source, fix)
+
+    def recipe(self, table: dict[str, Any], where: str = "") -> Recipe:
+        """A whole recipe without stages, checked; ``where`` goes in front of what is wrong with it."""
+        try:
+            recipe: Recipe = self.build(Recipe, table, "")
+            for path, what, fix in problems(recipe):
+                self.fail(path, f"{path}: {what}", fix)
+        except UserError as error:
+            raise UserError(f"{where}{error.what}", error.where, error.fix) from None
+        return recipe
+
+    def stages(self, base: dict[str, Any], tables: Any) -> Iterator[Recipe]:
+        """The recipes of the stages, each called by the recipe's name and its own."""
+        if not isinstance(tables, list) or not all(isinstance(stage, dict) for stage in tables):
+            self.fail(
+                "stages", f"stages must be a list, each entry a table, found {_found(tables)}", "correct the value"
+            )
+        names: set[str] = set()
+        for index, stage in enumerate(tables):
+            changes = dict(stage)
+            name = changes.pop("name", None)
+            if not isinstance(name, str) or not name or name in names:
+                what = f"stages.{index}.name must be a name of its own, found {_found(name)}"
+                self.fail(f"stages.{index}.name", what, "give each stage one: its folder is called so")
+            if "stages" in changes:
+                self.fail(f"stages.{index}.stages", "a stage has no stages", "list them one after another")
+            names.add(name)
+            yield self.recipe(merged(base, {**changes, "name": f"{base.get('name', '')}-{name}"}), f"stage {name!r}: ")
 
     def override(self, table: dict[str, Any], assignment: str) -> None:
         path, equals, text = assignment.partition("=")
@@ -151,6 +185,8 @@ class _Reader:
         """``value`` as an instance of the type ``hint``; ``path`` is its dotted key."""
         origin, args = typing.get_origin(hint), typing.get_args(hint)
         if origin in (typing.Union, types.UnionType):
+            if value is None and types.NoneType in args:
+                return None  # of a JSON file: TOML has nothing like it
             return self.build(self._member(args, value, path), value, path)
         if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
             return self._table(typing.cast(type, hint), value, path)
@@ -211,6 +247,8 @@ def _paths(cls: type, prefix: str = "") -> Iterator[str]:
     """Every dotted key of the schema; a list's entry counts as 0."""
     for name, hint in typing.get_type_hints(cls).items():
         yield prefix + name
+        if name == "stages":
+            continue  # they have the same keys again
         many = typing.get_origin(hint) is tuple
         for inner in (hint, *(part for arg in typing.get_args(hint) for part in (arg, *typing.get_args(arg)))):
             if dataclasses.is_dataclass(inner):

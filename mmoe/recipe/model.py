@@ -139,7 +139,10 @@ class ViT(Encoder):
     layer_scale: bool = False
     """A learned factor a channel on what each branch adds (DINO)."""
     patch_bias: bool = True
+    query_value_bias: bool = True
     key_bias: bool = True
+    drop_border: bool = False
+    """The last image_size % patch_size rows and columns of pixels are not read (SigLIP's 384 with patches of 14)."""
     norm_eps: float = 1e-5
     feature_layer: int = -1
     """Behind which block the features are taken: −1 the last, −2 the one before (LLaVA)."""
@@ -164,6 +167,8 @@ class ConvNeXt(Encoder):
     norm_eps: float = 1e-6
     pooling: Literal["none", "norm"] = "none"
     """The LayerNorm of the pooled map, kept and not used here."""
+    pooled_norm_eps: float = 1e-6
+    """Of that LayerNorm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,14 +232,21 @@ class SVA(Connector):
     heads: int
     layers: int = 1
     """D."""
-    groups: int = 1
-    """G: groups of queries, each with layers of its own; they are put together along the channels."""
+    groups: tuple[int, ...] = ()
+    """Side of each group's square of queries, of which there are G, each with layers of its own: they are resized to
+    ``grid`` and put together along the channels. None: one group of ``grid``."""
     mixing: Literal["joint", "sep"] = "joint"
     """joint: one softmax over the keys of all encoders. sep: one attention an encoder (one that has a single key for
     each query goes through an MLP), weighted by a softmax over the encoders."""
     scale: Literal["head", "width"] = "head"
     """Of the scores: 1/√(width / heads), the released code's, or 1/√width, which the paper prints."""
+    mask_padding: bool = False
+    """Keys in the padding of images that were padded to a square (``data.fit = "pad"``) are left out."""
     inside: Inside | None = None
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        return self.groups or (self.grid,)
 
 
 AnyConnector = SVA | MLP | Linear

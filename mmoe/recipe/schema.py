@@ -49,8 +49,20 @@ class Train:
     max_skipped_in_a_row: int = 10
     """Steps skipped for a loss that is not finite, one after another, before the run stops."""
     log_every: int = 10
+    frozen: tuple[str, ...] = ()
+    """Modules whose weights stay as they are, with all that is in them: "encoders", "encoders.clip", "connector",
+    "language", … They take no memory for gradients and optimizer."""
     stall_warning_seconds: float = 30.0
     """Seconds a rank waits in one collective before the watchdog names it and the ranks that hold it up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleRate:
+    """A learning rate of its own, which follows the same schedule."""
+
+    name: str
+    """Of a module, as in ``train.frozen``; of several that hold a parameter the longest name counts."""
+    lr: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +74,7 @@ class Optimizer:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_grad: float = 1.0
+    modules: tuple[ModuleRate, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,3 +148,6 @@ class Recipe:
     precision: Precision = field(default_factory=Precision)
     parallel: Parallel = field(default_factory=Parallel)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    stages: tuple["Recipe", ...] = ()
+    """Trained one after another, each from the weights of the one before. In the file a ``[[stages]]`` table has a
+    ``name`` and the keys that differ from the tables outside of it; an entry of a list of tables goes by its name."""

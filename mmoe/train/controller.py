@@ -8,20 +8,23 @@ from torch import Tensor
 
 from mmoe.layers.router import Tally, ZeroExpertRouter
 from mmoe.models.multimodal import MultimodalModel
-from mmoe.parallel import engine
+from mmoe.parallel import cpu_platform, engine
 
 
 def routers(models: Sequence[MultimodalModel]) -> dict[int, ZeroExpertRouter]:
-    """The routers of this rank's pipeline stages by their layer, from 0."""
+    """The routers of this rank's pipeline stages by their layer, from 0; a dense model has none."""
     layers: list[Any] = [layer for model in models for layer in model.language.decoder.layers]
-    return {layer.layer_number - 1: layer.moe.router for layer in layers}
+    return {layer.layer_number - 1: layer.moe.router for layer in layers if hasattr(layer, "moe")}
 
 
 def take_tallies(models: Sequence[MultimodalModel]) -> Tensor:
     """fp64 [layers of the whole model, Tally.width]: what this rank's routers counted since the last call, zero for the
-    layers of other stages; they start again at zero. Summed over all ranks they are the global batch's."""
+    layers of other stages; they start again at zero. Summed over all ranks they are the global batch's. A dense model
+    has [0, 0]."""
     parts = routers(models)
-    tally = next(iter(parts.values())).tally
+    tally = next((router.tally for router in parts.values()), None)
+    if tally is None:
+        return torch.zeros(0, 0, dtype=torch.float64, device=cpu_platform.device())
     tallies = tally.new_zeros(models[0].config.num_layers, tally.numel())
     for layer, router in parts.items():
         tallies[layer] = router.tally
@@ -61,9 +64,10 @@ def set_measuring(models: Sequence[MultimodalModel], measure: bool) -> None:
 
 
 def steer(models: Sequence[MultimodalModel], tallies: Tensor, rate: float) -> None:
-    """Moves the biases of this rank's layers by ``tallies``, fp64 [layers, Tally.width], summed over all ranks."""
+    """Moves the biases of this rank's routers by ``tallies``, fp64 [layers, Tally.width], summed over all ranks."""
     for layer, router in routers(models).items():
-        steer_router(router, tallies[layer], rate)
+        if router.weight.requires_grad:  # else it is frozen, and its bias with it
+            steer_router(router, tallies[layer], rate)
 
 
 @torch.no_grad()

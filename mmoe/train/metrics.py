@@ -109,19 +109,19 @@ class Recorder:
         """One line for step ``step`` (from 1); ``seconds`` is its wall time."""
         if not self.active:
             return
-        shares = routing(outcome.tallies, self.recipe.model.moe)
-        load = shares.pop("expert_load")
+        moe = self.recipe.model.moe
+        shares = routing(outcome.tallies, moe) if moe else {}
+        load = shares.pop("expert_load", None)
         row = {
             "step": step,
             "loss": outcome.loss,
-            "balance_loss": outcome.balance_loss,
             "lr": rate,
             "grad_norm": outcome.grad_norm,
             "tokens": outcome.tokens,
             "samples": outcome.samples,
             "seconds": seconds,
             **shares,
-            "bias_norm": outcome.bias_norm,
+            **({"balance_loss": outcome.balance_loss, "bias_norm": outcome.bias_norm} if moe else {}),
             "skipped_samples": outcome.skipped_samples,
             "skipped_step": not outcome.taken,
         }
@@ -130,21 +130,21 @@ class Recorder:
         if self.recipe.model.mtp:
             row["mtp_loss"] = outcome.mtp_loss
         often = is_logged(self.recipe.train, step)
-        if often:
-            ratio = gradient_ratio(outcome.tallies, self.recipe.model.moe)
+        if often and moe:
+            ratio = gradient_ratio(outcome.tallies, moe)
             row |= {"router_gradient_ratio": ratio, "router_row_similarity": outcome.row_similarity}
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        if often:
+        if often and moe:
             row["expert_load"] = load
         self.file.write(json.dumps(row) + "\n")
         for name, value in row.items():
             if isinstance(value, (int, float)) and name != "step":
                 self.board.add_scalar(f"train/{name}", value, step)
-        if often:
-            for layer, values in enumerate(Tally.of(outcome.tallies, self.recipe.model.moe).selections):
+        if often and moe:
+            for layer, values in enumerate(Tally.of(outcome.tallies, moe).selections):
                 self.board.add_histogram(f"expert_load/layer_{layer}", values / values.sum().clamp(min=1), step)
-        speed, active = outcome.tokens / seconds, shares["active_experts_mean"]
-        state = f"loss {outcome.loss:.3f} · {speed:,.0f} tokens/s · {active:.2f} active"
+        state = f"loss {outcome.loss:.3f} · {outcome.tokens / seconds:,.0f} tokens/s"
+        state += f" · {shares['active_experts_mean']:.2f} active" if moe else ""
         self.progress.update(self.bar, completed=step, state=state)
         if often and not self.console.is_terminal:
             say(f"step {step}/{self.recipe.train.steps} · {state}")

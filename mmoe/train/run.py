@@ -17,6 +17,7 @@ import torch
 
 from mmoe import preflight
 from mmoe.checkpoint import layout as files
+from mmoe.checkpoint.load import hand_over
 from mmoe.checkpoint.load import resume as load_checkpoint
 from mmoe.checkpoint.save import Saved, Saver
 from mmoe.data.loader import Loader
@@ -142,8 +143,9 @@ def _not_finite(step: int, row: int, outcome: Outcome, names: list[str]) -> User
     )
 
 
-def train(recipe: Recipe, out: Path, resume: bool = False) -> None:
-    """Trains ``recipe`` into ``out`` on all ranks of the launch, from its newest checkpoint when ``resume``.
+def train(recipe: Recipe, out: Path, resume: bool = False, initial: Path | None = None) -> None:
+    """Trains ``recipe``, one without stages, into ``out`` on all ranks of the launch, from its newest checkpoint when
+    ``resume``; from its first step with the weights of the checkpoint ``initial``, where that is given.
 
     Raises:
         UserError: the layout does not fit the ranks, the data or the folder do not fit the recipe, the loss diverged.
@@ -153,7 +155,7 @@ def train(recipe: Recipe, out: Path, resume: bool = False) -> None:
     stop, journal = _StopRequest(), Journal(out, engine.announced()[0] == 0)
     try:
         with journal.until_the_end(), watchdog.guard(), _disk_trouble_told(out):
-            _train(recipe, out, resume, stop, journal)
+            _train(recipe, out, resume, initial, stop, journal)
     finally:
         # After a loss the launcher's SIGTERM comes next: it must not end this process before it has said why it ends.
         if not isinstance(sys.exception(), RankLost):
@@ -171,7 +173,7 @@ def _disk_trouble_told(out: Path) -> Iterator[None]:
         raise UserError(what, str(error.filename or out), "make room or mend the disk, then --resume") from None
 
 
-def _train(recipe: Recipe, out: Path, resume: bool, stop: _StopRequest, journal: Journal) -> None:
+def _train(recipe: Recipe, out: Path, resume: bool, initial: Path | None, stop: _StopRequest, journal: Journal) -> None:
     rank, world = engine.announced()
     layout.check(recipe, world)
     lock = _claim(out) if rank == 0 else None
@@ -185,12 +187,15 @@ def _train(recipe: Recipe, out: Path, resume: bool, stop: _StopRequest, journal:
             say(f"mmoe: warning: {warning}")
     here = engine.start(recipe.parallel, recipe.train.seed)
     start = engine.from_first(start)
-    if start is not None:
-        files.verify(start, rank, world)
+    if source := start or initial:
+        files.verify(source, rank, world)
     torch.use_deterministic_algorithms(True)
     # It would also write NaN into all memory that is only taken to be written: a pass over every result.
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    stepper = Stepper(recipe, build_stages(recipe))
+    models = build_stages(recipe)
+    if start is None and initial is not None:
+        hand_over(initial, models)
+    stepper = Stepper(recipe, models)
     progress: dict[str, Any] = {"step": 0, "data": None, "taken": 0, "skipped_samples": 0}
     if start is not None:
         progress = load_checkpoint(start, stepper.wrapped, stepper.optimizer)
@@ -259,7 +264,7 @@ def _loop(
 
         watch = _Watch(loader, show)
         rate = learning_rate(recipe.optimizer, step, steps)
-        bias = bias_rate(recipe.model.moe, step, steps)
+        bias = bias_rate(recipe.model.moe, step, steps) if recipe.model.moe else None
         measure = is_logged(recipe.train, step + 1)
         outcome: Outcome = stepper.step(watch, rate, lambda: stop.asked, bias, measure)
         progress["step"] = journal.step = step + 1

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from mmoe.data.batch import to_device
+from mmoe.errors import UserError
 from mmoe.layers import fp8
 from mmoe.layers.roles import lr_multiplier, role_of
 from mmoe.layers.router import Tally
 from mmoe.models.multimodal import MultimodalModel
 from mmoe.parallel import cpu_platform, engine
 from mmoe.parallel import optimizer as adam
-from mmoe.recipe.schema import Recipe
+from mmoe.recipe.schema import Optimizer, Recipe
 from mmoe.train import controller
 
 
@@ -41,7 +42,7 @@ class Outcome:
     skipped_samples: int
     interrupted: bool
     tallies: Tensor
-    """fp64 [layers, Tally.width], summed over ranks: see mmoe.layers.router."""
+    """fp64 [layers, Tally.width], summed over ranks: see mmoe.layers.router; [0, 0] for a dense model."""
     row_similarity: float
     """Mean cosine of two rows of a router, where the step measured; else 0."""
     suspects: list[str]
@@ -77,12 +78,44 @@ def _forward(batches: Iterator[dict[str, Any]], model: torch.nn.Module, *, suspe
     return model(batch), loss
 
 
+def freeze(models: Sequence[torch.nn.Module], names: Sequence[str]) -> None:
+    """Takes the parameters of the modules called ``names`` out of training, before anything is made for their
+    gradients. Called by all ranks together.
+
+    Raises:
+        UserError: no rank has a module of one of the names, or nothing is left to train.
+    """
+    found, left = torch.zeros(len(names)), torch.zeros(1)
+    for model in models:
+        for name, parameter in model.named_parameters():
+            matches = [i for i, module in enumerate(names) if f"{name}.".startswith(f"{module}.")]
+            found[matches] += 1
+            if matches:
+                parameter.requires_grad_(False)
+            left += parameter.requires_grad
+    counts = engine.sum_over_world(torch.cat((found, left)).to(cpu_platform.device()))
+    for module, count in zip(names, counts[:-1].tolist(), strict=True):
+        if not count:
+            known = sorted({name.split(".")[0] for model in models for name, _ in model.named_parameters()})
+            raise UserError(f"the model has no module {module!r}", "train.frozen", f"name one in {', '.join(known)}")
+    if not counts[-1]:
+        raise UserError("every module is frozen: nothing is left to train", "train.frozen", "thaw one")
+
+
+def module_factor(name: str, settings: Optimizer) -> float:
+    """The learning rate of the parameter ``name`` over ``settings.lr``."""
+    holding = [module for module in settings.modules if f"{name}.".startswith(f"{module.name}.")]
+    longest = max(holding, key=lambda module: len(module.name), default=None)
+    return longest.lr / settings.lr if longest else 1.0
+
+
 class Stepper:
     """This rank's pipeline stages (:func:`mmoe.models.multimodal.build_stages`) and optimizer, ready to step."""
 
     def __init__(self, recipe: Recipe, models: Sequence[MultimodalModel]) -> None:
         self.recipe = recipe
         self.models = list(models)
+        freeze(self.models, recipe.train.frozen)
         config, sharded = self.models[0].config, recipe.parallel.distributed_optimizer
         self.wrapped = engine.prepare(self.models, config, distributed_optimizer=sharded)
         self.optimizer: Any = adam.build(
@@ -90,7 +123,7 @@ class Stepper:
             self.wrapped,
             config,
             distributed=sharded,
-            lr_multiplier=lambda name: lr_multiplier(role_of(name), recipe),
+            lr_multiplier=lambda name: lr_multiplier(role_of(name), recipe) * module_factor(name, recipe.optimizer),
         )
         self.micro_batches = recipe.train.global_batch // (recipe.train.micro_batch * engine.ranks().data_size)
 
@@ -141,12 +174,13 @@ class Stepper:
         if math.isfinite(loss):
             taken, grad_norm = adam.update(self.optimizer, rate)
         fp8.end_step(self.models, taken)
-        if taken:
-            controller.steer(self.models, tallies, self.recipe.model.moe.bias_rate if bias_rate is None else bias_rate)
+        moe = self.recipe.model.moe
+        if taken and moe is not None:
+            controller.steer(self.models, tallies, moe.bias_rate if bias_rate is None else bias_rate)
         return Outcome(
             taken=taken,
             loss=loss,
-            balance_loss=float(Tally.of(tallies, self.recipe.model.moe).balance_loss.sum()) / max(loss_tokens, 1),
+            balance_loss=float(Tally.of(tallies, moe).balance_loss.sum()) / max(loss_tokens, 1) if moe else 0.0,
             hidden_z_loss=hidden_z / max(loss_tokens, 1),
             mtp_loss=ahead_sum / ahead_tokens if ahead_tokens else math.nan,
             grad_norm=grad_norm,

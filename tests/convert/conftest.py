@@ -25,7 +25,7 @@ def exported(tmp_path_factory) -> Exported:
             tensor.add_(0.2 * torch.randn_like(tensor) if tensor.ndim < 2 else 0.1 * torch.randn_like(tensor))
     parts = whole.state_dict()
     language = {k.removeprefix("language_model."): v for k, v in parts.items() if k.startswith("language_model.")}
-    state = longcat.table(MODEL.backbone, MODEL.moe, fused=True).read(language, "the composition")
+    state = dict(longcat.table(MODEL.backbone, MODEL.moe, fused=True).read(language, "the composition"))
     state |= {k: v for k, v in parts.items() if not k.startswith("language_model.")}
     tokenizer = folder / "tokenizer.json"
     train_tokenizer(["how many zebras ?", " 3", "a frog", "left of"], 300).save(str(tokenizer))

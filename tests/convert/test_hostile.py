@@ -15,9 +15,9 @@ from exporting import Exported
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mmoe.checkpoint import load
 from mmoe.convert import from_hf, read_hf
 from mmoe.errors import UserError
-from mmoe.models import multimodal
 
 pytestmark = pytest.mark.latest
 FILES: dict[str, bytes] = {}
@@ -210,8 +210,8 @@ def test_a_recipe_is_not_built_before_its_shapes_are_known(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = []
-    real = multimodal.build
-    monkeypatch.setattr(multimodal, "build", lambda recipe: built.append(real(recipe)) or built[-1])
+    real = load.build
+    monkeypatch.setattr(load, "build", lambda recipe: built.append(real(recipe)) or built[-1])
     recipe = whole / "mmoe_recipe.toml"
     recipe.write_text(recipe.read_text().replace("ffn_hidden_size = 24", "ffn_hidden_size = 40", 1))
     with pytest.raises(UserError, match="by the recipe"):

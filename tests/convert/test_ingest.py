@@ -129,7 +129,7 @@ def test_verify(exported, tmp_path):
     assert len(verify(out, out.with_name("bf16"))) == len(exported.state) - 4
     shutil.copytree(out, tmp_path / "hf")
     tensors = load_file(tmp_path / "hf/model.safetensors")
-    tensors["connector.query"][3] += 0.5
+    tensors["connector.query"][0, 3] += 0.5
     tensors["language_model.model.norm.weight"][0] = -0.0
     save_file(tensors, tmp_path / "hf/model.safetensors")
     findings = verify(out, tmp_path / "hf")
@@ -140,7 +140,7 @@ def test_verify(exported, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"model_type": "mistral"}, "model_type is 'mistral'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"zero_expert_type": "copy"}, "zero_expert_type is 'copy'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e7}}, "rope_type is 'yarn'"),

@@ -45,7 +45,7 @@ def test_there_and_back():
 
 
 def test_what_no_computation_reads_is_not_read():
-    theirs = TABLE.write(ours())
+    theirs = dict(TABLE.write(ours()))
     theirs["long"][3:] = torch.nan
     del theirs["e2.a"]
     assert torch.equal(TABLE.read(theirs, "here")["short"], ours()["short"])
@@ -53,7 +53,7 @@ def test_what_no_computation_reads_is_not_read():
 
 @pytest.mark.parametrize("name", ["p", "up", "e1.b", "long"])
 def test_a_missing_tensor_is_named(name):
-    theirs = TABLE.write(ours())
+    theirs = dict(TABLE.write(ours()))
     del theirs[name]
     with pytest.raises(UserError, match=f"here lacks tensor {name}"):
         TABLE.read(theirs, "here")
@@ -61,7 +61,7 @@ def test_a_missing_tensor_is_named(name):
 
 def test_an_unread_tensor_is_named():
     with pytest.raises(UserError, match="here has unread tensor q and 1 more"):
-        TABLE.read(TABLE.write(ours()) | {"q": torch.zeros(1), "r": torch.zeros(1)}, "here")
+        TABLE.read({**TABLE.write(ours())} | {"q": torch.zeros(1), "r": torch.zeros(1)}, "here")
     with pytest.raises(UserError, match="state has unread tensor extra"):
         TABLE.write(ours() | {"extra": torch.zeros(1)})
     with pytest.raises(UserError, match="state lacks tensor joined"):

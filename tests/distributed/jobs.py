@@ -10,7 +10,8 @@ from mmoe.layers import mla
 from mmoe.models.multimodal import MultimodalModel, build_stages
 from mmoe.parallel import engine, layout, state
 from mmoe.parallel import optimizer as adam
-from mmoe.recipe import model, schema
+from mmoe.recipe import model as tables
+from mmoe.recipe import schema
 from mmoe.recipe.tokens import IMAGE
 from mmoe.train.metrics import gradient_ratio
 from mmoe.train.step import Outcome, Stepper
@@ -25,22 +26,43 @@ PACK, MICRO, GLOBAL, GRID = 32, 2, 8, 2
 mla.LEAST_QUERIES = 8
 
 
-def recipe(**parallel: Any) -> schema.Recipe:
+def longcat() -> tables.Model:
     """A model with everything that a layout can cut: 4 layers, 4 heads, 4 experts beside 2 zero experts, images."""
-    backbone = model.Longcat(
+    backbone = tables.Longcat(
         vocab_size=64, hidden_size=32, layers=4, heads=4, q_lora_rank=16, kv_lora_rank=8, qk_nope_head_dim=8,
         qk_rope_head_dim=4, v_head_dim=8, ffn_hidden_size=48, init_std=0.1, residual_init_std=0.1,
         hidden_z_coefficient=1e-3,
     )  # fmt: skip
-    moe = model.MoE(
+    moe = tables.MoE(
         experts=4, zero_experts=2, top_k=3, expert_hidden_size=16, routed_scaling_factor=2.0, active_experts=1.5,
         balance_coefficient=0.1, balance_groups=2, bias_rate=0.02, router_init_std=0.5,
     )  # fmt: skip
-    vit = model.ViT(name="vit", type="vit", image_size=16, patch_size=4, width=16, layers=1, heads=2)
-    connector = model.SVA(grid=GRID, width=16, heads=2)
+    vit = tables.ViT(name="vit", type="vit", image_size=16, patch_size=4, width=16, layers=1, heads=2)
+    connector = tables.SVA(grid=GRID, width=16, heads=2)
+    return tables.Model(backbone=backbone, moe=moe, mtp=tables.MTP(), encoders=(vit,), connector=connector)
+
+
+def dense() -> tables.Model:
+    """A dense model with two encoders, SVA within the language model, and a token that ends each row of an image."""
+    backbone = tables.Llama(
+        type="llama", vocab_size=64, hidden_size=32, layers=4, heads=4, kv_heads=2, head_dim=8, ffn_hidden_size=48,
+        init_std=0.1, residual_init_std=0.1,
+    )  # fmt: skip
+    fine = tables.ViT(name="fine", type="vit", image_size=16, patch_size=4, width=16, layers=1, heads=2)
+    coarse = tables.ViT(name="coarse", type="vit", image_size=16, patch_size=8, width=16, layers=1, heads=2)
+    inside = tables.Inside(start=0, stride=2, layers=2)
+    connector = tables.SVA(grid=GRID, width=16, heads=2, newline=True, inside=inside)
+    return tables.Model(backbone=backbone, encoders=(fine, coarse), connector=connector)
+
+
+MODELS = {"longcat": longcat, "dense": dense}
+
+
+def recipe(kind: str = "longcat", **parallel: Any) -> schema.Recipe:
+    """Of one of :data:`MODELS`."""
     return schema.Recipe(
         name="layouts",
-        model=model.Model(backbone=backbone, moe=moe, mtp=model.MTP(), encoders=(vit,), connector=connector),
+        model=MODELS[kind](),
         data=schema.Data(mixture="none", sequence_length=PACK),
         train=schema.Train(steps=10, global_batch=GLOBAL, micro_batch=MICRO),
         optimizer=schema.Optimizer(lr=1e-3, eps=1e-5),
@@ -48,7 +70,7 @@ def recipe(**parallel: Any) -> schema.Recipe:
     )
 
 
-def micro_batch(step: int, index: int, images: int = 3) -> dict[str, Any]:
+def micro_batch(step: int, index: int, images: int = 3, image_tokens: int = GRID**2) -> dict[str, Any]:
     """Two packs: one of two documents, images and branches, one that ends in padding. Some have no image."""
     generator = torch.Generator().manual_seed(1000 * step + index)
     images = 0 if index % 4 == 3 else images
@@ -61,7 +83,7 @@ def micro_batch(step: int, index: int, images: int = 3) -> dict[str, Any]:
     position[0, 14:18] -= 4
     position[0, 18:] -= 18
     for image, (pack, place) in enumerate(((0, 2), (0, 19), (1, 5))[:images]):
-        tokens[pack, place : place + GRID**2] = IMAGE
+        tokens[pack, place : place + image_tokens] = IMAGE
         del image
     loss_mask = (torch.rand(MICRO, PACK, generator=generator) < 0.6).float() * (document > 0)
     return {
@@ -78,10 +100,11 @@ def micro_batch(step: int, index: int, images: int = 3) -> dict[str, Any]:
     }
 
 
-def batches(step: int) -> list[dict[str, Any]]:
+def batches(step: int, image_tokens: int = GRID**2) -> list[dict[str, Any]]:
     """This rank's micro-batches of a step: the same eight packs at every layout."""
     here = engine.ranks()
-    return [micro_batch(step, index) for index in range(here.data_rank, GLOBAL // MICRO, here.data_size)]
+    numbers = range(here.data_rank, GLOBAL // MICRO, here.data_size)
+    return [micro_batch(step, index, image_tokens=image_tokens) for index in numbers]
 
 
 Pieces = list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]
@@ -104,11 +127,16 @@ def pieces(models: list[MultimodalModel], *, gradients: bool) -> Pieces:
 
 
 def train(
-    steps: int = 5, first: int = 0, save: tuple[int, str] | None = None, load: str | None = None, **parallel: Any
+    steps: int = 5,
+    first: int = 0,
+    save: tuple[int, str] | None = None,
+    load: str | None = None,
+    kind: str = "longcat",
+    **parallel: Any,
 ) -> dict[str, Any]:
     """Losses, gradient norms and routing of ``steps`` steps from step ``first``; the first one's gradients and the last
     weights. ``save`` = (after which step, folder); ``load``: the folder to go on from."""
-    settings = recipe(**parallel)
+    settings = recipe(kind, **parallel)
     layout.check(settings, engine.announced()[1])
     here = engine.start(settings.parallel, 0)
     torch.use_deterministic_algorithms(True)
@@ -127,7 +155,9 @@ def train(
     try:
         outcomes: list[Outcome] = []
         for step in range(first, first + steps):
-            outcomes.append(stepper.step(iter(batches(step)), settings.optimizer.lr, measure=True))
+            outcomes.append(
+                stepper.step(iter(batches(step, settings.model.image_tokens)), settings.optimizer.lr, measure=True)
+            )
             if save and save[0] == step + 1:
                 if here.first:
                     Path(save[1]).mkdir()
@@ -136,13 +166,14 @@ def train(
     finally:
         adam.update = update
     assert all(outcome.taken for outcome in outcomes)
+    moe = settings.model.moe
     return {
         "loss": [outcome.loss for outcome in outcomes],
         "grad_norm": [outcome.grad_norm for outcome in outcomes],
         "balance_loss": [outcome.balance_loss for outcome in outcomes],
         "hidden_z_loss": [outcome.hidden_z_loss for outcome in outcomes],
         "mtp_loss": [outcome.mtp_loss for outcome in outcomes],
-        "gradient_ratio": [gradient_ratio(outcome.tallies, settings.model.moe) for outcome in outcomes],
+        "gradient_ratio": [gradient_ratio(outcome.tallies, moe) if moe else 0.0 for outcome in outcomes],
         "row_similarity": [outcome.row_similarity for outcome in outcomes],
         "tallies": [outcome.tallies for outcome in outcomes],
         "counts": [(outcome.tokens, outcome.samples) for outcome in outcomes],

@@ -63,6 +63,7 @@ TOGETHER: dict[str, Layout] = {
 MATRIX = [pytest.param(layout, id=name) for name, layout in ONE_OF_A_KIND.items()] + [
     pytest.param(layout, id=name, marks=pytest.mark.slow) for name, layout in TOGETHER.items()
 ]
+DENSE = ("tp2", "tp2 sp cp2", "selective recompute", "dp4")
 Results = list[dict[str, Any]]
 
 
@@ -83,6 +84,24 @@ def whole(results: Results, kind: str) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def single(ranks: pool.Pools) -> Results:
     return ranks(1).run("jobs", "train")
+
+
+@pytest.mark.parametrize("layout", ["tp2 sp", "cp2", "dp2", *(pytest.param(n, marks=pytest.mark.slow) for n in DENSE)])
+def test_dense_model_with_sva_inside(ranks: pool.Pools, layout: str) -> None:
+    """Its layers within the language model ask with what each rank holds of the sequence."""
+    (world, parallel), single = {**ONE_OF_A_KIND, **TOGETHER}[layout], ranks(1).run("jobs", "train", kind="dense")
+    results = ranks(world).run("jobs", "train", kind="dense", **parallel)
+    for result in results:
+        for name in ("loss", "grad_norm"):
+            assert result[name] == pytest.approx(single[0][name], rel=CURVE), name
+    theirs = whole(single, "gradients")
+    limit = max(float(gradient.abs().max()) for gradient in theirs.values()) / 1000
+    for name, gradient in whole(results, "gradients").items():
+        difference = float((gradient - theirs[name]).abs().max())
+        # Behind the images stand a chain as long again and norms that go into linear maps of 16 columns: the rounding
+        # of so many terms is √16 that of one.
+        allowed = GRADIENT * (1 if name.startswith("language.") else 4)
+        assert difference <= allowed * max(float(theirs[name].abs().max()), limit), f"{name}: {difference}"
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,11 @@ def model() -> MultimodalModel:
     return MultimodalModel(recipe, small.config()).eval()
 
 
+def shown(pictures: torch.Tensor) -> dict:
+    """A batch's fields of pictures [n, 3, 16, 16]."""
+    return {"images": {16: pictures}, "original_sizes": torch.full((len(pictures), 2), 16)}
+
+
 def ids(count: int, seed: int) -> list[int]:
     return torch.randint(4, 64, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -40,12 +45,12 @@ def test_branches_and_documents_are_alone(model: MultimodalModel) -> None:
         "branch": [0] * 5 + [1] * 4 + [2] * 3 + [0] * 12,
     }
     packed = small.batch(
-        torch.tensor([tokens]), images=pictures, **{name: torch.tensor([value]) for name, value in row.items()}
+        torch.tensor([tokens]), **shown(pictures), **{name: torch.tensor([value]) for name, value in row.items()}
     )
     logits = model.logits(packed)[0]
 
     def alone(sequence: list[int], picture: int) -> torch.Tensor:
-        return model.logits(small.batch(torch.tensor([sequence]), images=pictures[picture : picture + 1]))[0]
+        return model.logits(small.batch(torch.tensor([sequence]), **shown(pictures[picture : picture + 1])))[0]
 
     torch.testing.assert_close(logits[:9], alone([*prefix, *one], 0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logits[9:12], alone([*prefix, *two], 0)[5:], rtol=1e-4, atol=1e-5)
@@ -65,7 +70,7 @@ def test_losses_are_the_masked_places(model: MultimodalModel) -> None:
 
 
 def test_too_few_images_are_an_error(model: MultimodalModel) -> None:
-    batch = small.batch(torch.tensor([[1, *[IMAGE] * 8]]), images=torch.zeros(1, 3, 16, 16))
+    batch = small.batch(torch.tensor([[1, *[IMAGE] * 8]]), **shown(torch.zeros(1, 3, 16, 16)))
     with pytest.raises(ValueError, match="8 <image> tokens"):
         model.logits(batch)
 

@@ -30,12 +30,16 @@ active_experts = 1.2
 name = "vit"
 type = "vit"
 image_size = 32
+patch_size = 8
 width = 32
+layers = 2
+heads = 4
 
 [[model.encoders]]
 name = "conv"
 type = "convnet"
 image_size = 32
+widths = [16, 32, 64]
 
 [model.connector]
 grid = 2

@@ -30,7 +30,16 @@ from mmoe.recipe import load_recipe
         (["model.connector.width=30"], "model.connector.width: 30 is not a multiple of heads = 4"),
         (["model.connector.grid=3"], "model.connector.grid: 3 does not divide the grid of encoder 'vit', 4"),
         (["model.encoders.0.width=30"], "model.encoders.0.width: 30 is not a multiple of heads = 4"),
-        (["model.encoders.1.image_size=64"], "model.encoders.1.image_size: 64 differs from the first encoder's 32"),
+        (["model.encoders.1.image_size=36"], "36 is not a multiple of the encoder's stride 8"),
+        (["model.encoders.1.image_size=40"], "2 does not divide the grid of encoder 'conv', 5"),
+        (["model.connector.groups=[2, 3]"], "model.connector.groups: 3 does not divide the grid of encoder 'vit', 4"),
+        (["model.connector.inside.stride=2", "model.connector.inside.layers=2"], "the last of 2 stands behind layer 2"),
+        (["model.encoders.0.feature_layer=-3"], "-3 names none of 2 layers"),
+        (["model.encoders.0.pooling=norm"], "either the features' or the pooled token's"),
+        (["model.encoders.0.position=rope", "model.encoders.0.heads=16"], "heads of 2 are no multiple of 4"),
+        (["model.backbone.type=mistral"], "model.backbone.type must be one of 'longcat', 'llama', found the string"),
+        (["model.encoders.0.type=vits"], "model.encoders.0.type must be one of 'vit', 'convnext', 'convnet', found"),
+        (["model.connector.type=linear"], "unknown key 'model.connector.width'"),
         (
             ["model.encoders.0.patch_size=5"],
             "model.encoders.0.image_size: 32 is not a multiple of the encoder's stride",
@@ -73,3 +82,85 @@ def test_encoders_need_a_connector(tiny: Path) -> None:
 )
 def test_possible_edges(tiny: Path, overrides: list[str]) -> None:
     assert load_recipe(tiny, overrides).name == "tiny"
+
+
+LLAMA = """\
+[model.backbone]
+type = "llama"
+vocab_size = 64
+hidden_size = 32
+layers = 1
+heads = 4
+kv_heads = 2
+head_dim = 8
+ffn_hidden_size = 64
+
+"""
+CONVNEXT = """\
+[[model.encoders]]
+name = "next"
+type = "convnext"
+image_size = 32
+widths = [8, 16]
+depths = [1, 1]
+grid = 2
+
+"""
+
+
+def dense(tiny: Path) -> Path:
+    """The recipe with a Llama-shaped language model."""
+    text = tiny.read_text()
+    start, end = text.index("[model.backbone]"), text.index("[[model.encoders]]")
+    tiny.write_text(text[:start] + LLAMA + text[end:])
+    return tiny
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what"),
+    [
+        (["model.backbone.kv_heads=3"], "model.backbone.kv_heads: 3 does not divide heads = 4"),
+        (["model.backbone.head_dim=7"], "model.backbone.head_dim: 7 is odd"),
+        (["model.backbone.q_lora_rank=8"], "unknown key 'model.backbone.q_lora_rank'"),
+        (["model.mtp.loss_weight=0.1"], "model.mtp: multi-token prediction stands on a LongCat backbone"),
+    ],
+)
+def test_impossible_dense_models(tiny: Path, overrides: list[str], what: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(dense(tiny), overrides)
+    assert what in caught.value.what
+
+
+def test_backbones_and_experts_go_together(tiny: Path) -> None:
+    text = tiny.read_text()
+    experts = text[text.index("[model.moe]") : text.index("[[model.encoders]]")]
+    tiny.write_text(text.replace(experts, ""))
+    with pytest.raises(UserError, match=r"missing key 'model\.moe'"):
+        load_recipe(tiny)
+    tiny.write_text(text)
+    tiny.write_text(dense(tiny).read_text() + experts)
+    with pytest.raises(UserError, match="a Llama backbone has no experts"):
+        load_recipe(tiny)
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("feature_stages = [0, 1]\ngrid = 2", ""),
+        ("feature_stages = [0, 1]", "maps of several stages differ in size"),
+        ("feature_stages = [2]", "names no stages of 2"),
+        ("feature_stages = []", "names no stages of 2"),
+        ("depths = [1]", "1 depths for 2 widths"),
+    ],
+)
+def test_convnext(tiny: Path, line: str, what: str) -> None:
+    keys = {row.split(" = ")[0] for row in line.splitlines()} | {"grid"}
+    kept = [row for row in CONVNEXT.splitlines() if row.split(" = ")[0] not in keys]
+    table = "\n".join([*kept, line, ""])
+    tiny.write_text(tiny.read_text().replace("[model.connector]", f"{table}\n[model.connector]"))
+    if not what:
+        assert load_recipe(tiny).model.image_tokens == 4
+        return
+    with pytest.raises(UserError) as caught:
+        load_recipe(tiny)
+    assert what in caught.value.what

@@ -66,7 +66,7 @@ def test_set_takes_bare_and_quoted_strings_booleans_and_list_entries(tiny: Path)
         [*overrides, "optimizer.betas=[0.8, 0.9]", "model.encoders.1.widths=[8, 16]", "model.encoders.1.widths.1=32"],
     )
     assert (recipe.data.root, recipe.data.tokenizer, recipe.parallel.sequence) == ("/a/b c", "t.json", True)
-    assert [encoder.layers for encoder in recipe.model.encoders] == [3, 2]
+    assert recipe.model.encoders[0].layers == 3
     assert recipe.optimizer.betas == (0.8, 0.9)
     assert recipe.model.encoders[1].widths == (8, 32)
 
@@ -115,7 +115,7 @@ def test_unknown_key_names_the_nearest_in_its_table_and_elsewhere(tiny: Path) ->
     [
         ("train.lr=1", "unknown key 'train.lr'", "did you mean 'optimizer.lr'?"),
         ("trian.steps=1", "unknown key 'trian'", "did you mean 'train'?"),
-        ("model.encoders.0.qqq=1", "unknown key 'model.encoders.0.qqq'", "the keys here are name, type"),
+        ("model.encoders.0.qqq=1", "unknown key 'model.encoders.0.qqq'", "the keys here are name, image_size"),
         ("train.steps=many", "train.steps must be an integer, found the string 'many'", ""),
         ("train.steps=true", "train.steps must be an integer, found true", ""),
         ("parallel.sequence=1", "parallel.sequence must be true or false, found the integer 1", ""),

@@ -27,8 +27,8 @@ MTP = "model.mtp."
 """Multi-token prediction: published with the checkpoints, read by those who serve them, left aside by transformers."""
 
 
-def _mtp(prefix: str) -> list[Entry]:
-    ours, theirs = "language.mtp", f"{prefix}{MTP}"
+def _mtp() -> list[Entry]:
+    ours, theirs = "language.mtp", MTP
     layer = f"{theirs}layers.0"
     mlp = f"{layer}.transformer_layer.mlp"
     same = ("eh_proj", "input_layernorm", "post_attention_layernorm")
@@ -43,18 +43,18 @@ def _mtp(prefix: str) -> list[Entry]:
     ]
 
 
-def table(backbone: Longcat, moe: MoE, *, fused: bool, prefix: str = "", mtp: bool = False) -> Table:
-    """Names of the language model; ``prefix`` goes in front of theirs."""
+def table(backbone: Longcat, moe: MoE, *, fused: bool, mtp: bool = False) -> Table:
+    """Names of the language model."""
     entries = [
-        Entry("language.embedding.word_embeddings.weight", (f"{prefix}model.embed_tokens.weight",)),
-        Entry("language.decoder.final_layernorm.weight", (f"{prefix}model.norm.weight",)),
-        Entry("language.output_layer.weight", (f"{prefix}lm_head.weight",)),
+        Entry("language.embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
+        Entry("language.decoder.final_layernorm.weight", ("model.norm.weight",)),
+        Entry("language.output_layer.weight", ("lm_head.weight",)),
     ]
     if mtp:
-        entries += _mtp(prefix)
+        entries += _mtp()
     padding: dict[str, str] = {}
     for layer in range(backbone.layers):
-        ours, theirs = f"language.decoder.layers.{layer}", f"{prefix}model.layers.{layer}"
+        ours, theirs = f"language.decoder.layers.{layer}", f"model.layers.{layer}"
         for block in (0, 1):
             entries += [
                 Entry(f"{ours}.attention.{block}.{name}", (f"{theirs}.self_attn.{block}.{name}",)) for name in ATTENTION
@@ -68,8 +68,8 @@ def table(backbone: Longcat, moe: MoE, *, fused: bool, prefix: str = "", mtp: bo
             entries.append(Entry(f"{ours}.mlp.{block}.linear_fc1.weight", gate_up))
             entries.append(Entry(f"{ours}.mlp.{block}.linear_fc2.weight", (f"{mlp}.down_proj.weight",)))
         router = f"{theirs}.mlp.router"
-        entries.append(Entry(f"{ours}.moe.router.weight", (f"{router}.classifier.weight",)))
-        entries.append(Entry(f"{ours}.moe.router.e_score_correction_bias", (f"{router}.e_score_correction_bias",)))
+        for mine, name in (("weight", "classifier.weight"), ("e_score_correction_bias",) * 2):
+            entries.append(Entry(f"{ours}.moe.router.{mine}", (f"{router}.{name}",), fp32=True))
 
         experts = f"{theirs}.mlp.experts"
         w1, w2 = f"{ours}.moe.experts.w1", f"{ours}.moe.experts.w2"
@@ -141,15 +141,12 @@ def to_config(backbone: Longcat, moe: MoE, dtype: str) -> dict[str, Any]:
     }
 
 
-def from_config(config: Any, where: str) -> tuple[Longcat, MoE]:
+def from_config(config: dict[str, Any], where: str) -> tuple[Longcat, MoE]:
     """The sizes in a ``config.json``; ``active_experts`` is what uniform routing gives, since the file does not say.
 
     Raises:
-        UserError: another kind of model, a missing field, or a variant that is not supported.
+        UserError: a missing field, or a variant that is not supported.
     """
-    if not isinstance(config, dict) or config.get("model_type") != "longcat_flash":
-        kind = config.get("model_type") if isinstance(config, dict) else config
-        raise UserError(f"model_type is {kind!r}", where, "only longcat_flash models are read")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"rope_parameters is {rope!r}", where, "export the model again")

@@ -37,7 +37,9 @@ class MmoeImageProcessor(ImageProcessingMixin):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.image_size, self.fit, self.interpolation = image_size, fit, interpolation
+        self.image_size = image_size
+        self.fit: Fit = fit
+        self.interpolation: Interpolation = interpolation
 
     def __call__(self, images: Picture | Sequence[Picture], return_tensors: str | None = "pt") -> BatchFeature:
         pictures = [images] if isinstance(images, Picture) else list(images)
@@ -48,7 +50,7 @@ class MmoeImageProcessor(ImageProcessingMixin):
         for side in sides:
             name = "pixel_values" if len(sides) == 1 else f"pixel_values_{side}"
             data[name] = np.array([view[side] for view, _ in views], np.float32).reshape(-1, 3, side, side)
-        if len(sides) > 1:
+        if len(sides) > 1 or self.fit == "pad":
             data["original_sizes"] = np.array([size for _, size in views], np.int64).reshape(-1, 2)
         return BatchFeature(data, tensor_type=return_tensors)
 

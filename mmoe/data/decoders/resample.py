@@ -99,7 +99,7 @@ def _filters(
     for i in range(size):
         center = (i + 0.5) * scale
         taps = np.arange(math.floor(center - support), math.ceil(center + support))
-        weights = _weights((taps + 0.5 - center) / widened, interpolation)
+        weights = _weights((taps + (0.5 - center)).astype(np.float64) / widened, interpolation)
         yield taps, weights / weights.sum()
 
 

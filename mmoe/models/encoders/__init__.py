@@ -1,30 +1,24 @@
-"""Vision encoders: pixels [n, 3, H, W] → features [n, grid, grid, channels]; attributes ``channels`` and ``grid``."""
+"""Vision encoders: pixels [n, 3, S, S], normalised (x/255 − 0.5) · 4 → maps of features, each [n, g, g, c] at the size
+that it comes in; attributes ``channels``, the sum over the maps, and ``grid``, the side they are understood at."""
 
 from mmoe.errors import UserError
 from mmoe.models.encoders.convnet import ConvNet
+from mmoe.models.encoders.convnext import ConvNeXt
 from mmoe.models.encoders.vit import ViT
 from mmoe.recipe.model import AnyEncoder
 
-__all__ = ["ConvNet", "ViT", "build_encoder"]
+__all__ = ["ConvNeXt", "ConvNet", "ViT", "build_encoder"]
 
 
-def build_encoder(config: AnyEncoder) -> ViT | ConvNet:
+def build_encoder(config: AnyEncoder) -> ViT | ConvNeXt | ConvNet:
     """The encoder that a recipe names, freshly initialised from torch's generator.
 
     Raises:
-        UserError: sizes that do not divide.
+        UserError: sizes that do not divide, or a layer or stage that is not there.
     """
     try:
         if config.type == "vit":
-            return ViT(
-                image_size=config.image_size,
-                patch_size=config.patch_size,
-                width=config.width,
-                layers=config.layers,
-                heads=config.heads,
-            )
-        if config.type == "convnext":
-            raise ValueError("ConvNeXt is not there yet")
-        return ConvNet(image_size=config.image_size, widths=config.widths)
+            return ViT(config)
+        return ConvNeXt(config) if config.type == "convnext" else ConvNet(config)
     except ValueError as error:
-        raise UserError(str(error), f"model.encoders, {config.name}", "choose sizes that divide") from None
+        raise UserError(str(error), f"model.encoders, {config.name}", "change one of them") from None

@@ -3,10 +3,11 @@
 Torch only: the Hugging Face export ships this very file.
 """
 
-from collections.abc import Sequence
-
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mmoe.models.encoders.normalise import renormalise
+from mmoe.recipe.model import ConvNet as Config
 
 GROUPS = 8
 
@@ -38,25 +39,24 @@ class Stage(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Pixels [n, 3, image_size, image_size] → features [n, grid, grid, channels]; n may be 0.
-
-    Args:
-        image_size: side in pixels, a multiple of 2^len(widths); ``grid`` = image_size / 2^len(widths).
-        widths: channels of the stages, each a multiple of 8; the last is ``channels``.
+    """Pixels [n, 3, image_size, image_size], normalised (x/255 − 0.5) · 4 → one map of features [n, g, g, channels],
+    g = image_size / 2^len(widths); n may be 0. ``grid`` is the recipe's, to which the connector resizes it, or g.
 
     Raises:
         ValueError: sizes that do not divide.
     """
 
-    def __init__(self, *, image_size: int, widths: Sequence[int]) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
+        size, widths = config.image_size, config.widths
         stride = 2 ** len(widths)
         if not widths or any(width % GROUPS for width in widths):
-            raise ValueError(f"widths {tuple(widths)} must be one or more multiples of {GROUPS}")
-        if image_size % stride:
-            raise ValueError(f"image_size {image_size} is no multiple of {stride}, the stride of {len(widths)} stages")
+            raise ValueError(f"widths {widths} must be one or more multiples of {GROUPS}")
+        if size % stride:
+            raise ValueError(f"image_size {size} is no multiple of {stride}, the stride of {len(widths)} stages")
+        self.config = config
         self.channels = widths[-1]
-        self.grid = image_size // stride
+        self.grid = config.grid or size // stride
         inputs = (3, *widths[:-1])
         self.stages = nn.ModuleList(Stage(a, b, i > 0) for i, (a, b) in enumerate(zip(inputs, widths, strict=True)))
         self.norm = nn.LayerNorm(self.channels)
@@ -70,8 +70,8 @@ class ConvNet(nn.Module):
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        x = pixels
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        x = renormalise(pixels, self.config)
         for stage in self.stages:
             x = stage(x)
-        return self.norm(x.permute(0, 2, 3, 1))
+        return [self.norm(x.permute(0, 2, 3, 1))]
