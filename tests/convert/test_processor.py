@@ -32,6 +32,12 @@ def test_several_sizes_are_a_tensor_each_and_the_pictures_own_sizes(tmp_path):
     assert made["original_sizes"].tolist() == [list(shape) for shape in SHAPES]
 
 
+def test_where_there_is_a_border_to_mask_the_pictures_own_sizes_come_along():
+    made = MmoeImageProcessor(16, "pad")(PICTURES)
+    assert made.keys() == {"pixel_values", "original_sizes"}
+    assert made["original_sizes"].tolist() == [list(shape) for shape in SHAPES]
+
+
 def test_no_pictures():
     assert MmoeImageProcessor(16)([])["pixel_values"].shape == (0, 3, 16, 16)
     several = MmoeImageProcessor([16, 24])([])
