@@ -1,9 +1,16 @@
 """The exported image processor on its own: sizes, fit and filter as the recipe has them, by the definition's pixels."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+import torch
+from exporting import MODEL
 from PIL import Image
 
+from mmoe.convert.families import longcat
+from mmoe.convert.hf.configuration_mmoe import MmoeConfig
+from mmoe.convert.hf.modeling_mmoe import MmoeForConditionalGeneration
 from mmoe.convert.hf.processing_mmoe import MmoeImageProcessor
 from mmoe.data.pixels import preprocess
 
@@ -43,3 +50,24 @@ def test_no_pictures():
     several = MmoeImageProcessor([16, 24])([])
     assert several["pixel_values_24"].shape == (0, 3, 24, 24)
     assert several["original_sizes"].shape == (0, 2)
+
+
+def test_what_it_gives_is_what_generation_takes():
+    """Two encoders of two sizes: greedy tokens are the largest logits of the forward pass, with both pictures read."""
+    first, second = MODEL.encoders
+    encoders = [dataclasses.asdict(first), dataclasses.asdict(dataclasses.replace(second, image_size=16))]
+    text = longcat.to_config(MODEL.backbone, MODEL.moe, "float32")
+    config = MmoeConfig(text_config=text, encoders=encoders, connector=dataclasses.asdict(MODEL.connector))
+    torch.manual_seed(0)
+    model = MmoeForConditionalGeneration(config).eval()
+    pixels = dict(MmoeImageProcessor([32, 16])(PICTURES[:1]))
+    ids = torch.tensor([[1, 3, 3, 3, 3, 7, 8]])
+    ones = torch.ones_like(ids)
+    made = model.generate(ids, attention_mask=ones, max_new_tokens=3, do_sample=False, pad_token_id=0, **pixels)
+    for end in range(7, made.size(1)):
+        assert model(made[:, :end], **pixels).logits[0, -1].argmax() == made[0, end]
+    logits = model(ids, **pixels).logits
+    for name in ("pixel_values_32", "pixel_values_16"):
+        assert not torch.equal(model(ids, **(pixels | {name: pixels[name] + 1})).logits, logits)
+    with pytest.raises(ValueError, match="pixels_16"):
+        model.generate(ids, attention_mask=ones, max_new_tokens=1, pixels_16=pixels["pixel_values_16"])
