@@ -170,14 +170,22 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     stats = _command(data, "stats", _stats, "describe a data set in a page", example)
     stats.add_argument("path", type=Path, metavar="PATH")
     stats.add_argument("--out", type=Path, required=True, metavar="FILE")
+    example = "data leakage data-cache/scenes/train data-cache/scenes/test"
+    leakage = _command(data, "leakage", _leakage, "find test pictures that the training data shows too", example)
+    leakage.add_argument("train", type=Path, metavar="TRAIN")
+    leakage.add_argument("tests", type=Path, nargs="+", metavar="TEST")
+    leakage.add_argument("--json", type=Path, metavar="FILE", help="write every match here")
+    text = "bits of 64 that two pictures' hashes may differ by (default: 4)"
+    leakage.add_argument("--threshold", type=int, default=4, metavar="N", help=text)
 
     example = "report runs/quickstart"
     report = _command(commands, "report", _report, "write report.html and report.png of a run", example)
     report.add_argument("run_directory", type=Path, metavar="DIR")
     example = "bench ops --only router --json router.json"
     bench = _command(commands, "bench", _bench, "measure operators, training steps and choices of the model", example)
-    text = "the operators, a step, checkpoints, conversion, or choices of LongCat-Flash in training; needs a checkout"
-    bench.add_argument("suite", choices=["ops", "step", "checkpoint", "convert", "ablations"], help=text)
+    text = "the operators, a step, checkpoints, conversion, loading, or choices of LongCat-Flash; needs a checkout"
+    suites = ["ops", "step", "checkpoint", "convert", "data", "ablations"]
+    bench.add_argument("suite", choices=suites, help=text)
     bench.add_argument("--json", type=Path, metavar="FILE", help="write every row here")
     bench.add_argument("--only", action="extend", nargs="+", default=[], metavar="NAME", help="these operators alone")
     bench.add_argument("--skip", action="extend", nargs="+", default=[], metavar="PEER", help="leave these peers out")
@@ -337,6 +345,12 @@ def _stats(options: argparse.Namespace) -> None:
     from mmoe.data.stats import report
 
     report(options.path, options.out)
+
+
+def _leakage(options: argparse.Namespace) -> None:
+    from mmoe.data.leakage import run
+
+    run(options.train, options.tests, options.json, options.threshold)
 
 
 def _report(options: argparse.Namespace) -> None:

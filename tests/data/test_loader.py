@@ -15,7 +15,7 @@ from test_source import overwrite
 
 from mmoe.data.loader import Loader
 from mmoe.data.pack import WINDOW
-from mmoe.data.pixels import preprocess
+from mmoe.data.pixels import SCALE, preprocess
 from mmoe.data.shards import Sample
 from mmoe.errors import UserError
 from mmoe.recipe.schema import Data
@@ -223,6 +223,39 @@ def test_another_tokenizer_is_refused(tmp_path):
     path.write_text(path.read_text() + "\n")
     with pytest.raises(UserError, match="prepared with another tokenizer"):
         loader(tmp_path, mixture=write_mixture(tmp_path, a=1))
+
+
+@pytest.mark.parametrize("decoder", ["dali", "simplejpeg", "pillow"])
+def test_every_decoder_gives_every_size_in_the_same_stream(root, decoder):
+    """Pictures of 16 × 16 at their own size are exact whatever decodes them; twice as large, within a step."""
+    options = {"image_tokens": IMAGE_TOKENS, "micro_batch": 2, "global_batch": 8, "seed": 0}
+    settings = data(root, decoder=decoder, workers=2, fit="crop")
+    with Loader(settings, image_sizes=(2 * SIZE, SIZE), **options) as source, loader(root) as plain:
+        for got, want in zip(take(source, 6), take(plain, 6), strict=True):
+            assert list(got["images"]) == [2 * SIZE, SIZE]
+            assert torch.equal(got["images"][SIZE], want["images"][SIZE])
+            assert torch.equal(got["tokens"], want["tokens"])
+            pictures = want["images"][SIZE]
+            twice = torch.nn.functional.interpolate(pictures, scale_factor=2, mode="bilinear")
+            torch.testing.assert_close(got["images"][2 * SIZE], twice, atol=1.01 / SCALE, rtol=0)
+
+
+def test_what_was_read_before_a_defect_comes_out_before_it(root, monkeypatch):
+    with loader(root) as source:
+        want = take(source, 3)
+    read, left = Loader._read, [sum(map(len, batch["samples"])) for batch in want]
+    calls = itertools.count()
+
+    def fails_later(self, slot):
+        if next(calls) == sum(left):
+            raise ZeroDivisionError("made up")
+        return read(self, slot)
+
+    monkeypatch.setattr(Loader, "_read", fails_later)
+    with loader(root) as source:
+        assert_same(take(source, 3), want)
+        with pytest.raises(ZeroDivisionError):
+            next(source)
 
 
 def test_closing_ends_the_thread_and_the_stream(root):

@@ -18,8 +18,8 @@ Picture = Image.Image | bytes | str | Path
 class MmoeImageProcessor(ImageProcessingMixin):
     """Pictures (opened, encoded bytes, or paths) → ``pixel_values`` [n, 3, side, side] float32.
 
-    For encoders of several image sizes: ``pixel_values_<side>`` for each of them, and ``original_sizes`` [n, 2] int64,
-    the upright pictures' heights and widths.
+    For encoders of several image sizes: ``pixel_values_<side>`` for each of them. With several or with ``fit`` "pad"
+    also ``original_sizes`` [n, 2] int64, the upright pictures' heights and widths.
 
     Args:
         image_size: the side of the square that a picture becomes, or a list of several.

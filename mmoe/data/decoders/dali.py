@@ -92,7 +92,8 @@ class DaliDecoder:
                 except BadImage as error:
                     call.bad[i] = str(error)
                     continue
-                size = image.height * image.width
+                side = max(image.height, image.width)
+                size = side * side if self.view.fit == "pad" else image.height * image.width
                 if len(run) == LARGEST_BATCH or pixels + size > self.view.max_pixels:
                     self._schedule(_Run(call, run))
                     run, pixels = [], 0

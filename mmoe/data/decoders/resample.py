@@ -42,46 +42,47 @@ def normalise_into(
         rgb = padded
     # The cubic overshoots, and in 8 bits torch would cut that between the passes.
     given = torch.from_numpy(rgb if interpolation == "triangular" else rgb.astype(np.float32)).permute(2, 0, 1)
-    pixels = _resized(given, rows, columns, interpolation)
-    y, x = (rows - size) // 2, (columns - size) // 2
-    np.subtract(pixels[:, y : y + size, x : x + size].numpy(), np.float32(MEAN), out=out)
+    whole = out if (rows, columns) == (size, size) else np.empty((3, rows, columns), np.float32)
+    _resize_into(whole, given, interpolation)
     if fit == "pad" and height != width:
         lengths = ((canvas[0], top, height), (canvas[1], left, width))
         rows_there, columns_there = (_share(*length, size, interpolation) for length in lengths)
-        out += (MEAN - math.floor(MEAN)) * (1 - rows_there[:, None] * columns_there)
-    out *= np.float32(1 / SCALE)
+        whole += (MEAN - math.floor(MEAN)) * (1 - rows_there[:, None] * columns_there)
+    y, x = (rows - size) // 2, (columns - size) // 2
+    np.multiply(whole[:, y : y + size, x : x + size], np.float32(1 / SCALE), out=out)
 
 
-def _resized(pixels: Tensor, rows: int, columns: int, interpolation: Interpolation) -> Tensor:
-    """``[3, height, width]`` → ``[3, rows, columns]``, uint8 as given, or float32 where borders were put right."""
-    height, width = pixels.shape[1:]
-    if (height, width) == (rows, columns):
-        return pixels
-    out = _torch(pixels, rows, columns, interpolation)
-    across, down = beyond(width, columns, interpolation), beyond(height, rows, interpolation)
-    if not across and not down:
-        return out
-    out = out.float()
-    if across:
-        edges = _torch(pixels[:, :, [0, -1]], rows, 2, interpolation).float()
+def _resize_into(out: NDArray[np.float32], pixels: Tensor, interpolation: Interpolation) -> None:
+    """``[3, height, width]``, uint8 for the triangular filter → ``[3, rows, columns]`` in ``out``, less the mean."""
+    (_, height, width), (_, rows, columns) = pixels.shape, out.shape
+    np.subtract(_torch(pixels, rows, columns, interpolation).numpy(), np.float32(MEAN), out=out)
+    if across := beyond(width, columns, interpolation):
+        edges = _torch(pixels[:, :, :: max(1, width - 1)], rows, 2, interpolation).numpy() - np.float32(MEAN)
         _mend(out, edges, across)
-    if down:
-        lines = _resized(pixels[:, [0, -1]], 2, columns, interpolation).float()
-        _mend(out.transpose(1, 2), lines.transpose(1, 2), down)
-    return out.clamp_(0, 255) if interpolation == "cubic" else out
+    if down := beyond(height, rows, interpolation):
+        lines = np.empty((3, 2, columns), np.float32)
+        both = pixels[:, :: height - 1] if height > 1 else pixels.expand(-1, 2, -1)
+        _resize_into(lines, both, interpolation)
+        _mend(out.transpose(0, 2, 1), lines.transpose(0, 2, 1), down)
+    if interpolation == "cubic" and (height, width) != (rows, columns):
+        np.clip(out, -MEAN, MEAN, out=out)
 
 
-def _mend(out: Tensor, edges: Tensor, parts: Mapping[int, tuple[float, float]]) -> None:
+def _mend(out: NDArray[np.float32], edges: NDArray[np.float32], parts: Mapping[int, tuple[float, float]]) -> None:
     """Puts columns of ``[3, rows, columns]`` right by the first and the last one's own results, ``[3, rows, 2]``."""
     for i, (before, after) in parts.items():
-        mine = out[:, :, i]
-        mine += before * (edges[:, :, 0] - mine) + after * (edges[:, :, 1] - mine)
+        mine = out[:, :, i] * np.float32(1 - before - after)
+        if before:
+            mine += np.float32(before) * edges[:, :, 0]
+        if after:
+            mine += np.float32(after) * edges[:, :, 1]
+        out[:, :, i] = mine
 
 
 def _torch(pixels: Tensor, rows: int, columns: int, interpolation: Interpolation) -> Tensor:
     if pixels.shape[1:] == (rows, columns):
         return pixels
-    # Of one column, torch 2.13 reads others' memory in float32.
+    # Of one column and in float32, torch 2.13 reads other memory.
     if pixels.size(2) == 1:
         pixels = pixels.expand(-1, -1, 2)
     return interpolate(pixels[None], size=(rows, columns), mode=MODES[interpolation], antialias=True)[0]
@@ -89,7 +90,7 @@ def _torch(pixels: Tensor, rows: int, columns: int, interpolation: Interpolation
 
 def _filters(
     length: int, size: int, interpolation: Interpolation
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+) -> Iterator[tuple[NDArray[np.integer], NDArray[np.floating]]]:
     """For each of the ``size`` pixels made of ``length``: those that its filter reads, beyond the border too, and their
     weights, of sum 1."""
     scale = length / size
@@ -123,7 +124,7 @@ def _share(canvas: int, start: int, length: int, size: int, interpolation: Inter
     return np.array([weights[(taps >= start) & (taps < start + length)].sum() for taps, weights in filters], np.float32)
 
 
-def _weights(x: NDArray[np.float64], interpolation: Interpolation) -> NDArray[np.float64]:
+def _weights(x: NDArray[np.floating], interpolation: Interpolation) -> NDArray[np.floating]:
     x = np.abs(x)
     if interpolation == "triangular":
         return np.maximum(0, 1 - x)

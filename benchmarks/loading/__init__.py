@@ -1,0 +1,1 @@
+"""What `mmoe bench data` times: one file a side."""

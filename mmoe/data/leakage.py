@@ -1,0 +1,169 @@
+"""Pictures of a test set that the training set shows as well: equal, or nearly so, by perceptual hashes.
+
+A picture's hash is 64 bits: the signs of its 8 × 8 lowest frequencies (DCT of 32 × 32 gray pixels) about their median
+(Zauner, "Implementation and benchmarking of perceptual image hash functions", 2010; as in the package ImageHash). It
+hardly changes when a picture is compressed or resized again.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mmoe.data.document import BadSample
+from mmoe.data.pixels import BadImage, open_image, to_rgb
+from mmoe.data.source import Source
+from mmoe.errors import UserError
+
+BITS, SIDE, LOW = 64, 32, 8
+THRESHOLD = 4
+"""Bits that may differ by default; two unrelated pictures' hashes differ by 32 on average."""
+SHOWN = 20
+"""Matches of a test set that are printed; the JSON has all."""
+LARGEST_STEP = 1 << 22
+"""Pairs that are compared at a time."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """A test picture beside a training picture; ``bits`` of their hashes differ."""
+
+    test: str
+    train: str
+    bits: int
+
+
+def _dct() -> NDArray[np.float64]:
+    """The first ``LOW`` rows of the orthogonal DCT-II of ``SIDE`` values."""
+    k, n = np.arange(LOW)[:, None], np.arange(SIDE)[None]
+    scale = np.where(k == 0, math.sqrt(1 / SIDE), math.sqrt(2 / SIDE))
+    return scale * np.cos(np.pi * (2 * n + 1) * k / (2 * SIDE))
+
+
+def perceptual_hash(picture: Image.Image) -> int:
+    """64 bits, the lowest frequencies first in the highest bits; a picture of one colour has the first alone."""
+    gray = np.asarray(picture.convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS), np.float64)
+    low = _dct() @ gray @ _dct().T
+    # What is 0 but for rounding is no sign.
+    low[np.abs(low) < 1e-6] = 0
+    return int.from_bytes(np.packbits(low > np.median(low)).tobytes())
+
+
+def hashes(source: Source) -> tuple[NDArray[np.uint64], list[str], list[str]]:
+    """The hashes of a data set's pictures, their names (``source/key:image``), and what could not be read, named."""
+    found: list[int] = []
+    names: list[str] = []
+    bad: list[str] = []
+    for number in range(len(source)):
+        key = source.key(number)
+        try:
+            sample = source.read(number)
+        except BadSample as error:
+            bad.append(f"{key}: {error}")
+            continue
+        for i, image in enumerate(sample.images):
+            try:
+                found.append(perceptual_hash(to_rgb(open_image(image))))
+                names.append(f"{key}:{i}")
+            except BadImage as error:
+                bad.append(f"{key}:{i}: {error}")
+    return np.array(found, np.uint64), names, bad
+
+
+def close_pairs(
+    test: NDArray[np.uint64], train: NDArray[np.uint64], threshold: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
+    """All pairs that differ in at most ``threshold`` bits: indices into ``test``, into ``train``, and how many bits, in
+    pieces, each pair once.
+
+    Of ``threshold`` + 1 bands of bits, such a pair has one the same (it has too few different bits to spoil all): only
+    pairs that share a band are compared, and the first band that they share reports them.
+    """
+    edges = np.linspace(0, BITS, threshold + 2).astype(int)
+    bands = [(int(low), (1 << int(high - low)) - 1) for low, high in itertools.pairwise(edges)]
+    for number, (low, mask) in enumerate(bands):
+        mine, theirs = ((part >> np.uint64(low)) & np.uint64(mask) for part in (test, train))
+        order = np.argsort(theirs, kind="stable")
+        ordered = theirs[order]
+        first, last = (np.searchsorted(ordered, mine, side) for side in ("left", "right"))
+        for rows in _steps(last - first):
+            counts = (last - first)[rows]
+            i = np.repeat(np.arange(len(test))[rows], counts)
+            within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            j = order[np.repeat(first[rows], counts) + within]
+            different = test[i] ^ train[j]
+            keep = np.bitwise_count(different) <= threshold
+            for before, wide in bands[:number]:
+                keep &= (different >> np.uint64(before)) & np.uint64(wide) != 0
+            i, j, different = i[keep], j[keep], different[keep]
+            yield i, j, np.bitwise_count(different).astype(np.int64)
+
+
+def _steps(counts: NDArray[np.int64]) -> Iterator[slice]:
+    """Rows of at most ``LARGEST_STEP`` pairs together, or one row."""
+    total, start = np.cumsum(counts), 0
+    while start < len(counts):
+        before = int(total[start - 1]) if start else 0
+        end = max(start + 1, int(np.searchsorted(total, before + LARGEST_STEP, "right")))
+        yield slice(start, end)
+        start = end
+
+
+def compare(train: Path, tests: Sequence[Path], threshold: int = THRESHOLD) -> list[dict]:
+    """For each test set: ``images``, ``leaked`` (its pictures that match one of ``train``), ``matches`` and ``bad``.
+
+    Raises:
+        UserError: a data set is missing or broken, or the threshold is no number of bits.
+    """
+    if not 0 <= threshold < BITS // 2:
+        raise UserError(f"{threshold} is no threshold", "--threshold", f"give 0 to {BITS // 2 - 1} bits")
+    known, known_names, known_bad = hashes(_source(train))
+    results = []
+    for path in tests:
+        asked, names, bad = hashes(_source(path))
+        matches = [
+            Match(names[i], known_names[j], bits)
+            for pieces in close_pairs(asked, known, threshold)
+            for i, j, bits in zip(*(piece.tolist() for piece in pieces), strict=True)
+        ]
+        matches.sort(key=lambda match: (match.bits, match.test, match.train))
+        leaked = len({match.test for match in matches})
+        results.append(
+            {
+                "train": str(train),
+                "test": str(path),
+                "threshold": threshold,
+                "images": len(names),
+                "leaked": leaked,
+                "matches": [asdict(match) for match in matches],
+                "bad": known_bad + bad,
+            }
+        )
+    return results
+
+
+def _source(path: Path) -> Source:
+    return Source(path, f"{path.parent.name}/{path.name}")
+
+
+def run(train: Path, tests: Sequence[Path], out: Path | None, threshold: int) -> None:
+    """`mmoe data leakage`: print how many and which, write every number to ``out``."""
+    results = compare(train, tests, threshold)
+    for result in results:
+        share = f"{result['leaked']} of {result['images']} images"
+        print(f"{result['test']}: {share} are within {threshold} bits of one in {train}")
+        for match in result["matches"][:SHOWN]:
+            print(f"  {match['test']} ~ {match['train']} ({match['bits']} bits)")
+        if len(result["matches"]) > SHOWN:
+            print(f"  and {len(result['matches']) - SHOWN} pairs more")
+        if result["bad"]:
+            print(f"  {len(result['bad'])} could not be read")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
