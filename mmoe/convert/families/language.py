@@ -35,7 +35,9 @@ def from_config(config: Any, where: str) -> tuple[Longcat | Llama, MoE | None]:
     Raises:
         UserError: another kind of model, a missing field, or a variant that is not supported.
     """
-    kind = config.get("model_type") if isinstance(config, dict) else config
+    if not isinstance(config, dict):
+        raise UserError(f"text_config is {config!r}", where, "export the model again")
+    kind = config.get("model_type")
     if kind == "llama":
         return llama.from_config(config, where), None
     if kind != "longcat_flash":
