@@ -105,9 +105,9 @@ def _settings(fields: Any, where: str) -> Settings:
     fit: Fit = "pad" if fields.get("do_pad") else "stretch"
     if fit == "stretch" and short and fields.get("do_center_crop", cuts):
         fit = "crop"
-    names = {number: name for name, number in RESAMPLE.items()}
+    names: dict[int, Interpolation] = {number: name for name, number in RESAMPLE.items()}
     number, notes = fields.get("resample", RESAMPLE["cubic"]), []
-    if number not in names:
+    if not isinstance(number, int) or number not in names:
         notes.append(f"resample is {number!r}: pictures are resized by the cubic filter")
     mean, std = (_statistics(fields.get(key), key, where) for key in ("image_mean", "image_std"))
     if fit == "pad" and mean and [int(255 * value) for value in mean] != [int(MEAN)] * 3:

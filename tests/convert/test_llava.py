@@ -260,7 +260,7 @@ def test_configurations_as_published(one, tmp_path):
         ({"vision_config": {"model_type": "vit"}}, "model_type is 'vit'"),
         ({"vision_config": 3}, "model_type is 3"),
         ({"text_config": {"model_type": "mistral"}}, "model_type is 'mistral'"),
-        ({"text_config": "llama"}, "text_config is 'llama'"),
+        ({"text_config": "llama"}, "model_type is 'llama'"),
         ({"text_config": {}}, r"lacks tensor language_model\.model\.layers\.10\."),
     ],
 )
