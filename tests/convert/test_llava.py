@@ -115,26 +115,32 @@ def made(request, tmp_path_factory, tokenizer) -> Made:
     return Made(request.param, tmp_path_factory.mktemp("llava"), tokenizer)
 
 
-def test_logits_and_tokens(made):
+def normalised(made: Made, pixels: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+    """Our logits of pixels as transformers' model reads them: ours reads (x/255 − 0.5) · 4 and renormalises it."""
     model = mmoe.load(made.checkpoint)
-    pixels = torch.randn(2, 3, made.size, made.size, generator=torch.Generator().manual_seed(1))
     (encoder,) = model.recipe.model.encoders
-    # Ours reads (x/255 − 0.5) · 4 and renormalises it.
     mean, std = (torch.tensor(value)[:, None, None] for value in (encoder.mean, encoder.std))
-    ours = model.logits(made.ids, (pixels * std + mean - 0.5) * 4)
+    return model.logits(made.ids if ids is None else ids, (pixels * std + mean - 0.5) * 4)
+
+
+def logits(made: Made, pixels: torch.Tensor) -> torch.Tensor:
+    """transformers'."""
     with torch.no_grad():
-        theirs = made.theirs(input_ids=made.ids, pixel_values=pixels).logits
-        blank = made.theirs(input_ids=made.ids, pixel_values=torch.zeros_like(pixels)).logits
-    assert (theirs - blank).abs().max() > 1e-2
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+        return made.theirs(input_ids=made.ids, pixel_values=pixels).logits
+
+
+def test_logits_and_tokens(made):
+    pixels = torch.randn(2, 3, made.size, made.size, generator=torch.Generator().manual_seed(1))
+    theirs = logits(made, pixels)
+    assert (theirs - logits(made, torch.zeros_like(pixels))).abs().max() > 1e-2
+    torch.testing.assert_close(normalised(made, pixels), theirs, atol=1e-5, rtol=0)
 
     reloaded = transformers.AutoModelForImageTextToText.from_pretrained(made.back).eval()
     assert type(reloaded) is transformers.LlavaForConditionalGeneration
     ids = made.ids[:1]
     written = reloaded.generate(input_ids=ids, pixel_values=pixels[:1], max_new_tokens=4, do_sample=False)
     for _ in range(4):
-        chosen = model.logits(ids, (pixels[:1] * std + mean - 0.5) * 4)[:, -1].argmax(-1, keepdim=True)
-        ids = torch.cat([ids, chosen], 1)
+        ids = torch.cat([ids, normalised(made, pixels[:1], ids)[:, -1].argmax(-1, keepdim=True)], 1)
     assert written.tolist() == ids[:, : written.shape[1]].tolist()
 
 
