@@ -134,15 +134,19 @@ class Tokens(NamedTuple):
 
 
 def read_tokenizer(path: Path) -> Tokens:
-    """
+    """Of any kind: what cannot be parsed goes along with a model all the same, and is taken to have our names.
+
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         data = reading.content(path, LARGEST)
-        tokenizer = Tokenizer.from_str(data.decode())
-    except Exception as error:  # tokenizers raises bare Exception for whatever is wrong with the file
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read the tokenizer: {error}", str(path), "give a tokenizer.json") from None
+    try:
+        tokenizer = Tokenizer.from_str(data.decode())
+    except Exception:  # tokenizers raises bare Exception for whatever is wrong with the file
+        return Tokens(data, SPECIAL[:IMAGE], None)
     names = tuple(tokenizer.id_to_token(number) or SPECIAL[number] for number in range(IMAGE))
     return Tokens(data, names, tokenizer.token_to_id(SPECIAL[IMAGE]))
 
