@@ -6,7 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmoe.recipe.model import SVA, AnyEncoder, Backbone, ConvNet, ConvNeXt, Llama, Longcat, Model, MoE, ViT
+from mmoe.recipe.model import (
+    SVA,
+    AnyConnector,
+    AnyEncoder,
+    Backbone,
+    ConvNet,
+    ConvNeXt,
+    Llama,
+    Longcat,
+    Model,
+    MoE,
+    ViT,
+)
 from mmoe.recipe.schema import Recipe
 
 _MAY_BE_NEGATIVE = {"feature_layer", "feature_stages"}
@@ -100,6 +112,38 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
         yield "optimizer.warmup_steps", f"{optimizer.warmup_steps} is above train.steps = {train.steps}", "lower it"
     if optimizer.min_lr > optimizer.lr:
         yield "optimizer.min_lr", f"{optimizer.min_lr:g} is above optimizer.lr = {optimizer.lr:g}", "lower it"
+
+
+def hand_over_problems(before: Model, after: Model) -> Iterator[Problem]:
+    """Why the weights of ``before``, a stage's model, are not those of ``after``, the next one's: all that may change
+    is the size of images and of feature maps, as far as no weight's shape hangs on it."""
+    for name in ("backbone", "moe", "mtp"):
+        if getattr(before, name) != getattr(after, name):
+            yield f"model.{name}", "it differs from the stage before", "stages train one and the same model"
+    plain = [[dataclasses.replace(e, image_size=1, grid=None) for e in model.encoders] for model in (before, after)]
+    if plain[0] != plain[1]:
+        what = "they differ from the stage before in more than image_size and grid"
+        yield "model.encoders", what, "stages train one and the same model"
+        return
+    old, new = before.connector, after.connector
+    if not _same_weights(old, new):
+        yield "model.connector", "it differs from the stage before", "stages train one and the same model"
+        return
+    if isinstance(new, SVA):
+        sides = (new.grid, *new.sides)
+        for index, (first, second) in enumerate(zip(before.encoders, after.encoders, strict=True)):
+            cells, had = ([encoder_grid(encoder) // side for side in sides] for encoder in (second, first))
+            if cells != had:
+                what = f"{encoder_grid(second)} cells a side give each query {cells[0]}² of them, not {had[0]}²"
+                fix = f"keep model.encoders.{index}.grid = {encoder_grid(first)}: features are resized to that"
+                yield f"model.encoders.{index}.grid", what, fix
+
+
+def _same_weights(old: AnyConnector | None, new: AnyConnector | None) -> bool:
+    """Whether two connectors differ in nothing that has weights: tokens of another square, but for SVA's windows."""
+    if old == new or old is None or new is None or isinstance(old, SVA):
+        return old == new
+    return dataclasses.replace(old, grid=1) == dataclasses.replace(new, grid=1)
 
 
 def ranges(value: Any, path: str = "", name: str = "") -> Iterator[Problem]:

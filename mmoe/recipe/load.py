@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 from mmoe import reading
 from mmoe.errors import UserError
-from mmoe.recipe.checks import problems, ranges
+from mmoe.recipe.checks import hand_over_problems, problems, ranges
 from mmoe.recipe.schema import Recipe
 from mmoe.recipe.stages import difference, merged
 
@@ -132,6 +132,7 @@ class _Reader:
                 "stages", f"stages must be a list, each entry a table, found {_found(tables)}", "correct the value"
             )
         names: set[str] = set()
+        before: Recipe | None = None
         for index, stage in enumerate(tables):
             changes = dict(stage)
             name = changes.pop("name", None)
@@ -141,7 +142,12 @@ class _Reader:
             if "stages" in changes:
                 self.fail(f"stages.{index}.stages", "a stage has no stages", "list them one after another")
             names.add(name)
-            yield self.recipe(merged(base, {**changes, "name": f"{base.get('name', '')}-{name}"}), f"stage {name!r}: ")
+            where = f"stage {name!r}: "
+            made = self.recipe(merged(base, {**changes, "name": f"{base.get('name', '')}-{name}"}), where)
+            for path, what, fix in hand_over_problems(before.model, made.model) if before else ():
+                self.fail(f"stages.{index}.{path}", f"{where}{path}: {what}", fix)
+            yield made
+            before = made
 
     def override(self, table: dict[str, Any], assignment: str) -> None:
         path, equals, text = assignment.partition("=")

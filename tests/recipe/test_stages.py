@@ -79,6 +79,13 @@ def test_set_reaches_the_recipe_and_each_stage(staged: Path) -> None:
         (('name = "tune"', 'name = "tune/1"'), "stage 'tune/1': name: 'tiny-tune/1' is no name of a folder"),
         (("image_size = 64", "image_size = 60"), "stage 'tune': model.encoders.0.image_size: 60 is not a multiple"),
         (("optimizer.lr = 1e-2", "stages = []"), "a stage has no stages"),
+        (("grid = 4\n", ""), "stage 'tune': model.encoders.0.grid: 8 cells a side give each query 4² of them, not 2²"),
+        (("grid = 4\n", "grid = 4\nlayers = 3\n"), "model.encoders: they differ from the stage before in more than"),
+        (('data.mixture = "stamps"', "model.backbone.layers = 2"), "model.backbone: it differs from the stage"),
+        (
+            ('data.mixture = "stamps"', "model.connector.layers = 2"),
+            "model.connector: it differs from the stage",
+        ),
     ],
 )
 def test_refusals_name_the_stage(staged: Path, change: tuple[str, str], what: str) -> None:
