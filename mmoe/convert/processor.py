@@ -2,8 +2,8 @@
 and a tokenizer that puts ``<bos>`` in front."""
 
 import json
+import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,10 +118,12 @@ def _settings(fields: Any, where: str) -> Settings:
 def _statistics(value: Any, key: str, where: str) -> tuple[float, ...] | None:
     if value is None:
         return None
-    numbers = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * 3
-    if len(numbers) != 3 or not all(type(number) in (int, float) for number in numbers):
+    given: list[Any] = list(value) if isinstance(value, list | tuple) else [value] * 3
+    if len(given) != 3 or not all(type(number) in (int, float) and math.isfinite(number) for number in given):
         raise UserError(f"{key} is {value!r}", where, "give a number for each of red, green and blue")
-    return tuple(map(float, numbers))
+    if min(given) < 0 or (key == "image_std" and min(given) == 0):
+        raise UserError(f"{key} is {value!r}", where, "give the mean and the spread of pixels in [0, 1]")
+    return tuple(map(float, given))
 
 
 class Tokens(NamedTuple):

@@ -1,4 +1,5 @@
-"""An answer to a prompt about pictures, from a checkpoint or from a Hugging Face export; greedy texts are the same."""
+"""An answer to a prompt about pictures, from a checkpoint or from a Hugging Face export; greedy texts are the same,
+but that a LLaVA's processor, transformers' own, rounds pixels to 8 bits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -160,7 +161,10 @@ def _from_export(path: Path, prompt: str, pictures: list[bytes], max_tokens: int
         ids = [BOS, *processor.encode(prompt, add_special_tokens=False)]
         inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
     elif architecture == "LlavaForConditionalGeneration":
-        processor = transformers.LlavaProcessor.from_pretrained(path, trust_remote_code=False)
+        try:
+            processor = transformers.LlavaProcessor.from_pretrained(path, trust_remote_code=False)
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"no processor can be made: {error}", str(path), "export the model again") from None
         shown = [to_rgb(open_image(picture)) for picture in pictures]
         text = processor.image_token * len(shown) + prompt
         inputs = dict(processor(text=text, images=shown or None, return_tensors="pt"))

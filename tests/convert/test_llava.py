@@ -11,7 +11,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 import mmoe
 from mmoe.convert import from_hf, read_hf, to_hf
@@ -228,6 +228,8 @@ def test_answers_are_the_same_from_either_side(one, tmp_path):
     shown = [tmp_path / "picture.png"]
     answers = [generate(path, "how many zebras ?", shown, max_tokens=4) for path in (one.checkpoint, one.back)]
     assert answers[0] == answers[1]
+    alone = [generate(path, "how many", [], max_tokens=4) for path in (one.checkpoint, one.back, one.back / "language")]
+    assert alone[0] == alone[1] == alone[2]
 
 
 def test_configurations_as_published(one, tmp_path):
@@ -253,6 +255,39 @@ def test_configurations_as_published(one, tmp_path):
     nested = {"image_processor": {"image_processor_type": "SiglipImageProcessor", "size": {"height": 32, "width": 32}}}
     (tmp_path / "hf/processor_config.json").write_text(json.dumps(nested))
     assert read_hf(tmp_path / "hf").recipe.data.fit == "stretch"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_std": [0.5, 0.0, 0.5]}, "image_std is"),
+        ({"image_mean": [0.5, 0.5]}, "image_mean is"),
+        ({"image_mean": [float("nan")] * 3}, "image_mean is|unreadable"),
+        ({"do_resize": False}, "do_resize is False"),
+        ({"rescale_factor": 1.0}, "rescale_factor is 1.0"),
+    ],
+)
+def test_settings_of_pictures_that_cannot_be(one, tmp_path, settings, message):
+    shutil.copytree(one.hf, tmp_path / "hf")
+    (tmp_path / "hf/preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=message):
+        read_hf(tmp_path / "hf")
+
+
+def test_a_tokenizer_of_another_kind_names_its_own_tokens(one, tmp_path):
+    """As Llama's, with <image> behind the vocabulary, as published."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "<0x00>": 3, "how": 4}
+    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
+    tokenizer.add_special_tokens(["<image>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    imported = read_hf(one.hf)
+    given = (imported.recipe, imported.state, tmp_path / "tokenizer.json")
+    to_hf(tmp_path, tmp_path / "hf", load=lambda _: given)
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "hf").image_token_id == 5
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "hf")
+    inputs = processor(text="<image>how", images=picture(32, 32), return_tensors="pt")
+    assert inputs["input_ids"].tolist() == [[1, *[5] * 16, 4]]
+    assert processor.tokenizer.eos_token == "</s>"
 
 
 @pytest.mark.parametrize(
