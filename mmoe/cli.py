@@ -142,6 +142,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     to_hf.add_argument("source", type=Path, metavar="CHECKPOINT")
     to_hf.add_argument("out", type=Path, metavar="OUT")
     to_hf.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    text = "of the whole model (default: auto, transformers' own class where it computes the same)"
+    to_hf.add_argument("--format", choices=["auto", "llava", "mmoe"], default="auto", help=text)
     to_hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file with weights (default: 5GB)")
     example = "convert verify runs/quickstart/checkpoints/step_00001000 runs/quickstart/hf"
     text = "compare two models' weights and logits, or one checkpoint's files with their checksums"
@@ -301,7 +303,7 @@ def _from_hf(options: argparse.Namespace) -> None:
 def _to_hf(options: argparse.Namespace) -> None:
     from mmoe.convert import to_hf
 
-    to_hf(options.source, options.out, options.dtype, max_shard_size=options.max_shard_size)
+    to_hf(options.source, options.out, options.dtype, max_shard_size=options.max_shard_size, form=options.format)
 
 
 def _verify(options: argparse.Namespace) -> None:

@@ -6,20 +6,22 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mmoe.checkpoint import layout, stream
 from mmoe.checkpoint.tensors import Part, Tensors, lazy
+from mmoe.convert import processor
 from mmoe.convert.families import language as language_family
-from mmoe.convert.families import multimodal
+from mmoe.convert.families import llava, multimodal
 from mmoe.convert.progress import progress
 from mmoe.convert.ship import ship
 from mmoe.convert.weights import INDEX, SHARD, plan
 from mmoe.errors import UserError
 from mmoe.recipe.load import dump_recipe
+from mmoe.recipe.model import ViT
 from mmoe.recipe.schema import Recipe
 from mmoe.recipe.tokens import BOS, EOS, IMAGE, PAD, SPECIAL
 
@@ -27,13 +29,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKEN_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 RECIPE = "mmoe_recipe.toml"
 
+Format = Literal["auto", "llava", "mmoe"]
 Load = Callable[[Path], tuple[Recipe, Mapping[str, Tensor], Path]]
 
 
 def to_hf(
-    checkpoint: Path, out: Path, dtype: str | None = None, load: Load | None = None, max_shard_size: str = SHARD
+    checkpoint: Path,
+    out: Path,
+    dtype: str | None = None,
+    load: Load | None = None,
+    max_shard_size: str = SHARD,
+    form: Format = "auto",
 ) -> None:
-    """Write OUT/language, transformers' own language model, and OUT, the whole model with the code to run it.
+    """Write OUT/language, transformers' own language model, and OUT, the whole model: transformers' own
+    ``LlavaForConditionalGeneration`` where that computes the same, else one with the code to run it.
 
     A recipe without encoders is a language model alone, and OUT itself is that. OUT is there
     once it is whole; a conversion that was broken off goes on where it was.
@@ -45,6 +54,7 @@ def to_hf(
         load: gives (recipe, tensors, path of tokenizer.json); :func:`mmoe.checkpoint.load.state_dict` if None, and then
             the checkpoint's files are held against their checksums.
         max_shard_size: of a file, as "5GB".
+        form: of the whole model: ``llava``, ``mmoe`` (with its own code), or ``auto``, the first that can be.
 
     Raises:
         UserError: the checkpoint cannot be read, transformers has no such model, or OUT holds something else.
@@ -60,7 +70,9 @@ def to_hf(
         recipe, found, tokenizer = (load or state_dict)(checkpoint)
         language_family.check_expressible(recipe.model)
         state, wanted, model = lazy(found), DTYPES[dtype] if dtype else None, recipe.model
-        whole = multimodal.table(model).write(state, wanted) if model.encoders else None
+        stock = _is_stock(recipe, form)
+        of_whole = (llava if stock else multimodal).table(model) if model.encoders else None
+        whole = of_whole.write(state, wanted) if of_whole else None
         table = language_family.table(model)
         language = table.write(Part(state, "language.") if whole else state, wanted)
 
@@ -75,8 +87,25 @@ def to_hf(
     for path, content in indices.items():
         if content:
             (partial / path).write_bytes(content)
-    _describe(partial, recipe, tokenizer, _stored(language), _stored(whole) if whole else None)
+    notes = _describe(partial, recipe, tokenizer, _stored(language), _stored(whole) if whole else None, stock)
     _publish(partial, out)
+    for note in notes:
+        print(note)
+
+
+def _is_stock(recipe: Recipe, form: Format) -> bool:
+    """Whether the whole model becomes a ``LlavaForConditionalGeneration``.
+
+    Raises:
+        UserError: it is to, and cannot.
+    """
+    if not recipe.model.encoders and form != "llava":
+        return False
+    misfit = next(llava.problems(recipe.model), None)
+    if misfit and form == "llava":
+        path, what, fix = misfit
+        raise UserError(f"LlavaForConditionalGeneration has no such model: {what}", path, fix)
+    return not misfit and form != "mmoe"
 
 
 def _check_room(out: Path) -> None:
@@ -104,20 +133,42 @@ def _stored(tensors: Tensors) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _describe(out: Path, recipe: Recipe, tokenizer: Path, language_dtype: str, whole_dtype: str | None) -> None:
-    """Everything but the weights; ``whole_dtype`` is None where the language model is all."""
+def _describe(
+    out: Path, recipe: Recipe, tokenizer: Path, language_dtype: str, whole_dtype: str | None, stock: bool
+) -> list[str]:
+    """Everything but the weights; ``whole_dtype`` is None where the language model is all. Gives notes on what the
+    export does not do as training does."""
     model = recipe.model
     language = out / "language" if whole_dtype else out
     (out / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
     config = language_family.to_config(model, language_dtype)
+    tokens = processor.read_tokenizer(tokenizer)
     _write_json(language / "config.json", config)
-    _write_tokenizer(language, tokenizer, model.backbone.max_position)
-    _write_readme(out, recipe, config["architectures"][0])
-    if whole_dtype:
+    _write_tokenizer(language, tokens, tokens.data, model.backbone.max_position)
+    notes: list[str] = []
+    if whole_dtype and stock:
+        notes = _describe_llava(out, recipe, tokens, whole_dtype)
+    elif whole_dtype:
         _write_json(out / "config.json", _whole_config(recipe, config, whole_dtype))
-        _write_tokenizer(out, tokenizer, model.backbone.max_position)
+        _write_tokenizer(out, tokens, tokens.data, model.backbone.max_position)
         _write_processor(out, recipe)
         ship(out)
+    _write_readme(out, recipe, config["architectures"][0], stock)
+    return notes
+
+
+def _describe_llava(out: Path, recipe: Recipe, tokens: processor.Tokens, dtype: str) -> list[str]:
+    model, encoder = recipe.model, recipe.model.encoders[0]
+    assert isinstance(encoder, ViT)
+    if tokens.image is None or tokens.image >= model.backbone.vocab_size:
+        what = f"its {SPECIAL[IMAGE]} is {tokens.image}, of {model.backbone.vocab_size} tokens"
+        raise UserError(what, "tokenizer.json", "give a tokenizer with that token")
+    _write_json(out / "config.json", llava.to_config(model, dtype, tokens.image) | TOKEN_IDS)
+    _write_tokenizer(out, tokens, processor.with_bos(tokens), model.backbone.max_position)
+    fields, notes = processor.image_processor(encoder, recipe.data.fit, recipe.data.interpolation)
+    _write_json(out / "preprocessor_config.json", fields)
+    _write_json(out / "processor_config.json", processor.processor(encoder))
+    return notes
 
 
 def _whole_config(recipe: Recipe, language: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -142,13 +193,14 @@ def _whole_config(recipe: Recipe, language: dict[str, Any], dtype: str) -> dict[
     }
 
 
-def _write_tokenizer(out: Path, tokenizer: Path, longest: int) -> None:
-    shutil.copyfile(tokenizer, out / "tokenizer.json")
+def _write_tokenizer(out: Path, tokens: processor.Tokens, data: bytes, longest: int) -> None:
+    """``data`` is what becomes of the file of ``tokens``."""
+    (out / "tokenizer.json").write_bytes(data)
     fields = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": SPECIAL[PAD],
-        "bos_token": SPECIAL[BOS],
-        "eos_token": SPECIAL[EOS],
+        "pad_token": tokens.names[PAD],
+        "bos_token": tokens.names[BOS],
+        "eos_token": tokens.names[EOS],
         "extra_special_tokens": [SPECIAL[IMAGE]],
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
@@ -182,8 +234,9 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_readme(out: Path, recipe: Recipe, language: str) -> None:
-    template = (WHOLE_README if recipe.model.encoders else LANGUAGE_README).replace("LANGUAGE", language)
+def _write_readme(out: Path, recipe: Recipe, language: str, stock: bool) -> None:
+    whole = WHOLE_README.replace(", trust_remote_code=True", "") if stock else WHOLE_README
+    template = (whole if recipe.model.encoders else LANGUAGE_README).replace("LANGUAGE", language)
     title = f"# {recipe.name}\n\n{recipe.description}".rstrip()
     (out / "README.md").write_text(f"---\nlibrary_name: transformers\n---\n{title}\n{template}", encoding="utf-8")
 
@@ -195,7 +248,7 @@ Trained with mmoe; `mmoe_recipe.toml` is the recipe. Needs transformers, torch, 
 
     model = AutoModelForImageTextToText.from_pretrained(".", trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(".", trust_remote_code=True)
-    inputs = processor(text="<image>how many zebras ?", images="picture.png")
+    inputs = processor(text="<image>how many zebras ?", images="picture.png", return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=16)
     print(processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 

@@ -1,7 +1,6 @@
 """From a Hugging Face directory to a checkpoint."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +9,9 @@ from torch import Tensor
 
 from mmoe import reading
 from mmoe.checkpoint.tensors import Spec, Tensors, read_as
+from mmoe.convert import processor
 from mmoe.convert.export import RECIPE
-from mmoe.convert.families import language, longcat, multimodal
+from mmoe.convert.families import language, llava, longcat, multimodal
 from mmoe.convert.progress import progress
 from mmoe.convert.weights import Weights
 from mmoe.errors import UserError
@@ -19,6 +19,7 @@ from mmoe.recipe.checks import model_problems, problems
 from mmoe.recipe.load import dump_recipe, load_recipe
 from mmoe.recipe.model import MTP, Model, ViT
 from mmoe.recipe.schema import Data, Optimizer, Precision, Recipe, Train
+from mmoe.recipe.tokens import IMAGE
 
 FILE = 5 << 30
 """Bytes of a file of a checkpoint's tensors."""
@@ -37,7 +38,8 @@ class Imported(NamedTuple):
 
 
 def read_hf(directory: Path) -> Imported:
-    """Read an export of ours, its ``language`` folder, or another ``LongcatFlashForCausalLM`` or ``LlamaForCausalLM``.
+    """Read an export of ours, its ``language`` folder, or another ``LongcatFlashForCausalLM``, ``LlamaForCausalLM`` or
+    ``LlavaForConditionalGeneration`` on one of these.
 
     A directory without our recipe gives one that names the model and leaves data and training to be chosen. Nothing in
     it is run, no pickle is read, and no file that an index of it names: its own ``*.safetensors`` are. They may be
@@ -51,22 +53,47 @@ def read_hf(directory: Path) -> Imported:
     mtp = MTP() if any(longcat.MTP in name for name in tensors) else None
     fused = any(name.endswith("experts.gate_up_proj") for name in tensors)
     where = str(directory / "config.json")
-    whole = config.get("model_type") == "mmoe"
-    if whole:
+    ours = load_recipe(directory / RECIPE) if (directory / RECIPE).exists() else None
+    kind = config.get("model_type")
+    if kind == "mmoe":
         model = dataclasses.replace(multimodal.from_config(config, where), mtp=mtp)
+    elif kind == "llava":
+        encoders = ours.model.encoders if ours else ()
+        model = llava.from_config(config, where, *(encoder.name for encoder in encoders[:1]))
     else:
         backbone, moe = language.from_config(config, where)
         model = Model(backbone=backbone, moe=moe, mtp=mtp)
     _plausible(model, tensors, where)
-    table = (multimodal if whole else language).table(model, fused=fused)
-    if (directory / RECIPE).exists():
-        recipe = load_recipe(directory / RECIPE)
-        _plausible(recipe.model, tensors, str(directory / RECIPE))  # its model is the one that is built
+    if kind == "llava":
+        table = llava.table(model, llava.layout(tensors), fused=fused)
     else:
-        recipe = _recipe(directory, model, tensors)
+        table = (multimodal if kind == "mmoe" else language).table(model, fused=fused)
     unread = "gate and up projections of zero experts are not read: no computation uses them"
     notes = [unread] if model.moe and model.moe.zero_experts else []
-    return Imported(recipe, table.read(tensors, str(directory)), directory / "tokenizer.json", notes)
+    if ours:
+        _plausible(ours.model, tensors, str(directory / RECIPE))  # its model is the one that is built
+    else:
+        ours = _recipe(directory, model, tensors)
+        if kind == "llava":
+            ours, more = _as_processed(ours, directory, config)
+            notes += more
+    return Imported(ours, table.read(tensors, str(directory)), directory / "tokenizer.json", notes)
+
+
+def _as_processed(recipe: Recipe, directory: Path, config: dict[str, Any]) -> tuple[Recipe, list[str]]:
+    """``recipe`` with what the directory's image processor does, and notes on what that leaves out."""
+    token, notes = config.get("image_token_index", config.get("image_token_id", llava.IMAGE_TOKEN)), []
+    if token != IMAGE:
+        notes = [f"images stand at token {token} there; here at token {IMAGE}, as which no text is read"]
+    found = processor.read_image_processor(directory)
+    if found is None:
+        return recipe, notes
+    statistics = {"mean": found.mean, "std": found.std}
+    (encoder,) = recipe.model.encoders
+    encoder = dataclasses.replace(encoder, **{key: value for key, value in statistics.items() if value})
+    data = dataclasses.replace(recipe.data, fit=found.fit, interpolation=found.interpolation)
+    model = dataclasses.replace(recipe.model, encoders=(encoder,))
+    return dataclasses.replace(recipe, model=model, data=data), notes + found.notes
 
 
 def from_hf(directory: Path, out: Path) -> None:
@@ -117,7 +144,8 @@ def _save(imported: Imported, folder: Path) -> None:
     shards.write_index(folder / "state", network, plan)
     (folder / "progress.json").write_text("{}\n")
     (folder / "recipe.toml").write_text(dump_recipe(imported.recipe))
-    shutil.copyfile(imported.tokenizer, folder / "tokenizer.json")
+    tokens = processor.read_tokenizer(imported.tokenizer)
+    (folder / "tokenizer.json").write_bytes(processor.without_bos(tokens))
     stream.forget(folder)
     known = {path: {"bytes": size, "sha256": checksum} for path, (size, checksum) in written.items()}
     layout.write_manifest(folder, known)

@@ -6,7 +6,7 @@ A table moves elements and computes nothing. What it gives is again read when it
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -138,16 +138,16 @@ class Table:
 
     def prefixed(self, ours: str = "", theirs: str = "") -> "Table":
         """The table of the same model as a part of another one, with these in front of the names."""
+        renamed = self.renamed(lambda name: f"{theirs}{name}")
+        return replace(renamed, entries=[replace(entry, ours=f"{ours}{entry.ours}") for entry in renamed.entries])
+
+    def renamed(self, theirs: Callable[[str], str]) -> "Table":
+        """The table of the same model whose other side has its names by ``theirs``."""
         entries = [
-            replace(
-                entry,
-                ours=f"{ours}{entry.ours}",
-                theirs=tuple(f"{theirs}{name}" for name in entry.theirs),
-                tied=tuple(f"{theirs}{name}" for name in entry.tied),
-            )
+            replace(entry, theirs=tuple(map(theirs, entry.theirs)), tied=tuple(map(theirs, entry.tied)))
             for entry in self.entries
         ]
-        return Table(entries, {f"{theirs}{name}": f"{theirs}{like}" for name, like in self.padding.items()})
+        return Table(entries, {theirs(name): theirs(like) for name, like in self.padding.items()})
 
     def write(self, ours: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensors:
         """Our tensors → theirs, in ``dtype``, or as ours are.

@@ -1,4 +1,5 @@
-"""An answer to a prompt about pictures, from a checkpoint or from a Hugging Face export; greedy texts are the same."""
+"""An answer to a prompt about pictures, from a checkpoint or from a Hugging Face export; greedy texts are the same,
+but that a LLaVA's processor, transformers' own, rounds pixels to 8 bits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,13 @@ from mmoe.recipe.tokens import BOS, EOS, IMAGE
 
 PROCESSOR = "processor_config.json"
 INDEX, ADAPTER = "model.safetensors.index.json", "adapter_config.json"
+LANGUAGE_MODELS = ("LongcatFlashForCausalLM", "LlamaForCausalLM")
+ARCHITECTURES = {
+    "mmoe": "MmoeForConditionalGeneration",
+    "llava": "LlavaForConditionalGeneration",
+    "longcat_flash": LANGUAGE_MODELS[0],
+    "llama": LANGUAGE_MODELS[1],
+}
 LARGEST_INDEX = 1 << 26
 """Bytes of the export's JSON files."""
 
@@ -129,17 +137,39 @@ def _check_places(path: Path) -> None:
         raise UserError(f"{ADAPTER} names weights of elsewhere", str(path), "remove it, or merge the adapter")
 
 
+def _architecture(path: Path) -> str:
+    """Which model an export is, by its own word."""
+    config = reading.json_object(reading.text(path / "config.json", LARGEST_INDEX))
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise UserError(f"model_type is {kind!r}", str(path / "config.json"), f"give one of {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[kind]
+
+
 def _from_export(path: Path, prompt: str, pictures: list[bytes], max_tokens: int, temperature: float, seed: int) -> str:
     _check_places(path)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    whole = (path / PROCESSOR).is_file()
-    if pictures and not whole:
+    architecture = _architecture(path)
+    if pictures and architecture in LANGUAGE_MODELS:
         raise UserError("this model takes no pictures", str(path), "leave --image out")
-    # Our own classes: the copies of them in the directory are not run, whatever stands there.
-    if whole:
+    kind: Any = getattr(transformers, architecture, None)
+    if architecture in LANGUAGE_MODELS:
+        processor: Any = transformers.PreTrainedTokenizerFast.from_pretrained(path)
+        ids = [BOS, *processor.encode(prompt, add_special_tokens=False)]
+        inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+    elif architecture == "LlavaForConditionalGeneration":
+        try:
+            processor = transformers.LlavaProcessor.from_pretrained(path, trust_remote_code=False)
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"no processor can be made: {error}", str(path), "export the model again") from None
+        shown = [to_rgb(open_image(picture)) for picture in pictures]
+        text = processor.image_token * len(shown) + prompt
+        inputs = dict(processor(text=text, images=shown or None, return_tensors="pt"))
+    else:
+        # Our own classes: the copies of them in the directory are not run, whatever stands there.
         from mmoe.convert.hf.modeling_mmoe import MmoeForConditionalGeneration
         from mmoe.convert.hf.processing_mmoe import MmoeImageProcessor, MmoeProcessor
 
@@ -147,19 +177,14 @@ def _from_export(path: Path, prompt: str, pictures: list[bytes], max_tokens: int
             tokens = int(reading.json_object(reading.text(path / PROCESSOR, 1 << 20))["image_tokens"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"unreadable {PROCESSOR}: {error}", str(path), "export the model again") from None
-        processor: Any = MmoeProcessor(
+        processor = MmoeProcessor(
             MmoeImageProcessor.from_pretrained(path),
             transformers.PreTrainedTokenizerFast.from_pretrained(path),
             image_tokens=tokens,
         )
         with _told():
             inputs = dict(processor(text="<image>" * len(pictures) + prompt, images=pictures))
-        kind: Any = MmoeForConditionalGeneration
-    else:
-        processor = transformers.PreTrainedTokenizerFast.from_pretrained(path)
-        ids = [BOS, *processor.encode(prompt, add_special_tokens=False)]
-        inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-        kind = transformers.LongcatFlashForCausalLM
+        kind = MmoeForConditionalGeneration
     model = kind.from_pretrained(path, use_safetensors=True).eval()
     torch.manual_seed(seed)
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}

@@ -36,9 +36,9 @@ def from_config(config: Any, where: str) -> tuple[Longcat | Llama, MoE | None]:
         UserError: another kind of model, a missing field, or a variant that is not supported.
     """
     kind = config.get("model_type") if isinstance(config, dict) else config
-    if kind == "llama":
+    if isinstance(config, dict) and kind == "llama":
         return llama.from_config(config, where), None
-    if kind != "longcat_flash":
+    if not isinstance(config, dict) or kind != "longcat_flash":
         raise UserError(f"model_type is {kind!r}", where, "language models that are read: longcat_flash, llama")
     return longcat.from_config(config, where)
 

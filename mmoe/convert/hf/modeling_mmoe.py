@@ -140,9 +140,10 @@ class MmoeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return embeds.masked_scatter(places.unsqueeze(-1), rows.to(embeds.dtype))
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """Transformers knows the arguments that ``forward`` names; the sides of the images are the configuration's."""
-        known = {name: value for name, value in model_kwargs.items() if not _is_of_images(name)}
-        super()._validate_model_kwargs(known)  # pyright: ignore[reportAttributeAccessIssue]
+        """transformers holds arguments against ``forward``'s own, which cannot name the sizes of every model."""
+        known = {f"{PIXELS}_{fields['image_size']}" for fields in self.config.encoders}
+        rest = {name: value for name, value in model_kwargs.items() if name not in known}
+        super()._validate_model_kwargs(rest)  # pyright: ignore[reportAttributeAccessIssue]
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any
