@@ -90,6 +90,21 @@ def shard(encoder: nn.Module) -> bool:
     return True
 
 
+def whole(encoder: nn.Module) -> dict[str, Tensor]:
+    """The weights of an encoder by name, put together of the tensor-parallel ranks' parts; called by all of them."""
+    group, state = engine.tensor_group(), {name: tensor.detach() for name, tensor in encoder.state_dict().items()}
+    for name, parameter in encoder.named_parameters() if group.size() > 1 else ():
+        if getattr(parameter, "tensor_model_parallel", False):
+            mine = state[name].contiguous()
+            parts = [torch.empty_like(mine) for _ in range(group.size())]
+            torch.distributed.all_gather(parts, mine, group=group)
+            gated = isinstance(encoder, ViT) and encoder.config.activation == "swiglu" and ".mlp_in." in name
+            axis = parameter.partition_dim
+            halves = zip(*(part.chunk(2 if gated else 1, axis) for part in parts), strict=True)
+            state[name] = torch.cat([part for half in halves for part in half], axis)
+    return state
+
+
 @functools.cache
 def _say(line: str) -> None:
     if engine.ranks().first:
