@@ -1,8 +1,8 @@
 """Features of frozen encoders on disk, computed once: a zarr v3 array for each data set, encoder and map.
 
-``DIR/<data set>/<encoder>/`` holds ``map-0/``, ``map-1/``, … [images + 1, g, g, c] in the recipe's dtype, whose last row
-is of a blank image (all zeros, as a bad sample shows); ``sizes/`` int64 [images + 1, 2]; ``done/NNNNNN.json``, written
-last, for each shard that is whole; and ``cache.json``: what the features depend on, and which samples are bad.
+``DIR/<data set>/<encoder>/`` holds ``map-0/``, ``map-1/``, … [images + 1, g, g, c] in the recipe's dtype, whose last
+row is of a blank image (all zeros, as a bad sample shows); ``sizes/`` int64 [images + 1, 2]; ``done/NNNNNN.json``,
+written last, for each shard that is whole; and ``cache.json``: what the features depend on, and which samples are bad.
 """
 
 import dataclasses
@@ -48,7 +48,8 @@ def parts_of(encoder: AnyEncoder, weights: str, data: Data, dtype: str) -> Parts
     """
     table = {f"encoder.{name}": value for name, value in dataclasses.asdict(encoder).items()}
     view = {f"data.{name}": getattr(data, name) for name in ("fit", "interpolation", "decoder", "max_pixels")}
-    parts = {**table, "weights": weights, **view, "pixels": PIXELS, "precision.dtype": dtype}
+    # What says most of a difference stands first: another dtype is other weights too.
+    parts = {**table, **view, "pixels": PIXELS, "precision.dtype": dtype, "weights": weights}
     return json.loads(json.dumps(parts))  # tuples as lists, as they come back from the file
 
 
@@ -151,8 +152,8 @@ def open_array(path: Path, context: Any = None, metadata: dict[str, Any] | None 
     """
     spec: dict[str, Any] = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
     # What is not written reads as the fill value: no features are NaN, no image has a negative size.
-    made = {"metadata": metadata, "create": True} if metadata else {"recheck_cached_data": "open"}
-    return ts.open({**spec, **made}, open=True, context=context).result()
+    more = {"metadata": metadata} if metadata else {"recheck_cached_data": "open"}
+    return ts.open({**spec, **more}, open=True, create=metadata is not None, context=context).result()
 
 
 def _metadata(shape: Sequence[int], shard: int, dtype: str, fill: Any, *, one_by_one: bool) -> dict[str, Any]:
@@ -191,9 +192,8 @@ class Writer:
                 open_array(path, None, _metadata([card.rows, *shape], per, name, "NaN", one_by_one=True))
                 for path, shape in zip(self._paths, card.maps, strict=True)
             ]
-            self._sizes = open_array(
-                folder / "sizes", None, _metadata([card.rows, 2], per, "int64", -1, one_by_one=False)
-            )
+            sizes = _metadata([card.rows, 2], per, "int64", -1, one_by_one=False)
+            self._sizes = open_array(folder / "sizes", None, sizes)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot write the features: {error}", str(folder), anew(folder)) from None
 

@@ -157,10 +157,9 @@ class Features:
                     for out, read in zip(features[name], reads, strict=True):
                         out[torch.from_numpy(at)] = read()
                     sizes[torch.from_numpy(at)] = array.sizes[pairs[at, 1]]
-                    bad |= {i: array.bad[n] for i, n in zip(at.tolist(), pairs[at, 1].tolist()) if n in array.bad}
-            return Cached(
-                features, {name: [row[0] for row in array.blank] for name, array in first.items()}, sizes, bad
-            )
+                    bad |= {i: array.bad[n] for i in at.tolist() if (n := int(pairs[i, 1])) in array.bad}
+            blank = {name: [row[0] for row in array.blank] for name, array in first.items()}
+            return Cached(features, blank, sizes, bad)
 
         return finish
 

@@ -7,7 +7,7 @@ not ship this file: there the encoder is whole.
 
 import functools
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +99,7 @@ def whole(encoder: nn.Module) -> dict[str, Tensor]:
             parts = [torch.empty_like(mine) for _ in range(group.size())]
             torch.distributed.all_gather(parts, mine, group=group)
             gated = isinstance(encoder, ViT) and encoder.config.activation == "swiglu" and ".mlp_in." in name
-            axis = parameter.partition_dim
+            axis = cast(Any, parameter).partition_dim
             halves = zip(*(part.chunk(2 if gated else 1, axis) for part in parts), strict=True)
             state[name] = torch.cat([part for half in halves for part in half], axis)
     return state

@@ -202,7 +202,8 @@ def encode(recipe: Recipe, encoders: Mapping[str, nn.Module], out: Path, shard_i
                 writers[number][name].write(shard, maps[name], originals, unreadable, bad)
     for source in sources:
         source.close()
-    return Made(done, time.monotonic() - begin, all([one.finish() for part in writers for one in part.values()]))
+    complete = [writer.finish() for of in writers for writer in of.values()]
+    return Made(done, time.monotonic() - begin, all(complete))
 
 
 def _todo(writers: Sequence[Mapping[str, Writer]]) -> list[tuple[int, range, dict[str, int]]]:

@@ -36,7 +36,7 @@ FROZEN = ('train.frozen=["encoders"]', "data.decoder=pillow")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two data sets with a picture that no decoder reads and a sample that is not there, a recipe, and the cache."""
     root = tmp_path_factory.mktemp("root")
-    broken = Sample("broken", sets.record(2), [("png", encode(picture(1))), ("png", bad_images()["truncated.png"])])
+    broken = Sample("broken", sets.record(2), [("png", encode(picture(1))), ("png", bad_images()["cut"][0])])
     sets.write_set(root, "a", [*sets.varied(20), broken])
     sets.write_set(root, "b", sets.varied(6, seed=1))
     training.write_recipe(root, sets.write_mixture(root, a=3, b=1))
@@ -95,7 +95,7 @@ def read(wanted: Recipe) -> list[dict]:
         return [next(batches) for _ in range(8)]
 
 
-def losses(wanted: Recipe, steps: int = 4) -> tuple[list, list, list]:
+def losses(wanted: Recipe, steps: int = 8) -> tuple[list, list, list]:
     """Losses and gradient norms of each step, the keys of its samples, and the bad ones."""
     stepper, parts = begin(wanted)
     numbers, seen = [], []
