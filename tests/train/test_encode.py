@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def fill(root: Path, out: Path, *changes: str, only: tuple[str, ...] = ENCODERS,
 
 
 @pytest.fixture
-def copy(made: Path, tmp_path: Path) -> Path:
+def copy(made: Path) -> Iterator[Path]:
     """The data with a cache to be altered, under the name ``copy``."""
     shutil.copytree(made / "cache", made / "copy")
     yield made
