@@ -166,6 +166,14 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         from mmoe.data.prepare import add_arguments
 
         add_arguments(prepare)
+    example = "data encode recipes/align.toml runs/imported/checkpoints/step_00000000 --out data-cache/features"
+    encode = _command(data, "encode", _encode, "compute frozen encoders' features once, for data.features", example)
+    encode.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or the path of a .toml file")
+    encode.add_argument("checkpoint", metavar="CHECKPOINT", help="whose weights; - for the recipe's first ones")
+    encode.add_argument("--out", type=Path, required=True, metavar="DIR", help="goes on there where it was interrupted")
+    encode.add_argument("--stage", metavar="NAME", help="the stage of the recipe that will read them")
+    encode.add_argument("--only", nargs="+", default=[], metavar="ENCODER", help="of the frozen encoders these alone")
+    _add_set(encode)
     lint = _command(data, "lint", _lint, "check every sample of a data set", "data lint data-cache/scenes/train")
     lint.add_argument("path", type=Path, metavar="PATH")
     example = "data stats data-cache/scenes/train --out scenes.html"
@@ -327,6 +335,14 @@ def _prepare(options: argparse.Namespace) -> None:
     from mmoe.data.prepare import run
 
     run(options.name, options.out, options)
+
+
+def _encode(options: argparse.Namespace) -> None:
+    from mmoe.recipe import load_recipe
+    from mmoe.train import encode, stages
+
+    recipe = stages.one(load_recipe(options.recipe, options.set), options.stage)
+    encode.run(recipe, None if options.checkpoint == "-" else Path(options.checkpoint), options.out, options.only)
 
 
 def _lint(options: argparse.Namespace) -> None:

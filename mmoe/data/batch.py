@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from mmoe.data.decoders import Decoded, Decoder
 from mmoe.data.document import BadSample, Document, tokenize
+from mmoe.data.features import Cached
 from mmoe.data.pack import assemble
 from mmoe.data.source import Encoded
 from mmoe.errors import UserError
@@ -23,6 +24,8 @@ class Illustrated:
 
     document: Document
     images: tuple[bytes, ...] = ()
+    first: tuple[int, int] = (0, 0)
+    """The place of its data set in the mixture, and the number in it of the sample's first image."""
     problem: str = ""
     """Why the sample is bad, where that is known before decoding; the document then holds its place."""
 
@@ -53,6 +56,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     def moved(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: moved(part) for name, part in value.items()}
+        if isinstance(value, list):
+            return [moved(part) for part in value]
         return value.to(device) if torch.is_tensor(value) else value
 
     return moved(batch)
@@ -63,7 +68,14 @@ def pictures(packs: Sequence[Sequence[Illustrated]]) -> list[bytes]:
     return [item.images[i] for pack in packs for item in pack for i in item.document.images]
 
 
-def collate(packs: Sequence[Sequence[Illustrated]], sequence_length: int, decoded: Decoded) -> tuple[Batch, list[str]]:
+def places(packs: Sequence[Sequence[Illustrated]]) -> list[tuple[int, int]]:
+    """Where the features of their :func:`pictures` are cached: data set and number in it."""
+    return [(item.first[0], item.first[1] + i) for pack in packs for item in pack for i in item.document.images]
+
+
+def collate(
+    packs: Sequence[Sequence[Illustrated]], sequence_length: int, decoded: Decoded, cached: Cached | None = None
+) -> tuple[Batch, list[str]]:
     """One batch of documents that are already packed.
 
     A document with a bad image keeps its tokens, but nothing of it is trained on and its images become zeros.
@@ -71,13 +83,16 @@ def collate(packs: Sequence[Sequence[Illustrated]], sequence_length: int, decode
     Args:
         packs: the documents.
         sequence_length: tokens in a pack.
-        decoded: their :func:`pictures`.
+        decoded: their :func:`pictures`, or none where every encoder's features are cached.
+        cached: features of the images at their :func:`places`.
 
     Returns:
         the batch, and for each document in order what is wrong with it, ``""`` for nothing. The batch's ``skipped``
         names the documents with something wrong, ``key: reason``.
     """
     images, sizes, bad = decoded
+    if cached is not None:
+        sizes, bad = cached.sizes, bad | cached.bad
     rows: list[list[Document]] = []
     problems: list[str] = []
     skipped: list[str] = []
@@ -93,11 +108,15 @@ def collate(packs: Sequence[Sequence[Illustrated]], sequence_length: int, decode
                 document = document.without_loss()
                 for pixels in images.values():
                     pixels[here.start : here.stop] = 0
+                if cached is not None:
+                    cached.clear(here)
             if problem:
                 skipped.append(f"{document.key}: {problem}")
             rows[-1].append(document)
             problems.append(problem)
     batch = {**assemble(rows, sequence_length), "images": images, "original_sizes": sizes, "skipped": skipped}
+    if cached is not None:
+        batch["features"] = cached.features
     return batch, problems
 
 

@@ -216,21 +216,28 @@ class Shards:
             fix = "make it a readable file, or a link to one, and go on with --resume"
         raise UserError(f"a shard of the data set {what}", str(file), fix)
 
-    def sample(self, index: dict[str, np.ndarray], number: int) -> tuple[dict[str, Any], list[bytes]]:
-        """The record and the encoded images of a sample.
+    def record(self, index: dict[str, np.ndarray], number: int) -> dict[str, Any]:
+        """The record of a sample.
 
         Raises:
-            BadSample: its bytes are not there, or its record is not a JSON object in UTF-8.
+            BadSample: its bytes are not there, or it is not a JSON object in UTF-8.
         """
-        shard = int(index["shard"][number])
         place = int(index["json_offset"][number]), int(index["json_length"][number])
-        content = self.read(shard, *place, LARGEST_RECORD)
+        content = self.read(int(index["shard"][number]), *place, LARGEST_RECORD)
         try:
-            record = reading.json_object(content.decode())
+            return reading.json_object(content.decode())
         except UnicodeDecodeError as error:
             raise BadSample(f"the record is not UTF-8: {error.reason} at byte {error.start}") from None
         except ValueError as error:
             raise BadSample(f"the record is no JSON: {error}") from None
+
+    def sample(self, index: dict[str, np.ndarray], number: int) -> tuple[dict[str, Any], list[bytes]]:
+        """The record and the encoded images of a sample.
+
+        Raises:
+            BadSample: see :meth:`record`; or an image's bytes are not there.
+        """
+        record, shard = self.record(index, number), int(index["shard"][number])
         members = range(int(index["image_start"][number]), int(index["image_start"][number + 1]))
         places = [(int(index["image_offset"][i]), int(index["image_length"][i])) for i in members]
         return record, [self.read(shard, *place, LARGEST_IMAGE) for place in places]

@@ -3,13 +3,16 @@
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from mmoe.data.batch import Batch, Illustrated, collate, illustrate, pictures
+from mmoe.data.batch import Batch, Illustrated, collate, illustrate, pictures, places
+from mmoe.data.cache import Parts
 from mmoe.data.decoders import Decoded, Decoder, build
 from mmoe.data.document import BadSample, blank
+from mmoe.data.features import Cached, Features
 from mmoe.data.mixture import load_mixture
 from mmoe.data.order import Order
 from mmoe.data.pack import Planner, Slot
@@ -38,6 +41,7 @@ class _Begun(NamedTuple):
     packs: list[_Pack]
     rows: list[list[Illustrated]]
     decoded: Callable[[], Decoded]
+    cached: Callable[[], Cached | None]
     after: Position
     """Where the step after its own begins."""
 
@@ -51,7 +55,7 @@ class Loader:
     Args:
         data: the recipe's table.
         image_tokens: tokens that an image takes; 0 for a model without encoders.
-        image_sizes: sides that images are resized to, pixels.
+        image_sizes: sides that images are resized to, pixels; without any no image is read.
         micro_batch: packs in a micro-batch.
         global_batch: packs in a step, over all ranks.
         seed: of the order.
@@ -59,6 +63,7 @@ class Loader:
         ranks: size of the data parallel group.
         state: where to go on, from :meth:`state`; at any number of ranks.
         device: where images are decoded and lie, see :func:`mmoe.data.decoders.build`.
+        features: encoders whose features come from ``data.features``, with what those have to be made of.
 
     Raises:
         UserError: the mixture, a data set or the tokenizer is missing or does not fit the others, or the state belongs
@@ -78,6 +83,7 @@ class Loader:
         ranks: int = 1,
         state: dict[str, Any] | None = None,
         device: Literal["cpu", "mixed"] = "cpu",
+        features: Mapping[str, Parts] | None = None,
     ) -> None:
         if global_batch % (micro_batch * ranks):
             raise UserError(
@@ -111,6 +117,8 @@ class Loader:
                 f"data.mixture = {data.mixture}",
                 "add an encoder and a connector, or choose a mixture of text alone",
             )
+        self._decodes = bool(image_sizes)
+        self._features = Features(Path(data.features), self._sources, features) if data.features and features else None
         self._stream = self._fingerprint()
         self._position, self._taken = self._start(state), 0
         decoder = build(data, image_sizes, device)
@@ -190,7 +198,7 @@ class Loader:
         """This rank's micro-batches, each with where the step after its own begins."""
         in_a_row: list[str] = []
         for begun in _one_ahead(self._begun(start, decoder)):
-            batch, problems = collate(begun.rows, self.data.sequence_length, begun.decoded())
+            batch, problems = collate(begun.rows, self.data.sequence_length, begun.decoded(), begun.cached())
             keys = [key for pack in batch["samples"] for key in pack]
             for key, problem in zip(keys, problems, strict=True):
                 in_a_row = [*in_a_row, f"{key}: {problem}"] if problem else []
@@ -210,7 +218,8 @@ class Loader:
             for first in range(self._first_pack, last, self.micro_batch):
                 chosen = packs[first : first + self.micro_batch]
                 rows = [[self._read(slot) for slot in pack.slots] for pack in chosen]
-                yield _Begun(chosen, rows, decoder.start(pictures(rows)), after)
+                cached = self._features.start(places(rows)) if self._features else lambda: None
+                yield _Begun(chosen, rows, decoder.start(pictures(rows) if self._decodes else []), cached, after)
 
     def _read(self, slot: Slot) -> Illustrated:
         """The slot's document, exactly as long as it was planned."""
@@ -218,13 +227,15 @@ class Loader:
         lengths, key = self._planner.lengths[slot[0]], source.key(number)
         planned = int(lengths.tokens[number]), int(lengths.images[number])
         try:
-            item = illustrate(source.read(number), self._tokenizer, self.image_tokens, key)
+            if self._features and (reason := self._features.unreadable(*slot)):
+                raise BadSample(reason)
+            item = illustrate(source.read(number, self._decodes), self._tokenizer, self.image_tokens, key)
             actual = len(item.document), len(item.document.images)
             if actual != planned:
                 raise BadSample(f"it has {actual} tokens and images, but the index says {planned}")
         except BadSample as error:
             return Illustrated(document=blank(key, planned[0]), problem=str(error))
-        return item
+        return replace(item, first=(slot[0], source.image_range(number).start))
 
     def _too_long(self, slot: Slot) -> str:
         lengths, key = self._planner.lengths[slot[0]], self._sources[slot[0]].key(slot[1])

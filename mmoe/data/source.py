@@ -1,5 +1,6 @@
 """Random access to a prepared data set, one `pread` per part of a sample."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 
 from mmoe.data.index import Shards, read_index
 from mmoe.data.pack import Lengths
-from mmoe.data.shards import is_dataset
+from mmoe.data.shards import is_dataset, read_card
 from mmoe.errors import UserError
 
 
@@ -18,6 +19,7 @@ class Encoded:
 
     record: dict[str, Any]
     images: tuple[bytes, ...]
+    """Each empty where the images were not asked for."""
 
 
 class Source:
@@ -37,6 +39,7 @@ class Source:
             root = path.parents[len(parts) - 1]
             raise UserError("the data set is missing", str(path), f"make it with `mmoe data prepare {parts[0]} {root}`")
         self.name = name
+        self.path = path
         self._index = read_index(path)
         if not len(self):
             raise UserError("the data set has no samples", str(path), "prepare it again")
@@ -57,14 +60,42 @@ class Source:
         text = self._index["prefix_tokens"].astype(np.int64) + self._index["branch_tokens"]
         return Lengths(tokens=1 + text + images * image_tokens, images=images)
 
-    def read(self, number: int) -> Encoded:
-        """Reads one sample.
+    @property
+    def images(self) -> int:
+        """How many, in all samples."""
+        return len(self._index["image_offset"])
+
+    def image_range(self, number: int) -> range:
+        """The numbers of a sample's images within the data set."""
+        return range(int(self._index["image_start"][number]), int(self._index["image_start"][number + 1]))
+
+    def samples_of(self, images: range) -> range:
+        """The samples that ``images``, numbers within the data set, belong to, and those between."""
+        if not images:
+            return range(0)
+        first, last = np.searchsorted(self._index["image_start"], [images[0], images[-1]], side="right")
+        return range(int(first) - 1, int(last))
+
+    def identity(self) -> str:
+        """SHA-256 of what its images are: the shards' checksums by the card, and where in them each image lies."""
+        card, index = read_card(self.path), self._index
+        digest = hashlib.sha256(repr([entry["sha256"] for entry in card["shard"]]).encode())
+        for name in ("shard", "image_start", "image_offset", "image_length"):
+            digest.update(index[name].tobytes())
+        return digest.hexdigest()
+
+    def read(self, number: int, images: bool = True) -> Encoded:
+        """Reads one sample, its ``images`` too or its record alone.
 
         Raises:
             BadSample: its bytes are not there, or its record is not a JSON object in UTF-8.
         """
-        record, images = self._shards.sample(self._index, number)
-        return Encoded(record=record, images=tuple(images))
+        if not images:
+            return Encoded(
+                record=self._shards.record(self._index, number), images=(b"",) * len(self.image_range(number))
+            )
+        record, read = self._shards.sample(self._index, number)
+        return Encoded(record=record, images=tuple(read))
 
     def close(self) -> None:
         """The next read opens the shards again."""

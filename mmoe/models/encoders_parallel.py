@@ -7,7 +7,7 @@ not ship this file: there the encoder is whole.
 
 import functools
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +88,21 @@ def shard(encoder: nn.Module) -> bool:
         block.attention_out = LeavingLinear(block.attention_out, group)
         block.mlp_out = LeavingLinear(block.mlp_out, group)
     return True
+
+
+def whole(encoder: nn.Module) -> dict[str, Tensor]:
+    """The weights of an encoder by name, put together of the tensor-parallel ranks' parts; called by all of them."""
+    group, state = engine.tensor_group(), {name: tensor.detach() for name, tensor in encoder.state_dict().items()}
+    for name, parameter in encoder.named_parameters() if group.size() > 1 else ():
+        if getattr(parameter, "tensor_model_parallel", False):
+            mine = state[name].contiguous()
+            parts = [torch.empty_like(mine) for _ in range(group.size())]
+            torch.distributed.all_gather(parts, mine, group=group)
+            gated = isinstance(encoder, ViT) and encoder.config.activation == "swiglu" and ".mlp_in." in name
+            axis = cast(Any, parameter).partition_dim
+            halves = zip(*(part.chunk(2 if gated else 1, axis) for part in parts), strict=True)
+            state[name] = torch.cat([part for half in halves for part in half], axis)
+    return state
 
 
 @functools.cache

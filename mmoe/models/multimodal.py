@@ -59,11 +59,11 @@ class MultimodalModel(MegatronModule):
         self.language.decoder.set_input_tensor(input_tensor[0])
 
     def _features(self, batch: dict[str, Any], dtype: torch.dtype) -> list[list[Tensor]]:
-        """Every encoder's feature maps."""
-        sizes = [encoder.image_size for encoder in self.shape.encoders]
+        """Every encoder's feature maps: those that the batch brings, or made of its images."""
+        given, sizes = batch.get("features", {}), {encoder.name: encoder.image_size for encoder in self.shape.encoders}
         return [
-            encoder(batch["images"][size].to(dtype))
-            for encoder, size in zip(self.encoders.values(), sizes, strict=True)
+            given[name] if name in given else encoder(batch["images"][sizes[name]].to(dtype))
+            for name, encoder in self.encoders.items()
         ]
 
     def _splice(self, tokens: Tensor, rows: Tensor | None) -> Tensor:
@@ -86,8 +86,7 @@ class MultimodalModel(MegatronModule):
         if not self.pre_process:
             return self.language(None, batch)
         tokens, connector = batch["tokens"], self.connector
-        images = next((part.size(0) for part in batch["images"].values()), 0)
-        if connector is None or not images:
+        if connector is None or not (images := len(batch["original_sizes"])):
             return self.language(self._splice(tokens, None), batch)
         features = self._features(batch, self.config.params_dtype)
         each, there = connector.tokens, int((tokens == IMAGE).sum())

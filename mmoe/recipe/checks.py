@@ -19,7 +19,7 @@ from mmoe.recipe.model import (
     MoE,
     ViT,
 )
-from mmoe.recipe.schema import Recipe
+from mmoe.recipe.schema import Recipe, Train
 
 _MAY_BE_NEGATIVE = {"feature_layer", "feature_stages"}
 _MAY_BE_ZERO = {
@@ -72,6 +72,11 @@ def encoder_grid(encoder: AnyEncoder) -> int:
     return encoder.image_size // stride(encoder)
 
 
+def is_frozen(encoder: AnyEncoder, train: Train) -> bool:
+    """Whether ``train.frozen`` names all of an encoder."""
+    return any(name in ("encoders", f"encoders.{encoder.name}") for name in train.frozen)
+
+
 def row_unit(recipe: Recipe) -> int:
     """Numbers in the 16 bytes that a grouped GEMM reads at a time."""
     return 4 if recipe.precision.dtype == "fp32" else 8
@@ -99,6 +104,9 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
         yield "data.sequence_length", f"{data.sequence_length} is above model.backbone.max_position", "raise that one"
     if recipe.model.image_tokens + 2 > data.sequence_length:
         yield "data.sequence_length", "one image's tokens do not fit", "raise it, or lower model.connector.grid"
+    if data.features and not (recipe.stages or any(is_frozen(e, train) for e in recipe.model.encoders)):
+        what = "no encoder is frozen: features from a cache do not learn"
+        yield "data.features", what, 'name one in train.frozen, as in ["encoders"], or leave the key out'
     if train.global_batch % train.micro_batch:
         what = f"{train.global_batch} is not a multiple of train.micro_batch = {train.micro_batch}"
         yield "train.global_batch", what, "change one of them"

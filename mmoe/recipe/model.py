@@ -1,5 +1,6 @@
 """The tables of a recipe that say what the model is; an exported model ships this file."""
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Literal
 
@@ -269,4 +270,8 @@ class Model:
     @property
     def image_sizes(self) -> tuple[int, ...]:
         """Sides that an image is resized to for the encoders, pixels, each once."""
-        return tuple(dict.fromkeys(encoder.image_size for encoder in self.encoders))
+        return self.sizes_of(without=())
+
+    def sizes_of(self, *, without: Container[str]) -> tuple[int, ...]:
+        """:attr:`image_sizes` of the encoders whose name is not among ``without``."""
+        return tuple(dict.fromkeys(encoder.image_size for encoder in self.encoders if encoder.name not in without))

@@ -32,6 +32,8 @@ class Data:
     decoder: Literal["dali", "simplejpeg", "pillow"] = "dali"
     """What decodes and resizes: DALI, on a GPU too; libjpeg-turbo (`pip install simplejpeg`), the fastest on a CPU; or
     Pillow, which is the definition."""
+    features: str = ""
+    """Folder of frozen encoders' features that `mmoe data encode` has made: those are read in the place of images."""
     workers: int = 1
     """Decoding threads."""
     prefetch: int = 2

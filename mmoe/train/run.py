@@ -28,6 +28,7 @@ from mmoe.models.multimodal import build_stages
 from mmoe.parallel import cpu_platform, engine, layout, watchdog
 from mmoe.recipe.load import dump_recipe, load_recipe
 from mmoe.recipe.schema import Recipe
+from mmoe.train import encode
 from mmoe.train.journal import Journal
 from mmoe.train.metrics import Recorder, is_logged
 from mmoe.train.schedule import bias_rate, learning_rate
@@ -36,8 +37,8 @@ from mmoe.train.step import Outcome, Stepper
 
 def _neutral(recipe: Recipe) -> Recipe:
     """The recipe without what may change between a run and its continuation: none of it changes the curve."""
-    # Where the data lies does not matter: the loader compares what it holds.
-    data = dataclasses.replace(recipe.data, root="", workers=1, prefetch=1, max_bad_in_a_row=1)
+    # Where the data and the features lie does not matter: the loader compares what they hold.
+    data = dataclasses.replace(recipe.data, root="", features="", workers=1, prefetch=1, max_bad_in_a_row=1)
     train = dataclasses.replace(recipe.train, log_every=1, max_skipped_in_a_row=1, stall_warning_seconds=1.0)
     # The distributed optimizer's state has a form of its own.
     parallel = type(recipe.parallel)(distributed_optimizer=recipe.parallel.distributed_optimizer)
@@ -200,10 +201,11 @@ def _train(recipe: Recipe, out: Path, resume: bool, initial: Path | None, stop: 
     if start is not None:
         progress = load_checkpoint(start, stepper.wrapped, stepper.optimizer)
     _fits(recipe)
+    features = encode.expected(recipe, models)
     loader = Loader(
         recipe.data,
         image_tokens=recipe.model.image_tokens,
-        image_sizes=recipe.model.image_sizes,
+        image_sizes=recipe.model.sizes_of(without=features),
         micro_batch=recipe.train.micro_batch,
         global_batch=recipe.train.global_batch,
         seed=recipe.train.seed,
@@ -211,6 +213,7 @@ def _train(recipe: Recipe, out: Path, resume: bool, initial: Path | None, stop: 
         ranks=here.data_size,
         state=progress["data"],
         device="mixed" if cpu_platform.device().type == "cuda" else "cpu",
+        features=features,
     )
     if here.first:
         (out / ".recipe.tmp").write_text(dump_recipe(recipe))

@@ -22,6 +22,22 @@ def name(recipe: Recipe, number: int) -> str:
     return recipe.stages[number].name.removeprefix(f"{recipe.name}-")
 
 
+def one(recipe: Recipe, called: str | None) -> Recipe:
+    """The stage that is ``called`` so; the recipe itself where it has none.
+
+    Raises:
+        UserError: there is no such stage, or none is named where there are several.
+    """
+    names = [name(recipe, number) for number in range(len(recipe.stages))]
+    if called is None and not names:
+        return recipe
+    if called not in names:
+        what = "the recipe has stages: one is needed" if called is None else f"no stage is called {called!r}"
+        fix = f"the stages are {', '.join(names)}" if names else "the recipe has no stages: leave it out"
+        raise UserError(what, "--stage", fix)
+    return recipe.stages[names.index(called)]
+
+
 def train(recipe: Recipe, out: Path, resume: bool = False, first: str | None = None) -> None:
     """Trains ``recipe`` into ``out``, stage by stage where it has any, on all ranks of the launch.
 
