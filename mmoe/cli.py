@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
+from mmoe import bench
 from mmoe.ending import DEFECT, DONE, INTERRUPTED, KEYBOARD, USER_ERROR, enter, say
 from mmoe.errors import Interrupted, RankLost, UserError
 from mmoe.parallel import launch
@@ -97,7 +98,11 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     train.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or the path of a .toml file")
     train.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/RECIPE)")
     train.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint in DIR")
-    train.add_argument("--stage", metavar="NAME", help="begin with this stage of the recipe; those before it are there")
+    text = "begin with this checkpoint's weights: imported ones, or another run's"
+    train.add_argument("--from", dest="initial", type=Path, metavar="CHECKPOINT", help=text)
+    train.add_argument(
+        "--stage", metavar="NAME", help="begin with this stage; the one before it is done, or see --from"
+    )
     _add_set(train)
 
     recipes = _command(commands, "recipes", _recipes, "list the shipped recipes or show one", "recipes quickstart")
@@ -192,31 +197,10 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     report = _command(commands, "report", _report, "write report.html and report.png of a run", example)
     report.add_argument("run_directory", type=Path, metavar="DIR")
     example = "bench ops --only router --json router.json"
-    bench = _command(commands, "bench", _bench, "measure operators, training steps and choices of the model", example)
-    text = "the operators, a step, checkpoints, conversion, loading, or choices of LongCat-Flash; needs a checkout"
-    suites = ["ops", "step", "checkpoint", "convert", "data", "ablations"]
-    bench.add_argument("suite", choices=suites, help=text)
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write every row here")
-    bench.add_argument("--only", action="extend", nargs="+", default=[], metavar="NAME", help="these operators alone")
-    bench.add_argument("--skip", action="extend", nargs="+", default=[], metavar="PEER", help="leave these peers out")
-    text = "these shapes alone, for example 'LongCat*'"
-    bench.add_argument("--shape", default="*", metavar="PATTERN", help=text)
-    bench.add_argument("--quick", action="store_true", help="tiny shapes, few repeats: does it run, not how fast")
-    text = "CPU threads of every side; ablations: runs at a time, a thread each (default: 2)"
-    bench.add_argument("--threads", type=int, default=2, metavar="N", help=text)
-    text = "count the CUDA kernels' memory traffic on the emulator instead: bytes, sectors, bank conflicts"
-    bench.add_argument("--emulated", action="store_true", help=text)
-    text = "keep the pages of freed tensors, as in a steady training run (default), or the system's"
-    bench.add_argument("--allocator", choices=["pool", "system"], default="pool", help=text)
-    bench.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    text = "step: its cost over tokens and over the number of zero experts, as a figure"
-    bench.add_argument("--sweep", action="store_true", help=text)
-    bench.add_argument("--profile", action="store_true", help="step: where its time goes, as a page")
-    bench.add_argument("--steps", type=int, metavar="N", help="ablations: of every run (default: the study's own)")
-    text = "ablations: the prepared data (default: data-cache)"
-    bench.add_argument("--data", type=Path, default=Path("data-cache"), metavar="DIR", help=text)
-    text = "where --sweep, --profile and ablations write (default: docs)"
-    bench.add_argument("--out", type=Path, default=Path("docs"), metavar="DIR", help=text)
+    measure = _command(
+        commands, "bench", bench.run, "measure operators, training steps and choices of the model", example
+    )
+    bench.add_arguments(measure)
     doctor = _command(commands, "doctor", _doctor, "what is installed and which kernels are in use", "doctor")
     text = "compare all ranks of this launch instead: versions, code, recipe, clocks, disk, bandwidth"
     doctor.add_argument("--preflight", action="store_true", help=text)
@@ -262,7 +246,7 @@ def _train(options: argparse.Namespace) -> None:
     from mmoe.train.stages import train
 
     recipe = load_recipe(options.recipe, options.set)
-    train(recipe, options.out or Path("runs") / recipe.name, options.resume, options.stage)
+    train(recipe, options.out or Path("runs") / recipe.name, options.resume, options.stage, options.initial)
 
 
 def _recipes(options: argparse.Namespace) -> None:
@@ -375,16 +359,6 @@ def _report(options: argparse.Namespace) -> None:
     from mmoe.evaluate.report import write
 
     write(options.run_directory)
-
-
-def _bench(options: argparse.Namespace) -> None:
-    import importlib
-
-    checkout = Path(__file__).parents[1]
-    if not (checkout / "benchmarks").is_dir():
-        raise UserError("benchmarks are not part of the installed package", "", "run this from a checkout of mmoe")
-    sys.path.insert(0, str(checkout))
-    importlib.import_module(f"benchmarks.{options.suite}").run(options)
 
 
 def _doctor(options: argparse.Namespace) -> None:

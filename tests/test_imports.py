@@ -22,7 +22,7 @@ CHAIN = [
     {"checkpoint"},
     {"train"},
     {"convert"},
-    {"evaluate", "doctor"},
+    {"evaluate", "doctor", "bench"},
     {"cli"},
 ]
 for level, parts in enumerate(CHAIN):

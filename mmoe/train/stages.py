@@ -38,12 +38,15 @@ def one(recipe: Recipe, called: str | None) -> Recipe:
     return recipe.stages[names.index(called)]
 
 
-def train(recipe: Recipe, out: Path, resume: bool = False, first: str | None = None) -> None:
+def train(
+    recipe: Recipe, out: Path, resume: bool = False, first: str | None = None, initial: Path | None = None
+) -> None:
     """Trains ``recipe`` into ``out``, stage by stage where it has any, on all ranks of the launch.
 
     Args:
         resume: goes on with the first stage that is not complete, from its newest checkpoint or from its beginning.
-        first: the stage to begin with; the one before it has to be complete.
+        first: the stage to begin with; without ``initial`` the one before it has to be complete.
+        initial: a checkpoint, whose weights the first of the stages that are trained begins with.
 
     Raises:
         UserError: there is no such stage, the one before is not complete; and see :func:`mmoe.train.run.train`.
@@ -52,36 +55,35 @@ def train(recipe: Recipe, out: Path, resume: bool = False, first: str | None = N
     if not recipe.stages:
         if first is not None:
             raise UserError(f"no stage is called {first!r}", "--stage", "the recipe has no stages: leave it out")
-        run.train(recipe, out, resume)
+        run.train(recipe, out, resume, initial)
         return
     rank, _ = engine.announced()
     if rank == 0 and not (out / "recipe.toml").exists():
         out.mkdir(parents=True, exist_ok=True)
         (out / "recipe.toml").write_text(dump_recipe(recipe))
-    begin = _begin(recipe, out, resume, first)
+    wanted = _wanted(recipe, first)
+    done = (number for number in range(wanted, len(recipe.stages)) if _complete(recipe, number, out) is None)
+    begin = next(done, len(recipe.stages) - 1) if resume else wanted
     for number in range(begin, len(recipe.stages)):
         before = _complete(recipe, number - 1, out) if number else None
+        if number == wanted and initial is not None:
+            before = initial
         if number and before is None:
             what = f"stage {name(recipe, number - 1)!r} is not complete in {folder(recipe, number - 1, out)}"
-            raise UserError(what, f"--stage {name(recipe, number)}", "train it first: mmoe train without --stage")
+            raise UserError(what, f"--stage {name(recipe, number)}", "train it first, or give its weights with --from")
         if rank == 0:
             say(f"stage {number + 1} of {len(recipe.stages)}: {name(recipe, number)}")
         here = folder(recipe, number, out)
-        # What a stage before this one has not left behind there is nothing to refuse for.
-        run.train(recipe.stages[number], here, resume and number == begin, before)
+        run.train(recipe.stages[number], here, resume and files.newest(here) is not None, before)
         gc.collect()  # models and optimizers in cycles
 
 
-def _begin(recipe: Recipe, out: Path, resume: bool, first: str | None) -> int:
+def _wanted(recipe: Recipe, first: str | None) -> int:
+    """The number of the stage called ``first``, else of the first one."""
     names = [name(recipe, number) for number in range(len(recipe.stages))]
-    if first is not None:
-        if first not in names:
-            raise UserError(f"no stage is called {first!r}", "--stage", f"the stages are {', '.join(names)}")
-        return names.index(first)
-    if not resume:
-        return 0
-    done = (number for number in range(len(names)) if _complete(recipe, number, out) is None)
-    return next(done, len(names) - 1)
+    if first is not None and first not in names:
+        raise UserError(f"no stage is called {first!r}", "--stage", f"the stages are {', '.join(names)}")
+    return names.index(first) if first else 0
 
 
 def _complete(recipe: Recipe, number: int, out: Path) -> Path | None:

@@ -16,10 +16,11 @@ from mmoe.checkpoint.load import blank, state_dict, weights
 from mmoe.checkpoint.stream import JOURNAL
 from mmoe.convert.families import longcat
 from mmoe.convert.weights import SHARD, plan
-from mmoe.recipe.schema import Backbone, Model, MoE, Precision
+from mmoe.recipe.model import Longcat, Model, MoE
+from mmoe.recipe.schema import Precision
 
 pytestmark = pytest.mark.slow
-BACKBONE = Backbone(
+BACKBONE = Longcat(
     vocab_size=131072,
     hidden_size=6144,
     layers=2,

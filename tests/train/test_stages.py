@@ -111,10 +111,10 @@ def test_a_run_goes_on_in_its_stage(staged: tuple[Path, Path], tmp_path: Path) -
     assert training.curve(run / "2-tune") == whole
 
 
-def test_a_stage_by_its_name(staged: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_stage_by_its_name_from_a_checkpoint(staged: tuple[Path, Path], tmp_path: Path) -> None:
     recipe, run = staged[0], tmp_path / "run"
-    shutil.copytree(staged[1] / "1-align", run / "1-align")
-    done = training.run(recipe, run, "--stage", "tune")
+    aligned = staged[1] / "1-align/checkpoints/step_00000003"
+    done = training.run(recipe, run, "--stage", "tune", "--from", str(aligned))
     assert done.returncode == 0, done.stderr
     assert training.curve(run / "2-tune") == training.curve(staged[1] / "2-tune")
 
