@@ -77,6 +77,7 @@ def test_a_slow_link_takes_bytes_over_rate_one_transfer_after_another(monkeypatc
     assert (clock.now, link.bytes) == (106.0, 160), "whoever does not ask for async waits at once"
 
 
+@pytest.mark.slow
 def test_a_quick_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "step", "--quick", "--sweep", "--out", str(tmp_path)]) == 0
     assert "written" in capsys.readouterr().out

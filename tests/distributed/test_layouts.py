@@ -86,7 +86,15 @@ def single(ranks: pool.Pools) -> Results:
     return ranks(1).run("jobs", "train")
 
 
-@pytest.mark.parametrize("layout", ["tp2 sp", "cp2", "dp2", *(pytest.param(n, marks=pytest.mark.slow) for n in DENSE)])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param("tp2 sp", marks=pytest.mark.latest),
+        "cp2",
+        "dp2",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in DENSE),
+    ],
+)
 def test_dense_model_with_sva_inside(ranks: pool.Pools, layout: str) -> None:
     """Its layers within the language model ask with what each rank holds of the sequence."""
     (world, parallel), single = {**ONE_OF_A_KIND, **TOGETHER}[layout], ranks(1).run("jobs", "train", kind="dense")

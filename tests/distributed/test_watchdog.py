@@ -11,8 +11,6 @@ import training
 
 from mmoe.parallel.stalls import Entry, Record, judge
 
-pytestmark = pytest.mark.latest
-
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:

@@ -9,6 +9,7 @@ from hosts import Hosts
 from test_curves import meeting, mpi_hosts
 
 
+@pytest.mark.slow
 def test_a_killed_rank_costs_nothing_but_time(recipe: Path, whole: Path, tmp_path: Path) -> None:
     process = runs.start(runs.command("torchrun.sh", 4, recipe, tmp_path, *runs.FOUR), runs.environment())
     runs.wait_for_checkpoint(tmp_path, process)

@@ -52,6 +52,7 @@ def pair(**changes) -> tuple[MultimodalModel, LlamaForCausalLM, Llama]:
 @pytest.mark.parametrize(
     "changes", [{}, {"kv_heads": 4}, {"kv_heads": 1, "head_dim": 8}, {"tied_embeddings": True}], ids=str
 )
+@pytest.mark.latest
 def test_logits_and_gradients(changes):
     ours, theirs, shape = pair(**changes)
     tokens = torch.randint(4, 64, (2, 24), generator=torch.Generator().manual_seed(1))

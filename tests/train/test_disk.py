@@ -21,7 +21,7 @@ def states(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_file_that_cannot_grow(finished: tuple[Path, Path], tmp_path: Path, ranks: int) -> None:
     """As on a full disk, the write of a shard fails; every rank ends, the checkpoint before it is whole."""
     recipe, run = finished[0], tmp_path / "run"

@@ -232,6 +232,7 @@ def test_ranks_that_are_not_alike_are_refused_before_the_first_step(
     assert not (run / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_clock_an_hour_off_is_named_and_changes_nothing(finished: tuple[Path, Path], ranks: Ranks) -> None:
     run = ranks.folder / "run"
     (ranks.folder / "sitecustomize.py").write_text(

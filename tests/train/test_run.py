@@ -99,7 +99,7 @@ def test_sigterm_saves_and_exits_75(finished: tuple[Path, Path], tmp_path: Path)
     assert training.curve(tmp_path / "stopped") == training.curve(tmp_path / "whole")
 
 
-@pytest.mark.latest
+@pytest.mark.slow
 def test_sigterm_on_two_ranks(finished: tuple[Path, Path], tmp_path: Path) -> None:
     recipe, run = finished[0], tmp_path / "run"
     interrupt(recipe, run, *LONGER, ranks=2)

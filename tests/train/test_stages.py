@@ -68,6 +68,7 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
     return {".".join(name.split(".")[: 2 if name.startswith("encoders") else 1]) for name in names}
 
 
+@pytest.mark.latest
 def test_each_stage_trains_what_it_thaws(staged: tuple[Path, Path]) -> None:
     recipe, run = staged
     assert sorted(path.name for path in run.iterdir()) == ["1-align", "2-tune", "recipe.toml"]
