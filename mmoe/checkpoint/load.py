@@ -10,16 +10,19 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mmoe import reading
 from mmoe.checkpoint import layout
 from mmoe.checkpoint.shards import Shards
 from mmoe.data.batch import to_device
 from mmoe.data.tokenizer import load_tokenizer
+from mmoe.errors import UserError
 from mmoe.layers.router import CONTROLLER_STATE
 from mmoe.models.encoders.vit import ViT, resize_position
 from mmoe.models.multimodal import MultimodalModel, build
 from mmoe.parallel import calls, cpu_platform, engine, state
+from mmoe.parallel.state import CheckpointingException
 from mmoe.recipe.load import load_recipe
 from mmoe.recipe.schema import Parallel, Recipe
 
@@ -36,6 +39,9 @@ def hand_over(checkpoint: Path, models: Sequence[Any]) -> None:
     """Fills the pipeline chunks ``models`` with the weights, and what the controller remembers, of ``checkpoint``.
 
     A ViT's learned positions are interpolated where its images have another size than there.
+
+    Raises:
+        UserError: they are weights of a model with other tensors.
     """
     before = {encoder.name: encoder for encoder in load_recipe(str(checkpoint / "recipe.toml")).model.encoders}
     resized = {
@@ -44,9 +50,17 @@ def hand_over(checkpoint: Path, models: Sequence[Any]) -> None:
         for name, encoder in model.encoders.items()
         if isinstance(encoder, ViT)
         and encoder.position is not None
+        and name in before
         and encoder.config.image_size != before[name].image_size
     }
-    state.load(checkpoint / "state", models, None, without=resized)
+    try:
+        state.load(checkpoint / "state", models, None, without=resized)
+    except (CheckpointException, CheckpointingException) as error:
+        # Its files are whole: what does not fit is the model.
+        what = f"its weights are those of another model: {str(error).strip().splitlines()[-1]}"
+        raise UserError(
+            what, str(checkpoint), "its recipe.toml says of which; begin with a checkpoint of this one"
+        ) from None
     if resized:
         stored = state_dict(checkpoint)[1]
         with torch.no_grad():

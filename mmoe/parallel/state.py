@@ -16,6 +16,7 @@ from mmoe.parallel.optimizer import MegatronOptimizer, begin_state
 
 # isort: split
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException as CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async

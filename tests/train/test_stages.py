@@ -100,6 +100,16 @@ def test_nothing_is_lost_between_stages(staged: tuple[Path, Path]) -> None:
     assert all(torch.equal(handed[name], tensor) for name, tensor in aligned.items())
 
 
+@pytest.mark.parametrize(
+    "change", ["model.backbone.layers=1", "model.backbone.hidden_size=64", "model.encoders.0.name=eye"]
+)
+def test_weights_of_another_model_are_refused(staged: tuple[Path, Path], change: str) -> None:
+    recipe = load_recipe(staged[1] / "1-align/recipe.toml", [change])
+    engine.start(recipe.parallel, recipe.train.seed, alone=True)
+    with pytest.raises(UserError, match="weights are those of another model"):
+        hand_over(staged[1] / "1-align/checkpoints/step_00000003", [build(recipe)])
+
+
 def test_a_run_goes_on_in_its_stage(staged: tuple[Path, Path], tmp_path: Path) -> None:
     recipe, run = staged[0], tmp_path / "run"
     shutil.copytree(staged[1], run)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from mmoe.convert.families.fields import only, rope_of
 from mmoe.convert.mapping import Entry, Table
 from mmoe.errors import UserError
 from mmoe.recipe.load import typed
@@ -63,17 +64,8 @@ def from_config(config: dict[str, Any], where: str) -> Llama:
     Raises:
         UserError: a missing field, or a variant that is not supported.
     """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"rope_parameters is {rope!r}", where, "export the model again")
-    for name, value, supported in (
-        ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
-        ("attention_bias", config.get("attention_bias", False), False),
-        ("mlp_bias", config.get("mlp_bias", False), False),
-        ("hidden_act", config.get("hidden_act", "silu"), "silu"),
-    ):
-        if value != supported:
-            raise UserError(f"{name} is {value!r}", where, f"only {supported!r} is supported")
+    rope = rope_of(config, where)
+    only(config, {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}, where)
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         even = type(heads) is int and type(hidden) is int and heads > 0 and hidden % heads == 0

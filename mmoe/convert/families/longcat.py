@@ -7,6 +7,7 @@ experts, the last Z of which no computation reads: they are written as zeros and
 
 from typing import Any
 
+from mmoe.convert.families.fields import only, rope_of
 from mmoe.convert.mapping import Entry, Table
 from mmoe.errors import UserError
 from mmoe.recipe.load import typed
@@ -147,19 +148,9 @@ def from_config(config: dict[str, Any], where: str) -> tuple[Longcat, MoE]:
     Raises:
         UserError: a missing field, or a variant that is not supported.
     """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"rope_parameters is {rope!r}", where, "export the model again")
-    for name, value, supported in (
-        ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
-        ("attention_bias", config.get("attention_bias", False), False),
-        ("router_bias", config.get("router_bias", False), False),
-        ("tie_word_embeddings", config.get("tie_word_embeddings", False), False),
-        ("hidden_act", config.get("hidden_act", "silu"), "silu"),
-        ("zero_expert_type", config.get("zero_expert_type", "identity"), "identity"),
-    ):
-        if value != supported:
-            raise UserError(f"{name} is {value!r}", where, f"only {supported!r} is supported")
+    rope = rope_of(config, where)
+    plain = {"attention_bias": False, "router_bias": False, "tie_word_embeddings": False, "hidden_act": "silu"}
+    only(config, {**plain, "zero_expert_type": "identity"}, where)
     try:
         backbone = {
             "vocab_size": config["vocab_size"],
