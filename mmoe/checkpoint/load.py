@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from mmoe.models.multimodal import MultimodalModel, build
 from mmoe.parallel import calls, cpu_platform, engine, state
 from mmoe.parallel.state import CheckpointingException
 from mmoe.recipe.load import load_recipe
+from mmoe.recipe.model import ViT as ViTTable
 from mmoe.recipe.schema import Parallel, Recipe
 
 
@@ -44,29 +45,23 @@ def hand_over(checkpoint: Path, models: Sequence[Any]) -> None:
         UserError: they are weights of a model with other tensors.
     """
     before = {encoder.name: encoder for encoder in load_recipe(str(checkpoint / "recipe.toml")).model.encoders}
-    resized = {
-        f"encoders.{name}.position": encoder
-        for model in models
-        for name, encoder in model.encoders.items()
-        if isinstance(encoder, ViT)
-        and encoder.position is not None
-        and name in before
-        and encoder.config.image_size != before[name].image_size
-    }
+    resized = {}
+    for model in models:
+        for name, encoder in model.encoders.items():
+            had = before.get(name)
+            if not isinstance(encoder, ViT) or encoder.position is None or not isinstance(had, ViTTable):
+                continue
+            if had.image_size != encoder.config.image_size:
+                rows = had.class_token + (had.image_size // had.patch_size) ** 2
+                fit = partial(resize_position, config=encoder.config)
+                resized[f"encoders.{name}.position"] = (rows, had.width), fit
     try:
-        state.load(checkpoint / "state", models, None, without=resized)
+        state.load(checkpoint / "state", models, None, resized)
     except (CheckpointException, CheckpointingException) as error:
         # Its files are whole: what does not fit is the model.
         what = f"its weights are those of another model: {str(error).strip().splitlines()[-1]}"
-        raise UserError(
-            what, str(checkpoint), "its recipe.toml says of which; begin with a checkpoint of this one"
-        ) from None
-    if resized:
-        stored = state_dict(checkpoint)[1]
-        with torch.no_grad():
-            for name, encoder in resized.items():
-                assert encoder.position is not None
-                encoder.position.copy_(resize_position(stored[name], encoder.config))
+        fix = "its recipe.toml says of which; begin with a checkpoint of this one"
+        raise UserError(what, str(checkpoint), fix) from None
 
 
 class Loaded:

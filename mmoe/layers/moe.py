@@ -118,7 +118,7 @@ class ZeroExpertMoE(MegatronModule):
         if torch.is_grad_enabled() and self.training:
             # Under recompute the first forward runs without gradients: only the second one counts.
             self.router.count(routed, valid_T, weighted_loss.detach())
-            if self.router.measures:
+            if self.router.measures and routed.weights.requires_grad:  # else all before it is frozen
                 self.router.measure(routed, valid_T)
             x_TD = engine.attach_loss(x_TD, weighted_loss)
         rows, row_of_slot, slot_of_row, offsets = permute(x_TD, routed.ids, self.config.moe.experts)

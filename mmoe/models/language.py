@@ -109,6 +109,10 @@ class LanguageModel(LanguageModule):
         behind the final norm, [s / context ranks, b, D]. ``behind``: what the output [t, b, D] of a layer goes through
         before the next one, by the layer's number from 0. In training the last stage attaches its auxiliary losses.
         """
+        if hidden is not None and self.config.recompute != "none" and torch.is_grad_enabled():
+            # What is computed again is a function of its input alone: without a gradient there (embedding and encoders
+            # frozen, or a batch of text) its weights would have none either, in silence.
+            hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
         if hidden is not None and self.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden)
         packed = self._packed(batch)

@@ -95,11 +95,11 @@ def join(
     """Joins the process group that the launcher announced, or one of this process ``alone``; does nothing where this
     process is in one. A collective that a rank waits for longer than ``stall_warning_seconds`` is named
     (:mod:`mmoe.parallel.watchdog`)."""
-    if dist.is_initialized():
-        return
     if parallel.tensor > 1:
         # Megatron's linears launch a collective and count on the kernel behind it not to overtake it on the GPU.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if dist.is_initialized():
+        return
     rank, world = (0, 1) if alone else announced()
     if torch.cuda.is_available():
         # cuBLAS is deterministic only with a workspace of its own, chosen before the first handle is made.

@@ -144,16 +144,35 @@ def adam_state(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> d
 class ShardedOptimizer(DistributedOptimizer):
     """Megatron's distributed optimizer, with torch's AdamW below it where no fused one is installed."""
 
+    taken = 0
+    """Steps of this optimizer, which one without parameters does not count."""
+
+    def step_with_ready_grads(self) -> bool:
+        self.taken += 1
+        return super().step_with_ready_grads()
+
     def _set_main_param_and_optimizer_states(self, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
         """Upstream (distrib_optimizer.py:940) asks the checkpoint for ``step``, which it keeps elsewhere."""
         group, place = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][place]]
         super()._set_main_param_and_optimizer_states(model_param, {"step": state.get("step"), **tensors})
 
+    def state_dict(self) -> dict[str, Any]:
+        """Upstream (distrib_optimizer.py:639) reads the step off its parameters: a rank whose part of the model is
+        frozen has none."""
+        if self.optimizer.state:
+            return super().state_dict()
+        state = self.optimizer.state_dict()
+        for group in state["param_groups"]:
+            del group["params"]
+            group["step"] = float(self.taken)
+        return {"optimizer": {"param_groups": state["param_groups"]}}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Upstream (distrib_optimizer.py:818) gives every parameter one and the same ``step``: each of them would count
         it up, and a run that goes on would drift."""
         super().load_state_dict(state_dict)
+        self.taken = int(state_dict["optimizer"]["param_groups"][0]["step"])
         for state in self.optimizer.state.values():
             if torch.is_tensor(state.get("step")):
                 state["step"] = state["step"].clone()

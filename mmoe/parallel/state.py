@@ -1,10 +1,11 @@
 """A model's and an optimizer's state on disk, in a form that loads at any layout (Megatron-Core's torch_dist)."""
 
 import inspect
+import itertools
 import math
 import queue
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,19 +161,23 @@ def load(
     folder: Path,
     models: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer | None,
-    without: Collection[str] = (),
+    resized: Mapping[str, tuple[tuple[int, ...], Callable[[torch.Tensor], torch.Tensor]]] | None = None,
 ) -> None:
     """Fills the pipeline chunks ``models`` (and ``optimizer`` and random states, unless None) from ``folder``, saved at
-    any layout; of the models' tensors those called ``without`` stay as they are. Nothing in its files is called.
+    any layout. Nothing in its files is called.
+
+    resized: of tensors that all ranks of a stage hold whole, the shape that they have in ``folder``, and what makes
+    ours of them.
 
     Raises:
         UserError: they hold something else than data.
     """
     pickles.check(folder)
     target = sharded(models, optimizer, loading=True)
-    kept = {
-        name: {key: target[name].pop(key).data for key in without if key in target[name]} for name in _names(models)
-    }
+    for name, (key, (shape, _)) in itertools.product(_names(models), (resized or {}).items()):
+        if part := target[name].get(key):
+            stored = torch.empty(shape, dtype=part.dtype, device=part.data.device)
+            target[name][key] = ShardedTensor.from_rank_offsets(part.key, stored, replica_id=part.replica_id)
     with warnings.catch_warnings():
         # dist_checkpointing/strategies/torch.py:799 calls what torch has deprecated, or warns of (0.19.2).
         warnings.simplefilter("ignore", FutureWarning)
@@ -180,7 +185,8 @@ def load(
         with pickles.read_as_data(folder):
             state: Any = dist_checkpointing.load(target, str(folder))
     for name, model in zip(_names(models), models, strict=True):
-        _unwrap(model).load_state_dict(state[name] | kept[name])
+        fitted = {key: fit(state[name][key]) for key, (_, fit) in (resized or {}).items() if key in state[name]}
+        _unwrap(model).load_state_dict(state[name] | fitted)
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
         begin_state(optimizer)

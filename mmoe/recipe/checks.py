@@ -82,8 +82,9 @@ def row_unit(recipe: Recipe) -> int:
     return 4 if recipe.precision.dtype == "fp32" else 8
 
 
-def problems(recipe: Recipe) -> Iterator[Problem]:
-    """Everything wrong with the values of a well-typed recipe, in the order of its tables."""
+def problems(recipe: Recipe, *, staged: bool = False) -> Iterator[Problem]:
+    """Everything wrong with the values of a well-typed recipe, in the order of its tables; ``staged``: of one that is
+    not trained itself, but its stages."""
     yield from ranges(recipe)
     name = recipe.name
     if not name.isprintable() or name in ("", "..") or Path(name).name != name:
@@ -104,9 +105,12 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
         yield "data.sequence_length", f"{data.sequence_length} is above model.backbone.max_position", "raise that one"
     if recipe.model.image_tokens + 2 > data.sequence_length:
         yield "data.sequence_length", "one image's tokens do not fit", "raise it, or lower model.connector.grid"
-    if data.features and not (recipe.stages or any(is_frozen(e, train) for e in recipe.model.encoders)):
+    if data.features and not staged and not any(is_frozen(e, train) for e in recipe.model.encoders):
         what = "no encoder is frozen: features from a cache do not learn"
         yield "data.features", what, 'name one in train.frozen, as in ["encoders"], or leave the key out'
+    if isinstance(recipe.model.connector, SVA) and recipe.model.connector.mask_padding and data.fit != "pad":
+        what = f"images are not padded with data.fit = {data.fit!r}: cells of the picture would be masked"
+        yield "model.connector.mask_padding", what, 'set data.fit = "pad", or leave the key out'
     if train.global_batch % train.micro_batch:
         what = f"{train.global_batch} is not a multiple of train.micro_batch = {train.micro_batch}"
         yield "train.global_batch", what, "change one of them"

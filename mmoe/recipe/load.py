@@ -50,7 +50,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     for assignment in overrides:
         reader.override(table, assignment)
     stages = table.pop("stages", [])
-    return dataclasses.replace(reader.recipe(table), stages=tuple(reader.stages(table, stages)))
+    return dataclasses.replace(reader.recipe(table, staged=bool(stages)), stages=tuple(reader.stages(table, stages)))
 
 
 def typed(cls: type[T], table: Any, source: str) -> T:
@@ -115,11 +115,11 @@ class _Reader:
         given = next(near, None) if path else None
         raise UserError(what, f"--set {given}" if given else self.source, fix)
 
-    def recipe(self, table: dict[str, Any], where: str = "") -> Recipe:
+    def recipe(self, table: dict[str, Any], where: str = "", *, staged: bool = False) -> Recipe:
         """A whole recipe without stages, checked; ``where`` goes in front of what is wrong with it."""
         try:
             recipe: Recipe = self.build(Recipe, table, "")
-            for path, what, fix in problems(recipe):
+            for path, what, fix in problems(recipe, staged=staged):
                 self.fail(path, f"{path}: {what}", fix)
         except UserError as error:
             raise UserError(f"{where}{error.what}", error.where, error.fix) from None

@@ -46,7 +46,7 @@ def _neutral(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, name="", description="", data=data, train=train, **plain)
 
 
-def _starting_point(recipe: Recipe, out: Path, resume: bool) -> Path | None:
+def starting_point(recipe: Recipe, out: Path, resume: bool) -> Path | None:
     """The checkpoint to go on from; refuses a folder that this run must not write into."""
     saved, newest = out / "recipe.toml", files.newest(out)
     if not saved.exists():
@@ -144,9 +144,10 @@ def _not_finite(step: int, row: int, outcome: Outcome, names: list[str]) -> User
     )
 
 
-def train(recipe: Recipe, out: Path, resume: bool = False, initial: Path | None = None) -> None:
+def train(recipe: Recipe, out: Path, resume: bool = False, initial: Path | None = None) -> bool:
     """Trains ``recipe``, one without stages, into ``out`` on all ranks of the launch, from its newest checkpoint when
-    ``resume``; from its first step with the weights of the checkpoint ``initial``, where that is given.
+    ``resume``; from its first step with the weights of the checkpoint ``initial``, where that is given. Returns whether
+    it was asked to stop, on any rank, when it was done.
 
     Raises:
         UserError: the layout does not fit the ranks, the data or the folder do not fit the recipe, the loss diverged.
@@ -156,7 +157,7 @@ def train(recipe: Recipe, out: Path, resume: bool = False, initial: Path | None 
     stop, journal = _StopRequest(), Journal(out, engine.announced()[0] == 0)
     try:
         with journal.until_the_end(), watchdog.guard(), _disk_trouble_told(out):
-            _train(recipe, out, resume, initial, stop, journal)
+            return _train(recipe, out, resume, initial, stop, journal)
     finally:
         # After a loss the launcher's SIGTERM comes next: it must not end this process before it has said why it ends.
         if not isinstance(sys.exception(), RankLost):
@@ -174,11 +175,11 @@ def _disk_trouble_told(out: Path) -> Iterator[None]:
         raise UserError(what, str(error.filename or out), "make room or mend the disk, then --resume") from None
 
 
-def _train(recipe: Recipe, out: Path, resume: bool, initial: Path | None, stop: _StopRequest, journal: Journal) -> None:
+def _train(recipe: Recipe, out: Path, resume: bool, initial: Path | None, stop: _StopRequest, journal: Journal) -> bool:
     rank, world = engine.announced()
     layout.check(recipe, world)
     lock = _claim(out) if rank == 0 else None
-    start = _starting_point(recipe, out, resume) if rank == 0 else None
+    start = starting_point(recipe, out, resume) if rank == 0 else None
     engine.join(recipe.parallel, stall_warning_seconds=recipe.train.stall_warning_seconds)
     # Not before: who waits for the others to start has nothing to save.
     stop.listen()
@@ -231,6 +232,7 @@ def _train(recipe: Recipe, out: Path, resume: bool, initial: Path | None, stop: 
         attempt = int(os.environ.get("MMOE_ATTEMPT", "0"))
         journal.start(step=progress["step"], ranks=world, hosts=hosts, attempt=attempt, **recorder.lost)
         _loop(recipe, out, stepper, loader, recorder, journal, stop, progress)
+        return not engine.all_true(not stop.asked)
 
 
 def _loop(

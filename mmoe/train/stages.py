@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mmoe.checkpoint import layout as files
 from mmoe.ending import say
-from mmoe.errors import UserError
+from mmoe.errors import Interrupted, UserError
 from mmoe.parallel import engine
 from mmoe.recipe.load import dump_recipe
 from mmoe.recipe.schema import Recipe
@@ -58,12 +58,14 @@ def train(
         run.train(recipe, out, resume, initial)
         return
     rank, _ = engine.announced()
-    if rank == 0 and not (out / "recipe.toml").exists():
+    wanted = _wanted(recipe, first)
+    begin = resumed(recipe, out, wanted, first is not None) if resume else wanted
+    if rank == 0:
+        for number, stage in enumerate(recipe.stages):
+            # Refused before anything is trained: a stage that is another recipe's, or would be trained over.
+            run.starting_point(stage, folder(recipe, number, out), resume or number < wanted)
         out.mkdir(parents=True, exist_ok=True)
         (out / "recipe.toml").write_text(dump_recipe(recipe))
-    wanted = _wanted(recipe, first)
-    done = (number for number in range(wanted, len(recipe.stages)) if _complete(recipe, number, out) is None)
-    begin = next(done, len(recipe.stages) - 1) if resume else wanted
     for number in range(begin, len(recipe.stages)):
         before = _complete(recipe, number - 1, out) if number else None
         if number == wanted and initial is not None:
@@ -74,8 +76,21 @@ def train(
         if rank == 0:
             say(f"stage {number + 1} of {len(recipe.stages)}: {name(recipe, number)}")
         here = folder(recipe, number, out)
-        run.train(recipe.stages[number], here, resume and files.newest(here) is not None, before)
+        stopped = run.train(recipe.stages[number], here, resume and files.newest(here) is not None, before)
+        if stopped and number + 1 < len(recipe.stages):
+            raise Interrupted(f"stopped after stage {name(recipe, number)!r}, saved; go on with --resume")
         gc.collect()  # models and optimizers in cycles
+
+
+def resumed(recipe: Recipe, out: Path, wanted: int, named: bool) -> int:
+    """The stage to go on with: the last that was begun, unless it is complete; none before ``wanted``, the one that the
+    run begins with (a run that began with a later stage is resumed without its name, too, where none is ``named``)."""
+    stages = range(wanted, len(recipe.stages))
+    begun = [number for number in stages if files.newest(folder(recipe, number, out)) is not None]
+    last = begun[-1] if begun and not named else None
+    if last is None:
+        return next((number for number in stages if _complete(recipe, number, out) is None), stages[-1])
+    return min(last + (_complete(recipe, last, out) is not None), stages[-1])
 
 
 def _wanted(recipe: Recipe, first: str | None) -> int:

@@ -78,26 +78,27 @@ def _forward(batches: Iterator[dict[str, Any]], model: torch.nn.Module, *, suspe
     return model(batch), loss
 
 
-def freeze(models: Sequence[torch.nn.Module], names: Sequence[str]) -> None:
+def freeze(models: Sequence[torch.nn.Module], names: Sequence[str], rated: Sequence[str] = ()) -> None:
     """Takes the parameters of the modules called ``names`` out of training, before anything is made for their
-    gradients. Called by all ranks together.
+    gradients; ``rated`` are those with a learning rate of their own. Called by all ranks together.
 
     Raises:
-        UserError: no rank has a module of one of the names, or nothing is left to train.
+        UserError: no rank has a module of one of these names, or nothing is left to train.
     """
-    found, left = torch.zeros(len(names)), torch.zeros(1)
+    keys = [("train.frozen", name) for name in names] + [("optimizer.modules", name) for name in rated]
+    found, left = torch.zeros(len(keys)), torch.zeros(1)
     for model in models:
         for name, parameter in model.named_parameters():
-            matches = [i for i, module in enumerate(names) if f"{name}.".startswith(f"{module}.")]
+            matches = [i for i, (_, module) in enumerate(keys) if f"{name}.".startswith(f"{module}.")]
             found[matches] += 1
-            if matches:
+            if matches and matches[0] < len(names):
                 parameter.requires_grad_(False)
             left += parameter.requires_grad
     counts = engine.sum_over_world(torch.cat((found, left)).to(cpu_platform.device()))
-    for module, count in zip(names, counts[:-1].tolist(), strict=True):
+    for (key, module), count in zip(keys, counts[:-1].tolist(), strict=True):
         if not count:
             known = sorted({name.split(".")[0] for model in models for name, _ in model.named_parameters()})
-            raise UserError(f"the model has no module {module!r}", "train.frozen", f"name one in {', '.join(known)}")
+            raise UserError(f"the model has no module {module!r}", key, f"name one in {', '.join(known)}")
     if not counts[-1]:
         raise UserError("every module is frozen: nothing is left to train", "train.frozen", "thaw one")
 
@@ -115,7 +116,7 @@ class Stepper:
     def __init__(self, recipe: Recipe, models: Sequence[MultimodalModel]) -> None:
         self.recipe = recipe
         self.models = list(models)
-        freeze(self.models, recipe.train.frozen)
+        freeze(self.models, recipe.train.frozen, [module.name for module in recipe.optimizer.modules])
         config, sharded = self.models[0].config, recipe.parallel.distributed_optimizer
         self.wrapped = engine.prepare(self.models, config, distributed_optimizer=sharded)
         self.optimizer: Any = adam.build(

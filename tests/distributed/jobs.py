@@ -1,12 +1,14 @@
 """What the ranks of a pool run: a small multimodal model, trained a few steps at some layout."""
 
+import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
 import torch
 import training
 
-from mmoe.checkpoint.load import blank
+from mmoe.checkpoint.load import blank, hand_over
 from mmoe.checkpoint.shards import Shards
 from mmoe.layers import mla
 from mmoe.models.multimodal import MultimodalModel, build_stages
@@ -14,6 +16,7 @@ from mmoe.parallel import engine, layout, state
 from mmoe.parallel import optimizer as adam
 from mmoe.recipe import model as tables
 from mmoe.recipe import schema
+from mmoe.recipe.load import dump_recipe
 from mmoe.recipe.tokens import IMAGE
 from mmoe.train.metrics import gradient_ratio
 from mmoe.train.step import Outcome, Stepper
@@ -60,13 +63,13 @@ def dense() -> tables.Model:
 MODELS = {"longcat": longcat, "dense": dense}
 
 
-def recipe(kind: str = "longcat", **parallel: Any) -> schema.Recipe:
-    """Of one of :data:`MODELS`."""
+def recipe(kind: str = "longcat", frozen: tuple[str, ...] = (), **parallel: Any) -> schema.Recipe:
+    """Of one of :data:`MODELS`, with some of it frozen."""
     return schema.Recipe(
         name="layouts",
         model=MODELS[kind](),
         data=schema.Data(mixture="none", sequence_length=PACK),
-        train=schema.Train(steps=10, global_batch=GLOBAL, micro_batch=MICRO),
+        train=schema.Train(steps=10, global_batch=GLOBAL, micro_batch=MICRO, frozen=frozen),
         optimizer=schema.Optimizer(lr=1e-3, eps=1e-5),
         parallel=schema.Parallel(**parallel),
     )
@@ -134,11 +137,12 @@ def train(
     save: tuple[int, str] | None = None,
     load: str | None = None,
     kind: str = "longcat",
+    frozen: tuple[str, ...] = (),
     **parallel: Any,
 ) -> dict[str, Any]:
     """Losses, gradient norms and routing of ``steps`` steps from step ``first``; the first one's gradients and the last
     weights. ``save`` = (after which step, folder); ``load``: the folder to go on from."""
-    settings = recipe(kind, **parallel)
+    settings = recipe(kind, frozen, **parallel)
     layout.check(settings, engine.announced()[1])
     here = engine.start(settings.parallel, 0)
     torch.use_deterministic_algorithms(True)
@@ -149,7 +153,7 @@ def train(
     update = adam.update
 
     def watched(optimizer: Any, rate: float) -> tuple[bool, float]:
-        if not gradients and not settings.parallel.distributed_optimizer:
+        if not gradients and not settings.parallel.distributed_optimizer and not frozen:
             gradients.extend(pieces(stepper.models, gradients=True))
         return update(optimizer, rate)
 
@@ -196,3 +200,24 @@ def read(folder: str, **parallel: Any) -> dict[str, torch.Tensor]:
         whole = found.setdefault(place.key, torch.full(place.whole, torch.nan, dtype=spec.dtype))
         whole[place.leading] = flat.view(spec.shape)
     return found
+
+
+def grow(folder: str, **parallel: Any) -> dict[str, Any]:
+    """Hands the model on to a stage of larger images: the grid's sizes behind it, the positions before and after, and
+    that a step is taken."""
+    small = recipe(**parallel)
+    here = engine.start(small.parallel, 0)
+    stepper = Stepper(small, build_stages(small))
+    if here.first:
+        (Path(folder) / "state").mkdir()
+        (Path(folder) / "recipe.toml").write_text(dump_recipe(small))
+    engine.barrier()
+    training.save_state(Path(folder) / "state", stepper)
+    vit = dataclasses.replace(small.model.encoders[0], image_size=32, grid=4)
+    large = dataclasses.replace(small, model=dataclasses.replace(small.model, encoders=(vit,)))
+    models = build_stages(large)
+    hand_over(Path(folder), models)
+    positions = [m.encoders["vit"].position.detach().clone() for m in (stepper.models[0], models[0]) if m.pre_process]
+    batch = micro_batch(0, 0) | {"images": {32: torch.randn(3, 3, 32, 32)}}
+    outcome = Stepper(large, models).step(itertools.repeat(batch), 1e-3)
+    return {"ranks": engine.ranks(), "positions": positions, "taken": outcome.taken}

@@ -168,6 +168,48 @@ def test_goes_on_from_one_process_and_is_gone_on_from(
     compare(back, alone[0], first=2)
 
 
+@pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"pipeline": 2, "distributed_optimizer": True}], ids=str)
+def test_a_stage_with_nothing_to_train_saves_and_goes_on(
+    ranks: pool.Pools, parallel: dict[str, Any], tmp_path: Path
+) -> None:
+    """The language model frozen, the last pipeline stage has no parameter of its own in training."""
+    settings, path = {"frozen": ("language",), **parallel}, str(tmp_path / "saved")
+    single = ranks(1).run("jobs", "train", frozen=("language",))
+    whole = ranks(2).run("jobs", "train", save=(3, path), **settings)
+    again = ranks(2).run("jobs", "train", steps=2, first=3, load=path, **settings)
+    for name in ("loss", "grad_norm"):
+        assert whole[0][name] == pytest.approx(single[0][name], rel=CURVE), name
+        assert again[0][name] == whole[0][name][3:], name
+
+
+@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}], ids=str)
+def test_larger_images_are_taken_over_on_the_grid_that_is_there(
+    ranks: pool.Pools, parallel: dict[str, Any], tmp_path: Path
+) -> None:
+    results = ranks(2).run("jobs", "grow", folder=str(tmp_path), **parallel)
+    for result in results:
+        assert (result["ranks"].tensor_size, result["ranks"].pipeline_size) == (
+            parallel.get("tensor", 1),
+            parallel.get("pipeline", 1),
+        )
+        assert result["taken"]
+    small, large = results[0]["positions"]
+    square = small.view(1, 4, 4, -1).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(square, (8, 8), mode="bicubic").permute(0, 2, 3, 1).reshape(64, -1)
+    torch.testing.assert_close(large, expected)
+
+
+@pytest.mark.parametrize("kind", ["longcat", "dense"])
+def test_recomputing_loses_no_gradient_behind_a_frozen_embedding(ranks: pool.Pools, kind: str) -> None:
+    frozen = ("language.embedding", "encoders", "connector")
+    plain, *others = (
+        ranks(1).run("jobs", "train", steps=2, kind=kind, frozen=frozen, recompute=how)[0]["grad_norm"]
+        for how in ("none", "selective", *(("full",) if kind == "longcat" else ()))
+    )
+    for norms in others:
+        assert norms == pytest.approx(plain, rel=CURVE)
+
+
 REPEATED = ("pp2 vpp2", "cp2", "dp2 distributed optimizer", "tp2 sp etp2")
 """The layouts that `make test` runs twice, `make test-full` all."""
 

@@ -39,6 +39,7 @@ from mmoe.recipe import load_recipe
         (["model.encoders.0.position=rope", "model.encoders.0.heads=16"], "heads of 2 are no multiple of 4"),
         (["model.backbone.type=mistral"], "model.backbone.type must be one of 'longcat', 'llama', found the string"),
         (["model.encoders.0.type=vits"], "model.encoders.0.type must be one of 'vit', 'convnext', 'convnet', found"),
+        (["model.connector.mask_padding=true"], "images are not padded with data.fit = 'stretch'"),
         (["model.connector.type=linear"], "unknown key 'model.connector.width'"),
         (
             ["model.encoders.0.patch_size=5"],

@@ -97,6 +97,13 @@ def test_refusals_name_the_stage(staged: Path, change: tuple[str, str], what: st
     assert what in caught.value.what
 
 
+def test_features_of_a_cache_may_be_the_recipes_and_the_freezing_its_stages(staged: Path) -> None:
+    recipe = load_recipe(staged, ['stages.1.data.features=""', "data.features=cache"])
+    assert [stage.data.features for stage in recipe.stages] == ["cache", ""]
+    with pytest.raises(UserError, match=r"stage 'tune': data\.features: no encoder is frozen"):
+        load_recipe(staged, ["data.features=cache"])
+
+
 def test_stages_are_a_list_of_tables(tiny: Path) -> None:
     tiny.write_text("stages = [1]\n" + tiny.read_text())
     with pytest.raises(UserError, match="stages must be a list, each entry a table"):

@@ -11,7 +11,7 @@ import torch
 import training
 
 from mmoe.checkpoint.load import hand_over, state_dict, weights
-from mmoe.errors import UserError
+from mmoe.errors import Interrupted, UserError
 from mmoe.models.encoders.vit import resize_position
 from mmoe.models.multimodal import build
 from mmoe.parallel import engine
@@ -130,6 +130,51 @@ def test_a_stage_by_its_name_from_a_checkpoint(staged: tuple[Path, Path], tmp_pa
     assert training.curve(run / "2-tune") == training.curve(staged[1] / "2-tune")
 
 
+def test_what_is_not_this_recipes_is_refused_before_anything_is_trained(
+    staged: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages.run, "train", lambda *_: pytest.fail("it was trained"))
+    shutil.copytree(staged[1], tmp_path / "run")
+    before = (tmp_path / "run/recipe.toml").read_text()
+    for change in ("stages.0.optimizer.lr=0.5", "stages.1.optimizer.lr=0.5"):
+        with pytest.raises(UserError, match="holds another recipe's run"):
+            stages.train(load_recipe(staged[0], [change]), tmp_path / "run", resume=True)
+    with pytest.raises(UserError, match="holds a run already"):
+        stages.train(load_recipe(staged[0]), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/1-align")
+    with pytest.raises(UserError, match="holds a run already"):
+        stages.train(load_recipe(staged[0]), tmp_path / "run")
+    assert (tmp_path / "run/recipe.toml").read_text() == before
+
+
+def test_a_stop_between_two_stages(staged: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes with the last step of a stage: the next one does not begin, and is what --resume begins with."""
+    recipe, run, trained = load_recipe(staged[0]), tmp_path / "run", []
+
+    def train(stage: Recipe, out: Path, resume: bool, initial: Path | None) -> bool:
+        trained.append((stage.name, resume, initial))
+        shutil.copytree(staged[1] / out.name, out)
+        return stage.name.endswith("align")
+
+    monkeypatch.setattr(stages.run, "train", train)
+    with pytest.raises(Interrupted, match="stopped after stage 'align'"):
+        stages.train(recipe, run)
+    stages.train(recipe, run, resume=True)
+    aligned = run / "1-align/checkpoints/step_00000003"
+    assert trained == [("tiny-align", False, None), ("tiny-tune", False, aligned)]
+
+
+def test_a_run_that_began_with_a_later_stage_goes_on_there(staged: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, run = load_recipe(staged[0]), tmp_path / "run"
+    assert stages.resumed(recipe, run, 0, named=False) == 0
+    shutil.copytree(staged[1] / "2-tune", run / "2-tune")
+    assert stages.resumed(recipe, run, 0, named=False) == 1
+    assert stages.resumed(recipe, run, 0, named=True) == 0
+    shutil.copytree(staged[1] / "1-align", run / "1-align")
+    shutil.rmtree(run / "2-tune")
+    assert stages.resumed(recipe, run, 0, named=False) == 1
+
+
 @pytest.mark.parametrize(
     ("first", "what"),
     [("tune", "stage 'align' is not complete"), ("polish", "no stage is called 'polish'")],
@@ -174,6 +219,11 @@ def test_frozen_parameters_have_neither_gradient_nor_optimizer_state() -> None:
 def test_what_cannot_be_frozen(frozen: tuple[str, ...], what: str) -> None:
     with pytest.raises(UserError, match=what):
         stepper(*frozen)
+
+
+def test_a_rate_of_no_module_is_refused() -> None:
+    with pytest.raises(UserError, match=r"no module 'encoder' \(optimizer\.modules\)"):
+        stepper(modules=(ModuleRate(name="encoder", lr=1e-4),))
 
 
 def test_the_longest_name_has_its_rate() -> None:
