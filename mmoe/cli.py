@@ -189,7 +189,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     leakage = _command(data, "leakage", _leakage, "find test pictures that the training data shows too", example)
     leakage.add_argument("train", type=Path, metavar="TRAIN")
     leakage.add_argument("tests", type=Path, nargs="+", metavar="TEST")
-    leakage.add_argument("--json", type=Path, metavar="FILE", help="write every match here")
+    leakage.add_argument("--json", type=Path, metavar="FILE", help="write every test picture that is found here")
     text = "bits of 64 that two pictures' hashes may differ by (default: 4)"
     leakage.add_argument("--threshold", type=int, default=4, metavar="N", help=text)
 

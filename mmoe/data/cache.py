@@ -240,10 +240,10 @@ class Writer:
             fix = "make room or mend the disk, and run the command again: it goes on where it was"
             raise UserError(f"cannot write the features: {error}", str(self.folder), fix) from None
 
-    def finish(self) -> bool:
-        """Declares the features complete where no shard is missing; whether that is so."""
-        if self.missing:
-            return False
+    def finish(self) -> int:
+        """Declares the features complete where no shard is missing; returns how many are."""
+        if missing := len(self.missing):
+            return missing
         self.card.unreadable, self.card.bad, self.card.complete = {}, {}, True
         for n in range(len(self.card.shards)):
             try:
@@ -254,7 +254,7 @@ class Writer:
                 what = f"the mark of a shard is unreadable: {error}"
                 raise UserError(what, str(self._mark(n)), "remove it and run the command again") from None
         self.card.write(self.folder)
-        return True
+        return 0
 
 
 def _numpy(values: Tensor, dtype: np.dtype) -> np.ndarray:

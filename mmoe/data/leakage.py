@@ -25,18 +25,31 @@ BITS, SIDE, LOW = 64, 32, 8
 THRESHOLD = 4
 """Bits that may differ by default; two unrelated pictures' hashes differ by 32 on average."""
 SHOWN = 20
-"""Matches of a test set that are printed; the JSON has all."""
+"""Test pictures that are printed; the JSON has all."""
+CLOSEST = 5
+"""Training pictures that are kept for a test picture; the others are counted. Of equal pictures, a blank one for
+instance, two data sets have as many pairs as the product of their numbers."""
 LARGEST_STEP = 1 << 22
 """Pairs that are compared at a time."""
 
 
 @dataclass(frozen=True)
-class Match:
-    """A test picture beside a training picture; ``bits`` of their hashes differ."""
+class Close:
+    """A training picture; ``bits`` of its hash and of the test picture's differ."""
 
-    test: str
     train: str
     bits: int
+
+
+@dataclass(frozen=True)
+class Match:
+    """A test picture that the training set shows."""
+
+    test: str
+    count: int
+    """Training pictures within the threshold."""
+    closest: list[Close]
+    """The first ``CLOSEST`` of them by their bits; of equally close ones, by their places in the data set."""
 
 
 def _dct() -> NDArray[np.float64]:
@@ -115,8 +128,31 @@ def _steps(counts: NDArray[np.int64]) -> Iterator[slice]:
         start = end
 
 
+def _matches(
+    names: Sequence[str],
+    known: Sequence[str],
+    pairs: Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]],
+) -> list[Match]:
+    """Of each test picture in ``pairs``, the one with the closest training picture first."""
+    counts = np.zeros(len(names), np.int64)
+    kept = np.empty((3, 0), np.int64)
+    for i, j, bits in pairs:
+        counts += np.bincount(i, minlength=len(names))
+        kept = np.concatenate([kept, [i, bits, j]], 1)
+        kept = kept[:, np.lexsort(kept[::-1])]
+        # A picture's pairs stand together: those with one of the same picture CLOSEST places before are too many.
+        keep = np.ones(kept.shape[1], bool)
+        keep[CLOSEST:] = kept[0, CLOSEST:] != kept[0, :-CLOSEST]
+        kept = kept[:, keep]
+    matches = {i: Match(names[i], int(counts[i]), []) for i in np.flatnonzero(counts).tolist()}
+    for i, bits, j in kept.T.tolist():
+        matches[i].closest.append(Close(known[j], bits))
+    return sorted(matches.values(), key=lambda match: (match.closest[0].bits, match.test))
+
+
 def compare(train: Path, tests: Sequence[Path], threshold: int = THRESHOLD) -> list[dict]:
-    """For each test set: ``images``, ``leaked`` (its pictures that match one of ``train``), ``matches`` and ``bad``.
+    """For each test set: ``images``, ``leaked`` (its pictures that match one of ``train``), ``matches`` (:class:`Match`
+    as JSON) and ``bad``.
 
     Raises:
         UserError: a data set is missing or broken, or the threshold is no number of bits.
@@ -127,20 +163,14 @@ def compare(train: Path, tests: Sequence[Path], threshold: int = THRESHOLD) -> l
     results = []
     for path in tests:
         asked, names, bad = hashes(_source(path))
-        matches = [
-            Match(names[i], known_names[j], bits)
-            for pieces in close_pairs(asked, known, threshold)
-            for i, j, bits in zip(*(piece.tolist() for piece in pieces), strict=True)
-        ]
-        matches.sort(key=lambda match: (match.bits, match.test, match.train))
-        leaked = len({match.test for match in matches})
+        matches = _matches(names, known_names, close_pairs(asked, known, threshold))
         results.append(
             {
                 "train": str(train),
                 "test": str(path),
                 "threshold": threshold,
                 "images": len(names),
-                "leaked": leaked,
+                "leaked": len(matches),
                 "matches": [asdict(match) for match in matches],
                 "bad": known_bad + bad,
             }
@@ -159,9 +189,11 @@ def run(train: Path, tests: Sequence[Path], out: Path | None, threshold: int) ->
         share = f"{result['leaked']} of {result['images']} images"
         print(f"{result['test']}: {share} are within {threshold} bits of one in {train}")
         for match in result["matches"][:SHOWN]:
-            print(f"  {match['test']} ~ {match['train']} ({match['bits']} bits)")
-        if len(result["matches"]) > SHOWN:
-            print(f"  and {len(result['matches']) - SHOWN} pairs more")
+            first, others = match["closest"][0], match["count"] - 1
+            more = f", and {others} more" if others else ""
+            print(f"  {match['test']} ~ {first['train']} ({first['bits']} bits){more}")
+        if result["leaked"] > SHOWN:
+            print(f"  and {result['leaked'] - SHOWN} images more")
         if result["bad"]:
             print(f"  {len(result['bad'])} could not be read")
     if out is not None:

@@ -46,8 +46,12 @@ class Made:
     images: int
     """That it encoded."""
     seconds: float
-    complete: bool
-    """Whether no other process has anything left to do."""
+    left: int
+    """Shards that other processes have still to write."""
+
+    @property
+    def complete(self) -> bool:
+        return not self.left
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -83,14 +87,16 @@ def expected(recipe: Recipe, models: Sequence[MultimodalModel]) -> dict[str, Par
 
 def run(recipe: Recipe, checkpoint: Path | None, out: Path, only: Sequence[str] = ()) -> Made:
     """Fills ``out`` with features of the recipe's frozen encoders, those named in ``only`` where it names any, for
-    every image of its mixture; the ranks of the launch take a shard each in turn. What is there already stays.
+    every image of its mixture; the ranks of the launch share the shards. What is there already stays. The rank that
+    ends last declares the features complete; one that ends before says what it leaves to the others.
 
     Args:
         recipe: without stages, or one of them.
         checkpoint: whose weights; None: the recipe's first ones.
 
     Raises:
-        UserError: no encoder is frozen, or the data, the checkpoint or ``out`` do not fit the recipe.
+        UserError: no encoder is frozen, the data, the checkpoint or ``out`` do not fit the recipe, or what was
+            written is gone.
         Interrupted: SIGTERM came; whole shards stay.
     """
     names = [encoder.name for encoder in recipe.model.encoders if is_frozen(encoder, recipe.train)]
@@ -101,8 +107,12 @@ def run(recipe: Recipe, checkpoint: Path | None, out: Path, only: Sequence[str] 
     with _settings():
         encoders = _encoders(recipe, checkpoint, list(only) or names)
         made = encode(recipe, encoders, out)
+    encoded = f"{made.images} images encoded in {made.seconds:.0f} s"
     if made.complete:
-        say(f"{out}: complete, {made.images} images encoded in {made.seconds:.0f} s; set data.features to it")
+        say(f"{out}: complete, {encoded}; set data.features to it")
+    else:
+        rank, world = engine.announced()
+        say(f"{out}: not complete: rank {rank} of {world} is done, {encoded}; the others have {made.left} shards left")
     return made
 
 
@@ -176,11 +186,11 @@ def encode(recipe: Recipe, encoders: Mapping[str, nn.Module], out: Path, shard_i
             for name in encoders
         }
         writers.append({name: Writer(place(out, source.name, name), card) for name, card in cards.items()})
-    todo = _todo(writers)
+    todo = _todo(writers, rank, world)
     begin, done = time.monotonic(), 0
     decoder = build(data, tuple(dict.fromkeys(sizes.values())), "mixed" if device.type == "cuda" else "cpu")
-    with _progress(sum(len(rows) for _, rows, _ in todo[rank::world]), rank) as advance:
-        for number, rows, shards in todo[rank::world]:
+    with _progress(sum(len(rows) for _, rows, _ in todo), rank) as advance:
+        for number, rows, shards in todo:
             source, missing = sources[number], {name: encoders[name] for name in shards}
             maps = {name: [part.new_empty((len(rows), *part.shape[1:])) for part in blank[name]] for name in shards}
             images = range(rows.start, min(rows.stop, source.images))
@@ -202,16 +212,23 @@ def encode(recipe: Recipe, encoders: Mapping[str, nn.Module], out: Path, shard_i
                 writers[number][name].write(shard, maps[name], originals, unreadable, bad)
     for source in sources:
         source.close()
-    complete = [writer.finish() for of in writers for writer in of.values()]
-    return Made(done, time.monotonic() - begin, all(complete))
+    left = sum(writer.finish() for of in writers for writer in of.values())
+    for number, _, shards in _todo(writers, rank, world):
+        name, shard = next(iter(shards.items()))
+        what, fix = f"shard {shard} was written and is gone", "run the command again; nothing else may write there"
+        raise UserError(what, str(writers[number][name].folder), fix)
+    return Made(done, time.monotonic() - begin, left)
 
 
-def _todo(writers: Sequence[Mapping[str, Writer]]) -> list[tuple[int, range, dict[str, int]]]:
-    """Data set, rows and, for each encoder that misses them, its shard."""
+def _todo(writers: Sequence[Mapping[str, Writer]], rank: int, world: int) -> list[tuple[int, range, dict[str, int]]]:
+    """A rank's share of what is missing: data set, rows and, for each encoder that misses them, its shard.
+
+    Each rank looks at the disk at a time of its own, so that shares may not depend on what is missing.
+    """
     rows: dict[tuple[int, range], dict[str, int]] = {}
     for number, of in enumerate(writers):
         for name, writer in of.items():
-            for shard in writer.missing:
+            for shard in (shard for shard in writer.missing if (number + shard) % world == rank):
                 rows.setdefault((number, writer.card.shards[shard]), {})[name] = shard
     return [(number, part, shards) for (number, part), shards in rows.items()]
 

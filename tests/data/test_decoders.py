@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from nvidia.dali.pipeline import Pipeline
 from pictures import bad_images, encode, picture, png, save, smooth
 from PIL import Image
 
@@ -165,6 +166,47 @@ def test_every_bad_image_is_found(decoder):
     assert sorted(found) == list(range(0, len(images), 2))
     assert (pixels[1::2] == pixels[1]).all()
     assert pixels[1].any()
+
+
+class Failing:
+    """The next ``times`` of a decoder's own runs end with ``error``; those that warm a pipeline up do not."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, decoder: DaliDecoder, error: Exception, times: int) -> None:
+        self.left = times
+        outputs = Pipeline.outputs
+
+        def fail(pipeline: Pipeline, *stream: object) -> object:
+            if pipeline is decoder._pipeline and self.left:
+                self.left -= 1
+                raise error
+            return outputs(pipeline, *stream)
+
+        monkeypatch.setattr(Pipeline, "outputs", fail)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("short of memory"), RuntimeError("cannot allocate")])
+def test_good_images_are_not_bad_for_want_of_memory(monkeypatch, error):
+    dali, good = DaliDecoder(View((SIZE,))), [encode(smooth(seed, 24, 24)) for seed in range(2)]
+    want = pixels_of(dali, good)
+    # The run, the same again, and its first image alone; the last try of that succeeds.
+    failing = Failing(monkeypatch, dali, error, 3)
+    assert torch.equal(pixels_of(dali, good), want)
+    assert failing.left == 0
+    Failing(monkeypatch, dali, error, 4)
+    with pytest.raises(RuntimeError) as raised:
+        dali(good)
+    assert raised.value is error
+
+
+def test_what_fails_beside_the_decoding_makes_no_image_bad(monkeypatch):
+    dali = DaliDecoder(View((SIZE,)))
+
+    def fail(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "from_dlpack", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        dali([encode(picture(0))])
 
 
 def test_lists_of_any_length(decoder):

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from sets import record, write_set
 
 from mmoe import cli
+from mmoe.data import leakage
 from mmoe.data.leakage import LOW, SIDE, close_pairs, perceptual_hash
 from mmoe.data.shards import Sample
 
@@ -87,14 +89,57 @@ def test_shared_pictures_are_listed_and_counted(tmp_path: Path, capsys: pytest.C
     leaky, clean = json.loads(out.read_text())
     name = tmp_path.name
     assert (leaky["images"], leaky["leaked"]) == (4, 2)
-    assert [(match["test"], match["train"]) for match in leaky["matches"]] == [
-        (f"{name}/test/s1:0", f"{name}/train/t2:0"),
-        (f"{name}/test/s3:0", f"{name}/train/t5:0"),
+    assert sorted((match["test"], match["count"], match["closest"][0]["train"]) for match in leaky["matches"]) == [
+        (f"{name}/test/s1:0", 1, f"{name}/train/t2:0"),
+        (f"{name}/test/s3:0", 1, f"{name}/train/t5:0"),
     ]
-    assert leaky["matches"][1]["bits"] == 0
+    assert all(len(match["closest"]) == 1 for match in leaky["matches"])
+    assert {match["test"]: match["closest"][0]["bits"] for match in leaky["matches"]}[f"{name}/test/s3:0"] == 0
     assert [line.partition(": ")[0] for line in leaky["bad"]] == [f"{name}/test/s4:0"]
     assert (clean["images"], clean["leaked"], clean["matches"]) == (1, 0, [])
     printed = capsys.readouterr().out
     assert "test: 2 of 4 images are within 4 bits" in printed
     assert "1 could not be read" in printed
     assert cli.main(["data", "leakage", *sets, "--threshold", "40"]) == 2
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, **sets: list[int]) -> None:
+    """Data sets of pictures with these hashes; a picture's name is its set's and its place."""
+    monkeypatch.setattr(leakage, "_source", lambda path: path.name)
+    made = {name: (np.array(of, np.uint64), [f"{name}/{i}" for i in range(len(of))], []) for name, of in sets.items()}
+    monkeypatch.setattr(leakage, "hashes", lambda name: made[name])
+
+
+def test_many_equal_pictures_are_counted_and_the_closest_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leakage, "LARGEST_STEP", 1000)
+    stand_in(monkeypatch, train=[0b111] * 300 + [0b1] * 2 + [0b11] * 300 + [0] * 2 + [2**64 - 1], test=[0, 2**63] * 200)
+    tracemalloc.start()
+    (result,) = leakage.compare(Path("train"), [Path("test")], 3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (result["images"], result["leaked"], len(result["matches"])) == (400, 400, 400)
+    # 0 is within 3 bits of all but the last, 2^63 not of 0b111.
+    assert [match["count"] for match in result["matches"]] == [604] * 200 + [304] * 200
+    names = [f"train/{i}" for i in (602, 603, 300, 301, 302)]
+    for match in result["matches"]:
+        far = result["matches"].index(match) >= 200
+        assert [one["train"] for one in match["closest"]] == names
+        assert [one["bits"] for one in match["closest"]] == [bits + far for bits in (0, 0, 1, 1, 2)]
+    assert len(json.dumps(result)) < 200_000
+    # 181 600 pairs, of which a list takes more than 100 bytes each.
+    assert peak < 4_000_000
+
+
+@pytest.mark.parametrize("step", [7, 1 << 22])
+def test_the_closest_are_those_of_all_pairs(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    monkeypatch.setattr(leakage, "LARGEST_STEP", step)
+    random = np.random.default_rng(0)
+    test, train = random.integers(0, 2**10, 30).tolist(), random.integers(0, 2**10, 200).tolist()
+    stand_in(monkeypatch, train=train, test=test)
+    (result,) = leakage.compare(Path("train"), [Path("test")], 2)
+    want = {}
+    for i, one in enumerate(test):
+        close = sorted((bits, j) for j, other in enumerate(train) if (bits := (one ^ other).bit_count()) <= 2)
+        if close:
+            want[f"test/{i}"] = len(close), [{"train": f"train/{j}", "bits": bits} for bits, j in close[:5]]
+    assert {match["test"]: (match["count"], match["closest"]) for match in result["matches"]} == want

@@ -16,7 +16,7 @@ import torch
 import training
 from pictures import bad_images, encode, picture
 
-from mmoe.data.cache import CARD, Card
+from mmoe.data.cache import CARD, Card, Writer
 from mmoe.data.decoders import build as build_decoder
 from mmoe.data.loader import Loader
 from mmoe.data.shards import Sample
@@ -213,28 +213,62 @@ def test_an_interrupted_encoding_goes_on(made: Path, tmp_path: Path) -> None:
     assert fill(made, out).images == 0
 
 
-def test_ranks_share_the_shards(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world: int = 2) -> None:
+    monkeypatch.setattr(engine, "announced", lambda: (rank, world))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_ranks_share_the_shards(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: Any) -> None:
+    """A rank that looks at the disk when another is done makes its own share all the same."""
     whole = fill(made, tmp_path / "whole").images
     done = []
-    for rank in range(2):
-        monkeypatch.setattr(engine, "announced", lambda rank=rank: (rank, 2))
-        monkeypatch.setattr(features, "_todo", lambda writers, before=features._todo: todo(before, writers))
-        todo.known = getattr(todo, "known", None)
+    for rank in order:
+        as_rank(monkeypatch, rank)
         done.append(fill(made, tmp_path / "shared"))
-        monkeypatch.undo()
     assert [one.complete for one in done] == [False, True]
     assert sum(one.images for one in done) == whole
     assert min(one.images for one in done) > 0
+    assert read(recipe(made, f"data.features={tmp_path / 'shared'}"))
 
 
-def todo(before: Any, writers: Any) -> Any:
-    """Both ranks begin at once, so both find the same work."""
-    if todo.known is None:
-        todo.known = before(writers)
-    return todo.known
+def test_ranks_that_look_apart_make_no_shard_twice(made: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Rank 1 does all of its share after the first shard of rank 0, which goes on then with what it had listed."""
+    written: list[tuple[Path, int]] = []
+    write = Writer.write
+
+    def recorded(writer: Writer, shard: int, *rest: Any) -> None:
+        write(writer, shard, *rest)
+        written.append((writer.folder, shard))
+        if len(written) == 1:
+            as_rank(monkeypatch, 1)
+            fill(made, tmp_path / "shared")
+
+    monkeypatch.setattr(Writer, "write", recorded)
+    as_rank(monkeypatch, 0)
+    assert fill(made, tmp_path / "shared").complete
+    assert len(written) == len(set(written))
 
 
-todo.known = None
+def test_a_rank_says_what_it_leaves(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_rank(monkeypatch, 0)
+    assert features.run(recipe(made), None, tmp_path / "cache").left == 2
+    assert "not complete: rank 0 of 2 is done" in capsys.readouterr().err
+    as_rank(monkeypatch, 1)
+    assert features.run(recipe(made), None, tmp_path / "cache").complete
+
+
+def test_a_shard_that_vanishes_is_an_error(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = Writer.finish
+
+    def robbed(writer: Writer) -> int:
+        (writer.folder / "done" / "000001.json").unlink(missing_ok=True)
+        return finish(writer)
+
+    monkeypatch.setattr(Writer, "finish", robbed)
+    with pytest.raises(UserError, match="shard 1 was written and is gone"):
+        fill(made, tmp_path / "cache")
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,8 @@ class _Run:
 class DaliDecoder:
     """See :class:`mmoe.data.decoders.Decoder`.
 
-    DALI fails a whole run for one image that it cannot decode. Such a run is halved until the culprits stand alone.
+    DALI fails a whole run for one image that it cannot decode. Such a run is halved until the culprits stand alone. An
+    image is bad where Pillow cannot decode it either; else DALI has one more try, and its error is raised.
 
     Args:
         view: what is made of every image.
@@ -132,7 +133,7 @@ class DaliDecoder:
         """Waits for the oldest run."""
         run = self._under_way.popleft()
         try:
-            self._enter(run, self._results())
+            outputs = self._outputs()
         except RuntimeError:
             # A pipeline is not valid after an error: the runs behind it are lost as well.
             lost = [run, *self._under_way]
@@ -142,25 +143,33 @@ class DaliDecoder:
                 self._halve(one, one.images)
                 one.call.runs -= 1
             return
+        self._enter(run, outputs)
         run.call.runs -= 1
 
     def _halve(self, run: _Run, images: list[_Image]) -> None:
+        """Raises RuntimeError, DALI's, where it fails twice for an image that Pillow decodes."""
+        self._feed(self._pipeline, images)
+        self._pipeline.schedule_run()
         try:
+            outputs = self._outputs()
+        except RuntimeError:
+            self._pipeline = self._build()
+            if len(images) > 1:
+                half = len(images) // 2
+                self._halve(run, images[:half])
+                self._halve(run, images[half:])
+                return
+            if reason := _why_bad(images[0].encoded):
+                run.call.bad[images[0].index] = reason
+                return
+            # The image is good: the memory, or the device, is short for now or for good.
             self._feed(self._pipeline, images)
             self._pipeline.schedule_run()
-            pixels = self._results()
-        except RuntimeError as error:
-            self._pipeline = self._build()
-            if len(images) == 1:
-                run.call.bad[images[0].index] = _why(images[0].encoded, error)
-                return
-            half = len(images) // 2
-            self._halve(run, images[:half])
-            self._halve(run, images[half:])
-            return
-        self._enter(_Run(run.call, images), pixels)
+            outputs = self._outputs()
+        self._enter(_Run(run.call, images), outputs)
 
-    def _enter(self, run: _Run, pixels: Sequence[Tensor]) -> None:
+    def _enter(self, run: _Run, outputs: Sequence[Any]) -> None:
+        pixels = [torch.from_dlpack(batch.as_tensor()) for batch in outputs]
         call, indices = run.call, torch.tensor([image.index for image in run.images])
         call.sizes[indices] = torch.tensor([(image.height, image.width) for image in run.images])
         if len(indices) == call.count:
@@ -183,10 +192,11 @@ class DaliDecoder:
                 pipeline.feed_input(f"start {size}", list(corners[:, :2]))
                 pipeline.feed_input(f"end {size}", list(corners[:, 2:]))
 
-    def _results(self) -> list[Tensor]:
+    def _outputs(self) -> Sequence[Any]:
+        """A batch of pixels for each size, or DALI's error of the run."""
         # Bound to the stream on which the pixels are read, DALI reuses their memory only after that.
         stream = None if self._cuda is None else torch.cuda.current_stream(self._cuda)
-        return [torch.from_dlpack(pixels.as_tensor()) for pixels in self._pipeline.outputs(stream)]
+        return self._pipeline.outputs(stream)
 
     def _build(self) -> Pipeline:
         pipeline = Pipeline(
@@ -244,10 +254,10 @@ class DaliDecoder:
         return fn.crop_mirror_normalize(resized, output_layout="CHW", mean=[MEAN] * 3, std=[SCALE] * 3)
 
 
-def _why(image: bytes, error: RuntimeError) -> str:
-    """Pillow's reason, which says more than DALI's; DALI's own where Pillow has none."""
+def _why_bad(image: bytes) -> str | None:
+    """Pillow's reason, which says more than DALI's; None where it decodes the image."""
     try:
         to_rgb(open_image(image, sys.maxsize))
     except BadImage as reason:
         return str(reason)
-    return f"DALI cannot decode it: {' '.join(str(error).split())[-200:]}"
+    return None
