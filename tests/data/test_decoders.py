@@ -198,6 +198,12 @@ def test_good_images_are_not_bad_for_want_of_memory(monkeypatch, error):
     assert raised.value is error
 
 
+def test_an_image_that_dali_alone_cannot_decode_is_bad(monkeypatch):
+    dali, good = DaliDecoder(View((SIZE,))), [encode(smooth(seed, 24, 24)) for seed in range(2)]
+    Failing(monkeypatch, dali, RuntimeError("Unsupported marker"), 4)
+    assert dali(good).bad == {0: "DALI cannot decode it: Unsupported marker"}
+
+
 def test_what_fails_beside_the_decoding_makes_no_image_bad(monkeypatch):
     dali = DaliDecoder(View((SIZE,)))
 

@@ -1,6 +1,7 @@
 """DALI, on the CPU or a GPU."""
 
 import io
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ LARGEST_BATCH = 64
 AHEAD = 2
 """Runs under way: one thread is done with its last image before the others are, and goes on with the next run."""
 FILTERS = {"triangular": DALIInterpType.INTERP_TRIANGULAR, "cubic": DALIInterpType.INTERP_CUBIC}
+_SHORTAGE = re.compile(r"alloc|memory|\bcuda", re.IGNORECASE)
+"""In DALI's errors that are not the image's."""
 
 
 class _Image(NamedTuple):
@@ -147,7 +150,7 @@ class DaliDecoder:
         run.call.runs -= 1
 
     def _halve(self, run: _Run, images: list[_Image]) -> None:
-        """Raises RuntimeError, DALI's, where it fails twice for an image that Pillow decodes."""
+        """Raises RuntimeError, DALI's, where it is short of memory for an image that Pillow decodes, twice."""
         self._feed(self._pipeline, images)
         self._pipeline.schedule_run()
         try:
@@ -162,10 +165,17 @@ class DaliDecoder:
             if reason := _why_bad(images[0].encoded):
                 run.call.bad[images[0].index] = reason
                 return
-            # The image is good: the memory, or the device, is short for now or for good.
+            # Pillow decodes it: the memory or the device is short, for now or for good, or DALI has no way with it.
             self._feed(self._pipeline, images)
             self._pipeline.schedule_run()
-            outputs = self._outputs()
+            try:
+                outputs = self._outputs()
+            except RuntimeError as error:
+                if _SHORTAGE.search(str(error)):
+                    raise
+                self._pipeline = self._build()
+                run.call.bad[images[0].index] = f"DALI cannot decode it: {' '.join(str(error).split())[-200:]}"
+                return
         self._enter(_Run(run.call, images), outputs)
 
     def _enter(self, run: _Run, outputs: Sequence[Any]) -> None:
