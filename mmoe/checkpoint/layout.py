@@ -12,7 +12,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,9 +58,10 @@ def entries(checkpoint: Path, files: Iterable[Path]) -> dict[str, dict]:
     return found
 
 
-def write_manifest(checkpoint: Path, known: dict[str, dict]) -> None:
-    """``known``: the :func:`entries` that there are already; those of the other files are added."""
-    files = (path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
+def write_manifest(checkpoint: Path, known: dict[str, dict], without: Collection[str] = ()) -> None:
+    """``known``: the :func:`entries` that there are already; those of the other files are added, but for files called
+    as one of ``without``."""
+    files = (path for path in checkpoint.rglob("*") if path.is_file() and path.name not in (MANIFEST, *without))
     others = (path for path in files if str(path.relative_to(checkpoint)) not in known)
     content = dict(sorted({**known, **entries(checkpoint, others)}.items()))
     (checkpoint / MANIFEST).write_text(json.dumps({"format": 1, "files": content}, indent=1) + "\n")

@@ -66,29 +66,30 @@ def to_hf(
     out = out.absolute()
     _check_room(out)
     partial = out.with_name(f".{out.name}.part")
-    with nullcontext() if load else layout.verified(checkpoint):
-        recipe, found, tokenizer = (load or state_dict)(checkpoint)
-        language_family.check_expressible(recipe.model)
-        state, wanted, model = lazy(found), DTYPES[dtype] if dtype else None, recipe.model
-        stock = _is_stock(recipe, form)
-        of_whole = (llava if stock else multimodal).table(model) if model.encoders else None
-        whole = of_whole.write(state, wanted) if of_whole else None
-        table = language_family.table(model)
-        language = table.write(Part(state, "language.") if whole else state, wanted)
+    recipe, found, tokenizer = (load or state_dict)(checkpoint)
+    language_family.check_expressible(recipe.model)
+    state, wanted, model = lazy(found), DTYPES[dtype] if dtype else None, recipe.model
+    stock = _is_stock(recipe, form)
+    of_whole = (llava if stock else multimodal).table(model) if model.encoders else None
+    whole = of_whole.write(state, wanted) if of_whole else None
+    table = language_family.table(model)
+    language = table.write(Part(state, "language.") if whole else state, wanted)
 
-        folder = "language" if whole else ""
-        files, index = plan(language, folder, max_shard_size)
-        indices = {Path(folder, INDEX): index}
-        if whole:
-            more, indices[Path(INDEX)] = plan(whole, "", max_shard_size)
-            files += more
-        with progress("to-hf", sum(file.nbytes for file in files)) as advance:
+    folder = "language" if whole else ""
+    files, index = plan(language, folder, max_shard_size)
+    indices = {Path(folder, INDEX): index}
+    if whole:
+        more, indices[Path(INDEX)] = plan(whole, "", max_shard_size)
+        files += more
+    with stream.alone(partial):
+        checked = nullcontext() if load else layout.verified(checkpoint)
+        with checked, progress("to-hf", sum(file.nbytes for file in files)) as advance:
             stream.write(partial, files, advance, stream.CRC32)
-    for path, content in indices.items():
-        if content:
-            (partial / path).write_bytes(content)
-    notes = _describe(partial, recipe, tokenizer, _stored(language), _stored(whole) if whole else None, stock)
-    _publish(partial, out)
+        for path, content in indices.items():
+            if content:
+                (partial / path).write_bytes(content)
+        notes = _describe(partial, recipe, tokenizer, _stored(language), _stored(whole) if whole else None, stock)
+        _publish(partial, out)
     for note in notes:
         print(note)
 
@@ -117,14 +118,12 @@ def _check_room(out: Path) -> None:
 
 def _publish(partial: Path, out: Path) -> None:
     """Makes ``partial`` OUT, in place of an earlier export."""
-    stream.forget(partial)
     for path in sorted(partial.rglob("*"), reverse=True):
         layout.sync(path)
     layout.sync(partial)
     if out.is_dir():
         shutil.rmtree(out)
-    partial.rename(out)
-    layout.sync(out.parent)
+    stream.publish(partial, out)
 
 
 def _stored(tensors: Tensors) -> str:

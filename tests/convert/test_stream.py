@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exporting import MODEL
+from exporting import MODEL, load
 from huggingface_hub import save_torch_state_dict
 from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
@@ -22,7 +22,7 @@ from mmoe.checkpoint.load import load as load_checkpoint
 from mmoe.checkpoint.load import state_dict, weights
 from mmoe.checkpoint.stream import File, Stretch
 from mmoe.checkpoint.tensors import Memory
-from mmoe.convert import from_hf, ingest, to_hf, verify
+from mmoe.convert import export, from_hf, ingest, to_hf, verify
 from mmoe.convert.families import longcat
 from mmoe.convert.weights import INDEX
 from mmoe.errors import UserError
@@ -149,18 +149,76 @@ def test_another_source_starts_anew(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     for known, value, wanted in (("x", 1.0, 1.0), ("x", 2.0, 1.0), ("y", 3.0, 3.0)):
         told: list[int] = []
-        entries = stream.write(folder, files(Known(known, value)), told.append)
+        with stream.alone(folder):
+            entries = stream.write(folder, files(Known(known, value)), told.append)
         assert sum(told) == 24
         assert (folder / "one").read_bytes() == np.full(3, wanted, dtype=np.float32).tobytes()
         assert (folder / "two").read_bytes() == b"12345678" + np.float32(wanted).tobytes()
         for name, entry in entries.items():
             content = (folder / name).read_bytes()
             assert entry == (len(content), hashlib.sha256(content).hexdigest())
-    handle = os.open(folder, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another process writes there"):
-        stream.write(folder, files(Known("y", 3.0)), told.append)
-    os.close(handle)
+
+
+@pytest.mark.parametrize("way", ["to-hf", "from-hf"])
+def test_another_process_leaves_what_is_written_alone(exported, tmp_path, monkeypatch, way) -> None:
+    """A second one starts when the tensors are written, and again right before and behind the renaming."""
+    out = tmp_path / "out"
+    part = tmp_path / ".out.part" if way == "to-hf" else out / "checkpoints/.step_00000000.part"
+
+    def convert() -> None:
+        if way == "to-hf":
+            to_hf(tmp_path, out, load=load(exported.state, exported.tokenizer))
+        else:
+            from_hf(exported.out, out)
+
+    refused: list[Path] = []
+
+    def beside(real):
+        def called(*arguments, **options):
+            with pytest.raises(UserError, match="another process writes there"), stream.alone(part):
+                pass
+            refused.append(part)
+            return real(*arguments, **options)
+
+        return called
+
+    real = Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        if path != part:  # torch's index has another name at first
+            return real(path, target)
+        handle = os.open(path, os.O_RDONLY)
+        there = os.fstat(handle)
+        beside(lambda: None)()
+        found = real(path, target)
+        assert os.path.samestat(there, target.stat())
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(handle)
+        return found
+
+    monkeypatch.setattr(Path, "rename", rename)
+    for module, name in ((export, "_describe"), (shards, "write_index"), (layout, "write_manifest")):
+        monkeypatch.setattr(module, name, beside(getattr(module, name)))
+    convert()
+    assert len(refused) == (2 if way == "to-hf" else 3)
+    assert not part.exists()
+    assert not list(out.rglob(stream.JOURNAL))
+    if way == "from-hf":
+        assert not any(stream.JOURNAL in name for name in layout.manifest(out / "checkpoints/step_00000000"))
+
+
+def test_a_folder_that_was_renamed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock is had when the other process is done: what it holds is no longer the folder of that name."""
+    real = fcntl.flock
+
+    def flock(handle: int, how: int) -> None:
+        (tmp_path / "part").rename(tmp_path / "whole")
+        real(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match="another process writes there"), stream.alone(tmp_path / "part"):
+        pass
 
 
 class Counting(Memory):
@@ -184,7 +242,8 @@ def test_memory_is_that_of_the_pieces(tmp_path: Path, monkeypatch: pytest.Monkey
     source = Counting(tensors)
     parts = [Stretch(name, 0, tensor.numel()) for name, tensor in tensors.items() if name != "half"]
     file = File("file", source, [b"header8.", *parts, Stretch("half", 0, 300_001)])
-    stream.write(tmp_path, [file], lambda count: None)
+    with stream.alone(tmp_path):
+        stream.write(tmp_path, [file], lambda count: None)
     wanted = b"".join(tensors[name].flatten().view(torch.uint8).numpy().tobytes() for name in ("large", "last", "half"))
     assert (tmp_path / "file").read_bytes() == b"header8." + wanted
     assert source.longest == 16 << 10
@@ -194,7 +253,9 @@ def test_memory_is_that_of_the_pieces(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_zeros_are_holes(tmp_path: Path) -> None:
     tensor = torch.zeros(12 << 20, dtype=torch.uint8)
     tensor[[5 << 20, -1]] = 1
-    stream.write(tmp_path, [File("file", Memory({"a": tensor}), [Stretch("a", 0, len(tensor))])], lambda count: None)
+    file = File("file", Memory({"a": tensor}), [Stretch("a", 0, len(tensor))])
+    with stream.alone(tmp_path):
+        stream.write(tmp_path, [file], lambda count: None)
     assert (tmp_path / "file").read_bytes() == tensor.numpy().tobytes()
     assert (tmp_path / "file").stat().st_blocks * 512 < 3 << 20
 
