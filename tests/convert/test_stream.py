@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from exporting import MODEL, load
 from huggingface_hub import save_torch_state_dict
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
 from mmoe.checkpoint import layout, shards, stream
@@ -28,6 +30,8 @@ from mmoe.convert.weights import INDEX
 from mmoe.errors import UserError
 from mmoe.layers.router import CONTROLLER_STATE
 from mmoe.models.multimodal import build
+from mmoe.parallel import pickles
+from mmoe.parallel.state import Place
 
 SHARD = "40KB"
 
@@ -272,6 +276,30 @@ def test_boxes_are_the_stretch() -> None:
                     assert all(b - a == 1 for a, b in pairwise(part.tolist()))
                     found.append(part)
                 assert torch.cat([*found, torch.empty(0)]).tolist() == list(range(start, start + count))
+
+
+def test_chunks_that_do_not_tile_their_tensor(checkpoint: Path) -> None:
+    """As many elements as the tensor has, some twice and others not at all; nothing is made up for these."""
+    path = checkpoint / "state" / pickles.METADATA
+    with path.open("rb") as file:
+        index = pickles.load_metadata(file)
+    state = checkpoint / "state"
+    key, tensor = next((k, t) for k, t in index.state_dict_metadata.items() if len(getattr(t, "chunks", ())) > 2)
+    assert isinstance(tensor, TensorStorageMetadata)
+    place = Place(key, (), tuple(tensor.size), torch.empty(tensor.size, dtype=torch.float32, device="meta"))
+    whole = list(tensor.chunks)
+    assert whole[0].sizes == whole[1].sizes
+    second = index.storage_data[MetadataIndex(key, whole[1].offsets)]
+    shifted = ChunkStorageMetadata(torch.Size([whole[1].offsets[0] - 1, *whole[1].offsets[1:]]), whole[1].sizes)
+    index.storage_data[MetadataIndex(key, shifted.offsets)] = second
+    for chunks in ([whole[0], whole[0], *whole[2:]], [whole[0], shifted, *whole[2:]], whole[1:], [*whole, whole[0]]):
+        tensor.chunks[:] = chunks
+        path.write_bytes(pickle.dumps(index))
+        with pytest.raises(UserError, match="do not have each of its elements once"):
+            shards.Shards(state, {"x": place}, "")
+    tensor.chunks[:] = reversed(whole)
+    path.write_bytes(pickle.dumps(index))
+    assert shards.Shards(state, {"x": place}, "")["x"].shape == tensor.size
 
 
 def test_an_altered_checkpoint_is_not_converted(checkpoint: Path, exported, tmp_path: Path) -> None:
