@@ -91,10 +91,15 @@ def _mend(checkpoint: Path) -> str:
     return f"restore the file, or {instead}"
 
 
+class Unreadable(UserError):
+    """A file with tensors is damaged, as far as reading tells."""
+
+
 @contextmanager
 def verified(checkpoint: Path) -> Iterator[None]:
     """While it lasts the files with tensors are held against their checksums, beside what is done with them: that
-    counts only if this ends without an error, and where it fails because a file was altered, this says so.
+    counts only if this ends without an error, and where it fails because a file was altered (:class:`Unreadable`),
+    this says so. Any other failure waits for no checksum.
 
     Raises:
         UserError: see :func:`verify`.
@@ -104,7 +109,7 @@ def verified(checkpoint: Path) -> Iterator[None]:
         check = pool.submit(verify, checkpoint, only=is_tensors, ended=ended)
         try:
             yield
-        except Exception:
+        except Unreadable:
             check.result()
             raise
         except BaseException:

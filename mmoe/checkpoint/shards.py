@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
 from mmoe import reading
+from mmoe.checkpoint import layout
 from mmoe.checkpoint.stream import File, Stretch
 from mmoe.checkpoint.tensors import Spec, Tensors, fill
 from mmoe.errors import UserError
@@ -119,7 +120,7 @@ class Shards(Tensors):
                     if common is not None:
                         self._copy(chunk, spec, common, into[common.within(box)])
         except (OSError, ValueError, pickle.UnpicklingError) as error:
-            raise UserError(f"tensor {name} cannot be read: {error}", str(self.folder), pickles.FIX) from None
+            raise layout.Unreadable(f"tensor {name} cannot be read: {error}", str(self.folder), pickles.FIX) from None
 
     def _copy(self, chunk: _Chunk, spec: Spec, box: Box, out: Tensor) -> None:
         """The elements of ``box``, which lie side by side in ``chunk``."""

@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import shutil
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -331,7 +332,24 @@ def test_a_foreign_model_keeps_its_dtype(exported, tmp_path: Path) -> None:
     assert all(".router." in line for line in verify(checkpoint, tmp_path / "hf"))  # fp32 with us
 
 
-def test_sizes_that_are_none(checkpoint: Path, tmp_path: Path) -> None:
+def test_only_what_cannot_be_read_waits_for_the_checksums(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[bool] = []
+
+    def digest(path: Path, event: threading.Event) -> str:
+        ended.append(event.wait(0.5))
+        return ""
+
+    monkeypatch.setattr(layout, "_digest", digest)
+    with pytest.raises(UserError, match="no space"), layout.verified(checkpoint):
+        raise UserError("no space")
+    with pytest.raises(UserError, match="was altered since"), layout.verified(checkpoint):
+        raise layout.Unreadable("tensor x cannot be read")
+    assert ended == [True, False]
+
+
+def test_sizes_that_are_none(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "verified", None)  # no checksum is begun
     with pytest.raises(UserError, match="'much' is no size"):
         to_hf(checkpoint, tmp_path / "hf", max_shard_size="much")
+    assert not (tmp_path / ".hf.part").exists()
     assert json.loads((checkpoint / "manifest.json").read_text())["format"] == 1
