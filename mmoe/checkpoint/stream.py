@@ -126,6 +126,7 @@ def write(
     try:
         if not done:
             _empty(folder)
+            _enter(folder, plan, done)  # before any file: by it the folder is known for one of ours
         for file in files:
             entry = done.get(file.path)
             if entry is not None and _measure(folder / file.path, checksum()) == entry:
@@ -185,7 +186,16 @@ def _known(folder: Path, plan: list | None) -> dict[str, Written]:
 
 
 def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
+    """Takes everything but the journal out of a folder that has one.
+
+    Raises:
+        UserError: it has none, and something else.
+    """
+    found = [path for path in folder.iterdir() if path.name not in (JOURNAL, f"{JOURNAL}.tmp")]
+    if found and not (folder / JOURNAL).is_file():
+        what = f"it holds {found[0].name}, and no conversion wrote it"
+        raise UserError(what, str(folder), "move it away, or name another directory")
+    for path in found:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -226,6 +226,28 @@ def test_a_folder_that_was_renamed_meanwhile(tmp_path: Path, monkeypatch: pytest
         pass
 
 
+def test_what_is_not_ours_is_not_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "folder"
+    (folder / "letters").mkdir(parents=True)
+    (folder / "letters/one").write_text("Dear")
+    file = File("file", Memory({"a": torch.ones(3)}), [Stretch("a", 0, 3)])
+    with stream.alone(folder), pytest.raises(UserError, match="it holds letters, and no conversion wrote it"):
+        stream.write(folder, [file], lambda count: None)
+    assert (folder / "letters/one").read_text() == "Dear"
+
+    def broken(path: Path, *rest) -> None:
+        path.write_bytes(b"half")
+        raise Broken
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "_write", broken)
+        with stream.alone(tmp_path / "new"), pytest.raises(Broken):
+            stream.write(tmp_path / "new", [file], lambda count: None)
+    with stream.alone(tmp_path / "new"):
+        stream.write(tmp_path / "new", [file], lambda count: None)
+    assert (tmp_path / "new/file").stat().st_size == 12
+
+
 class Counting(Memory):
     """Notes what is asked of it."""
 
