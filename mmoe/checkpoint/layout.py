@@ -12,7 +12,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,9 +58,10 @@ def entries(checkpoint: Path, files: Iterable[Path]) -> dict[str, dict]:
     return found
 
 
-def write_manifest(checkpoint: Path, known: dict[str, dict]) -> None:
-    """``known``: the :func:`entries` that there are already; those of the other files are added."""
-    files = (path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
+def write_manifest(checkpoint: Path, known: dict[str, dict], without: Collection[str] = ()) -> None:
+    """``known``: the :func:`entries` that there are already; those of the other files are added, but for files called
+    as one of ``without``."""
+    files = (path for path in checkpoint.rglob("*") if path.is_file() and path.name not in (MANIFEST, *without))
     others = (path for path in files if str(path.relative_to(checkpoint)) not in known)
     content = dict(sorted({**known, **entries(checkpoint, others)}.items()))
     (checkpoint / MANIFEST).write_text(json.dumps({"format": 1, "files": content}, indent=1) + "\n")
@@ -90,10 +91,15 @@ def _mend(checkpoint: Path) -> str:
     return f"restore the file, or {instead}"
 
 
+class Unreadable(UserError):
+    """A file with tensors is damaged, as far as reading tells."""
+
+
 @contextmanager
 def verified(checkpoint: Path) -> Iterator[None]:
     """While it lasts the files with tensors are held against their checksums, beside what is done with them: that
-    counts only if this ends without an error, and where it fails because a file was altered, this says so.
+    counts only if this ends without an error, and where it fails because a file was altered (:class:`Unreadable`),
+    this says so. Any other failure waits for no checksum.
 
     Raises:
         UserError: see :func:`verify`.
@@ -103,7 +109,7 @@ def verified(checkpoint: Path) -> Iterator[None]:
         check = pool.submit(verify, checkpoint, only=is_tensors, ended=ended)
         try:
             yield
-        except Exception:
+        except Unreadable:
             check.result()
             raise
         except BaseException:

@@ -9,10 +9,11 @@ import math
 import os
 import pickle
 import tempfile
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
 from mmoe import reading
+from mmoe.checkpoint import layout
 from mmoe.checkpoint.stream import File, Stretch
 from mmoe.checkpoint.tensors import Spec, Tensors, fill
 from mmoe.errors import UserError
@@ -99,6 +101,10 @@ class Shards(Tensors):
                 raise UserError(what, str(folder), "the weights do not fit the recipe")
             self.specs[name] = Spec(tensor.shape, found.properties.dtype)
         self.chunks = {key: _chunks(folder, index, key) for key in {place.key for place in places.values()}}
+        for name, (key, leading, _, tensor) in places.items():
+            if not _tile((chunk.box for chunk in self.chunks[key].get(leading, ())), tensor.shape):
+                what = f"the chunks of tensor {name} do not have each of its elements once"
+                raise UserError(what, str(folder), pickles.FIX)
 
     def fingerprint(self) -> str:
         return self.known
@@ -108,16 +114,13 @@ class Shards(Tensors):
         chunks = self.chunks[place.key].get(place.leading, [])
         try:
             for first, box in boxes(spec.shape, start, out.numel()):
-                into, found = out[first : first + math.prod(box.sizes)].view(box.sizes), 0
+                into = out[first : first + math.prod(box.sizes)].view(box.sizes)
                 for chunk in chunks:
                     common = box.common(chunk.box)
                     if common is not None:
                         self._copy(chunk, spec, common, into[common.within(box)])
-                        found += math.prod(common.sizes)
-                if found != into.numel():
-                    raise ValueError(f"its chunks have {found} of {into.numel()} elements")
         except (OSError, ValueError, pickle.UnpicklingError) as error:
-            raise UserError(f"tensor {name} cannot be read: {error}", str(self.folder), pickles.FIX) from None
+            raise layout.Unreadable(f"tensor {name} cannot be read: {error}", str(self.folder), pickles.FIX) from None
 
     def _copy(self, chunk: _Chunk, spec: Spec, box: Box, out: Tensor) -> None:
         """The elements of ``box``, which lie side by side in ``chunk``."""
@@ -213,6 +216,26 @@ def _chunks(folder: Path, index: metadata.Metadata, key: str) -> dict[tuple[int,
             if layers < len(chunk.sizes) and chunk.sizes[layers] != 1:
                 break
     return found
+
+
+def _tile(parts: Iterable[Box], shape: Sequence[int]) -> bool:
+    """Whether each element of a tensor is in one of the ``parts``, and nothing else is.
+
+    The indicator of a box is the sum over its corners, signed by the parity of their far sides, of the indicators of
+    what lies behind them; these are independent, so parts tile the whole where the signs at each corner sum to its.
+    Linear in the parts, however hostile they are.
+    """
+    signs: Counter[tuple[int, ...]] = Counter()
+
+    def add(box: Box, sign: int) -> None:
+        for sides in product((0, 1), repeat=len(box.sizes)):
+            corner = tuple(a + n * side for a, n, side in zip(box.offsets, box.sizes, sides, strict=True))
+            signs[corner] += -sign if sum(sides) % 2 else sign
+
+    add(Box((0,) * len(shape), tuple(shape)), -1)
+    for part in parts:
+        add(part, 1)
+    return not any(signs.values())
 
 
 def boxes(shape: Sequence[int], start: int, count: int) -> Iterator[tuple[int, Box]]:

@@ -107,7 +107,7 @@ def write(
     """Writes ``files`` to ``folder``, which may hold some of them from a write that was broken off.
 
     Args:
-        folder: is made if it is not there; nobody else may write to it meanwhile.
+        folder: one that this process is :func:`alone` in.
         files: in this order.
         advance: told of the bytes that are written, or found written.
         checksum: of a file.
@@ -116,49 +116,61 @@ def write(
         By path, of every file.
 
     Raises:
-        UserError: a tensor cannot be read, the disk takes no more, or another process writes there.
+        UserError: a tensor cannot be read, or the disk takes no more.
     """
+    prints = [file.source.fingerprint() for file in files]
+    plan = None if None in prints else [[file.digest(), known] for file, known in zip(files, prints, strict=True)]
+    # Pages of their own: direct writes want whole ones.
+    buffers = [torch.frombuffer(mmap.mmap(-1, PIECE), dtype=torch.uint8) for _ in range(PIECES)]
+    done = _known(folder, plan)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(str(error.strerror), str(folder), "name another directory") from None
-    with _alone(folder):
-        prints = [file.source.fingerprint() for file in files]
-        plan = None if None in prints else [[file.digest(), known] for file, known in zip(files, prints, strict=True)]
-        # Pages of their own: direct writes want whole ones.
-        buffers = [torch.frombuffer(mmap.mmap(-1, PIECE), dtype=torch.uint8) for _ in range(PIECES)]
-        done = _known(folder, plan)
         if not done:
             _empty(folder)
-        try:
-            for file in files:
-                entry = done.get(file.path)
-                if entry is not None and _measure(folder / file.path, checksum()) == entry:
-                    advance(entry.bytes)
-                    continue
-                done.pop(file.path, None)
-                done[file.path] = _write(folder / file.path, file, buffers, checksum(), advance)
-                _enter(folder, plan, done)
-        except OSError as error:
-            what = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-            fix = "make room or mend the disk, then give the same command again: it goes on from there"
-            raise UserError(what, str(folder), fix) from None
+            _enter(folder, plan, done)  # before any file: by it the folder is known for one of ours
+        for file in files:
+            entry = done.get(file.path)
+            if entry is not None and _measure(folder / file.path, checksum()) == entry:
+                advance(entry.bytes)
+                continue
+            done.pop(file.path, None)
+            done[file.path] = _write(folder / file.path, file, buffers, checksum(), advance)
+            _enter(folder, plan, done)
+    except OSError as error:
+        what = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        fix = "make room or mend the disk, then give the same command again: it goes on from there"
+        raise UserError(what, str(folder), fix) from None
     return done
 
 
-def forget(folder: Path) -> None:
-    """Takes the journal out of a folder that is whole."""
-    (folder / JOURNAL).unlink()
+def publish(folder: Path, final: Path) -> None:
+    """Gives a folder that is whole and on the disk its name. The journal goes last: as long as the folder has the old
+    name it is known for one that is written."""
+    folder.rename(final)
+    (final / JOURNAL).unlink()
+    layout.sync(final)
+    layout.sync(final.parent)
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def alone(folder: Path) -> Iterator[None]:
+    """Makes ``folder`` if it is not there; while this lasts no other process is in it, under whatever name it has then.
+
+    Raises:
+        UserError: another process is in it, or was until now, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise UserError(str(error.strerror), str(folder), "name another directory") from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError("another process writes there", str(folder), "wait for it") from None
+            mine = os.path.samestat(os.fstat(handle), folder.stat())  # the other one may have renamed it just now
+        except (BlockingIOError, FileNotFoundError):
+            mine = False
+        if not mine:
+            raise UserError("another process writes there", str(folder), "wait for it")
         yield
     finally:
         os.close(handle)
@@ -174,7 +186,16 @@ def _known(folder: Path, plan: list | None) -> dict[str, Written]:
 
 
 def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
+    """Takes everything but the journal out of a folder that has one.
+
+    Raises:
+        UserError: it has none, and something else.
+    """
+    found = [path for path in folder.iterdir() if path.name not in (JOURNAL, f"{JOURNAL}.tmp")]
+    if found and not (folder / JOURNAL).is_file():
+        what = f"it holds {found[0].name}, and no conversion wrote it"
+        raise UserError(what, str(folder), "move it away, or name another directory")
+    for path in found:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

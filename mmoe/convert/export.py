@@ -66,34 +66,36 @@ def to_hf(
     out = out.absolute()
     _check_room(out)
     partial = out.with_name(f".{out.name}.part")
-    with nullcontext() if load else layout.verified(checkpoint):
-        recipe, found, tokenizer = (load or state_dict)(checkpoint)
-        language_family.check_expressible(recipe.model)
-        state, wanted, model = lazy(found), DTYPES[dtype] if dtype else None, recipe.model
-        stock = _is_stock(recipe, form)
-        of_whole = (llava if stock else multimodal).table(model) if model.encoders else None
-        whole = of_whole.write(state, wanted) if of_whole else None
-        table = language_family.table(model)
-        language = table.write(Part(state, "language.") if whole else state, wanted)
+    recipe, found, tokenizer = (load or state_dict)(checkpoint)
+    language_family.check_expressible(recipe.model)
+    state, wanted, model = lazy(found), DTYPES[dtype] if dtype else None, recipe.model
+    tokens = processor.read_tokenizer(tokenizer)
+    stock = _is_stock(recipe, form, tokens)
+    of_whole = (llava if stock else multimodal).table(model) if model.encoders else None
+    whole = of_whole.write(state, wanted) if of_whole else None
+    table = language_family.table(model)
+    language = table.write(Part(state, "language.") if whole else state, wanted)
 
-        folder = "language" if whole else ""
-        files, index = plan(language, folder, max_shard_size)
-        indices = {Path(folder, INDEX): index}
-        if whole:
-            more, indices[Path(INDEX)] = plan(whole, "", max_shard_size)
-            files += more
-        with progress("to-hf", sum(file.nbytes for file in files)) as advance:
+    folder = "language" if whole else ""
+    files, index = plan(language, folder, max_shard_size)
+    indices = {Path(folder, INDEX): index}
+    if whole:
+        more, indices[Path(INDEX)] = plan(whole, "", max_shard_size)
+        files += more
+    with stream.alone(partial):
+        checked = nullcontext() if load else layout.verified(checkpoint)
+        with checked, progress("to-hf", sum(file.nbytes for file in files)) as advance:
             stream.write(partial, files, advance, stream.CRC32)
-    for path, content in indices.items():
-        if content:
-            (partial / path).write_bytes(content)
-    notes = _describe(partial, recipe, tokenizer, _stored(language), _stored(whole) if whole else None, stock)
-    _publish(partial, out)
+        for path, content in indices.items():
+            if content:
+                (partial / path).write_bytes(content)
+        notes = _describe(partial, recipe, tokens, _stored(language), _stored(whole) if whole else None, stock)
+        _publish(partial, out)
     for note in notes:
         print(note)
 
 
-def _is_stock(recipe: Recipe, form: Format) -> bool:
+def _is_stock(recipe: Recipe, form: Format, tokens: processor.Tokens) -> bool:
     """Whether the whole model becomes a ``LlavaForConditionalGeneration``.
 
     Raises:
@@ -105,7 +107,15 @@ def _is_stock(recipe: Recipe, form: Format) -> bool:
     if misfit and form == "llava":
         path, what, fix = misfit
         raise UserError(f"LlavaForConditionalGeneration has no such model: {what}", path, fix)
-    return not misfit and form != "mmoe"
+    if misfit or form == "mmoe":
+        return False
+    size = recipe.model.backbone.vocab_size
+    if tokens.image is not None and tokens.image < size:
+        return True
+    if form == "llava":
+        what = f"its {SPECIAL[IMAGE]} is {tokens.image}, of {size} tokens"
+        raise UserError(what, "tokenizer.json", "give a tokenizer with that token, or take --format mmoe")
+    return False
 
 
 def _check_room(out: Path) -> None:
@@ -117,14 +127,12 @@ def _check_room(out: Path) -> None:
 
 def _publish(partial: Path, out: Path) -> None:
     """Makes ``partial`` OUT, in place of an earlier export."""
-    stream.forget(partial)
     for path in sorted(partial.rglob("*"), reverse=True):
         layout.sync(path)
     layout.sync(partial)
     if out.is_dir():
         shutil.rmtree(out)
-    partial.rename(out)
-    layout.sync(out.parent)
+    stream.publish(partial, out)
 
 
 def _stored(tensors: Tensors) -> str:
@@ -134,7 +142,7 @@ def _stored(tensors: Tensors) -> str:
 
 
 def _describe(
-    out: Path, recipe: Recipe, tokenizer: Path, language_dtype: str, whole_dtype: str | None, stock: bool
+    out: Path, recipe: Recipe, tokens: processor.Tokens, language_dtype: str, whole_dtype: str | None, stock: bool
 ) -> list[str]:
     """Everything but the weights; ``whole_dtype`` is None where the language model is all. Gives notes on what the
     export does not do as training does."""
@@ -142,7 +150,6 @@ def _describe(
     language = out / "language" if whole_dtype else out
     (out / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
     config = language_family.to_config(model, language_dtype)
-    tokens = processor.read_tokenizer(tokenizer)
     _write_json(language / "config.json", config)
     _write_tokenizer(language, tokens, tokens.data, model.backbone.max_position)
     notes: list[str] = []
@@ -160,9 +167,7 @@ def _describe(
 def _describe_llava(out: Path, recipe: Recipe, tokens: processor.Tokens, dtype: str) -> list[str]:
     model, encoder = recipe.model, recipe.model.encoders[0]
     assert isinstance(encoder, ViT)
-    if tokens.image is None or tokens.image >= model.backbone.vocab_size:
-        what = f"its {SPECIAL[IMAGE]} is {tokens.image}, of {model.backbone.vocab_size} tokens"
-        raise UserError(what, "tokenizer.json", "give a tokenizer with that token")
+    assert tokens.image is not None
     _write_json(out / "config.json", llava.to_config(model, dtype, tokens.image) | TOKEN_IDS)
     _write_tokenizer(out, tokens, processor.with_bos(tokens), model.backbone.max_position)
     fields, notes = processor.image_processor(encoder, recipe.data.fit, recipe.data.interpolation)

@@ -104,7 +104,7 @@ def from_hf(directory: Path, out: Path) -> None:
     Raises:
         UserError: see :func:`read_hf`; or OUT is not empty, or the directory has no tokenizer.json.
     """
-    from mmoe.checkpoint import layout
+    from mmoe.checkpoint import layout, stream
 
     final = layout.folder(out, 0)
     partial = final.with_name(f".{final.name}.part")
@@ -114,9 +114,11 @@ def from_hf(directory: Path, out: Path) -> None:
         raise UserError("no tokenizer.json", str(directory), "put the model's tokenizer there")
     for note in imported.notes:
         print(note)
-    _save(imported, partial)
-    partial.rename(final)
-    layout.point_to(final)
+    with stream.alone(partial):
+        _check_room(out, partial)  # again: another process may have made the checkpoint meanwhile
+        _save(imported, partial)
+        stream.publish(partial, final)
+        layout.point_to(final)
 
 
 def _check_room(out: Path, partial: Path) -> None:
@@ -146,9 +148,8 @@ def _save(imported: Imported, folder: Path) -> None:
     (folder / "recipe.toml").write_text(dump_recipe(imported.recipe))
     tokens = processor.read_tokenizer(imported.tokenizer)
     (folder / "tokenizer.json").write_bytes(processor.without_bos(tokens))
-    stream.forget(folder)
     known = {path: {"bytes": size, "sha256": checksum} for path, (size, checksum) in written.items()}
-    layout.write_manifest(folder, known)
+    layout.write_manifest(folder, known, without=(stream.JOURNAL,))
     for path in (folder / "state", folder):
         layout.sync(path)
 

@@ -3,6 +3,7 @@
 A table moves elements and computes nothing. What it gives is again read when it is asked for (:class:`Tensors`).
 """
 
+import hashlib
 import math
 from bisect import bisect_right
 from collections import Counter
@@ -165,10 +166,17 @@ class Table:
         """
         return _Ours(self, lazy(theirs), where)
 
+    def fingerprint(self, source: str | None) -> str | None:
+        """Of what the table makes of the tensors with the fingerprint ``source``: another table makes others of them.
+        None where that of the source is not known."""
+        if source is None:
+            return None
+        return hashlib.sha256(repr((source, list(self.entries), dict(self.padding))).encode()).hexdigest()
+
 
 class _Theirs(Tensors):
     def __init__(self, table: Table, ours: Tensors, dtype: torch.dtype | None) -> None:
-        self.ours = ours
+        self.ours, self.known = ours, table.fingerprint(ours.fingerprint())
         _compare({entry.ours for entry in table.entries}, set(ours), "the model's state")
         self.specs = {}
         self.runs: dict[str, list[tuple[str, Run]]] = {}
@@ -196,12 +204,12 @@ class _Theirs(Tensors):
         out[done - start :].zero_()  # rows that no computation reads
 
     def fingerprint(self) -> str | None:
-        return self.ours.fingerprint()
+        return self.known
 
 
 class _Ours(Tensors):
     def __init__(self, table: Table, theirs: Tensors, where: str) -> None:
-        self.theirs = theirs
+        self.theirs, self.known = theirs, table.fingerprint(theirs.fingerprint())
         names = {name for entry in table.entries for name in entry.theirs}
         tied = {name for entry in table.entries for name in entry.tied}
         _compare(names, set(theirs) - set(table.padding) - tied, where)
@@ -234,7 +242,7 @@ class _Ours(Tensors):
                 read_as(self.theirs, run.theirs, theirs, out[first - start : last - start])
 
     def fingerprint(self) -> str | None:
-        return self.theirs.fingerprint()
+        return self.known
 
 
 def _differ(tensors: Tensors, a: str, b: str) -> bool:

@@ -350,6 +350,19 @@ def test_formats(one, tokenizer, tmp_path):
         to_hf(tmp_path, tmp_path / "none", form="llava", load=lambda _: (recipe, imported.state, tokenizer))
 
 
+def test_a_tokenizer_without_the_image_token(one, tmp_path):
+    """Is refused before anything is written, or the export has its own code."""
+    plain = tmp_path / "tokenizer.json"
+    Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, "<unk>")).save(str(plain))
+    imported = read_hf(one.hf)
+    given = {"load": lambda _: (imported.recipe, imported.state, plain)}
+    with pytest.raises(UserError, match="its <image> is None, of 300 tokens"):
+        to_hf(tmp_path, tmp_path / "hf", form="llava", **given)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+    to_hf(tmp_path, tmp_path / "hf", **given)
+    assert json.loads((tmp_path / "hf/config.json").read_text())["model_type"] == "mmoe"
+
+
 def test_a_border_of_another_colour_is_told(one, tokenizer, tmp_path, capsys):
     imported = read_hf(one.hf)
     data = dataclasses.replace(imported.recipe.data, fit="pad")

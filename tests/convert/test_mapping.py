@@ -1,9 +1,11 @@
 """The table type: both ways, bit for bit, whole or a stretch at a time, and no name unread."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from mmoe.checkpoint.tensors import Spec, Tensors
+from mmoe.checkpoint.tensors import Memory, Spec, Tensors
 from mmoe.convert.mapping import Entry, Table
 from mmoe.errors import UserError
 
@@ -167,3 +169,28 @@ def test_parts_that_do_not_fit(shape):
         GROUPED.write(grouped() | {"qkv": torch.zeros(shape[0] - 1, 5)})
     with pytest.raises(UserError, match="shapes that do not make up qkv, from tensor q"):
         GROUPED.read({**GROUPED.write(grouped())} | {"q": torch.zeros(shape)}, "here")
+
+
+class Known(Memory):
+    def fingerprint(self) -> str:
+        return "x"
+
+
+def test_another_table_makes_other_tensors():
+    """What a conversion that goes on keeps was made by the same table, not merely of the same tensors."""
+    tables = (
+        Table([Entry("a", ("x", "y")), Entry("b", ("z",))]),
+        Table([Entry("a", ("y", "x")), Entry("b", ("z",))]),
+        Table([Entry("a", ("x", "y"), groups=2), Entry("b", ("z",))]),
+        Table([Entry("a", ("x", "y")), Entry("b", ("z",))], {"p": "x"}),
+    )
+    ours = {"a": torch.zeros(4, 2), "b": torch.zeros(3)}
+    theirs = {"x": torch.zeros(2, 2), "y": torch.zeros(2, 2), "z": torch.zeros(3)}
+    for made in (
+        [table.write(Known(ours)) for table in tables],
+        [table.read(Known(theirs), "there") for table in tables],
+    ):
+        assert len({tensors.fingerprint() for tensors in made}) == len(tables)
+        assert None not in {tensors.fingerprint() for tensors in made}
+    assert tables[0].write(Known(ours)).fingerprint() == replace(tables[0]).write(Known(ours)).fingerprint()
+    assert tables[0].write(ours).fingerprint() is None

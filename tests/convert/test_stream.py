@@ -6,15 +6,18 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import shutil
+import threading
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from exporting import MODEL
+from exporting import MODEL, load
 from huggingface_hub import save_torch_state_dict
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
 from mmoe.checkpoint import layout, shards, stream
@@ -22,12 +25,14 @@ from mmoe.checkpoint.load import load as load_checkpoint
 from mmoe.checkpoint.load import state_dict, weights
 from mmoe.checkpoint.stream import File, Stretch
 from mmoe.checkpoint.tensors import Memory
-from mmoe.convert import from_hf, ingest, to_hf, verify
+from mmoe.convert import export, from_hf, ingest, to_hf, verify
 from mmoe.convert.families import longcat
 from mmoe.convert.weights import INDEX
 from mmoe.errors import UserError
 from mmoe.layers.router import CONTROLLER_STATE
 from mmoe.models.multimodal import build
+from mmoe.parallel import pickles
+from mmoe.parallel.state import Place
 
 SHARD = "40KB"
 
@@ -149,18 +154,98 @@ def test_another_source_starts_anew(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     for known, value, wanted in (("x", 1.0, 1.0), ("x", 2.0, 1.0), ("y", 3.0, 3.0)):
         told: list[int] = []
-        entries = stream.write(folder, files(Known(known, value)), told.append)
+        with stream.alone(folder):
+            entries = stream.write(folder, files(Known(known, value)), told.append)
         assert sum(told) == 24
         assert (folder / "one").read_bytes() == np.full(3, wanted, dtype=np.float32).tobytes()
         assert (folder / "two").read_bytes() == b"12345678" + np.float32(wanted).tobytes()
         for name, entry in entries.items():
             content = (folder / name).read_bytes()
             assert entry == (len(content), hashlib.sha256(content).hexdigest())
-    handle = os.open(folder, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another process writes there"):
-        stream.write(folder, files(Known("y", 3.0)), told.append)
-    os.close(handle)
+
+
+@pytest.mark.parametrize("way", ["to-hf", "from-hf"])
+def test_another_process_leaves_what_is_written_alone(exported, tmp_path, monkeypatch, way) -> None:
+    """A second one starts when the tensors are written, and again right before and behind the renaming."""
+    out = tmp_path / "out"
+    part = tmp_path / ".out.part" if way == "to-hf" else out / "checkpoints/.step_00000000.part"
+
+    def convert() -> None:
+        if way == "to-hf":
+            to_hf(tmp_path, out, load=load(exported.state, exported.tokenizer))
+        else:
+            from_hf(exported.out, out)
+
+    refused: list[Path] = []
+
+    def beside(real):
+        def called(*arguments, **options):
+            with pytest.raises(UserError, match="another process writes there"), stream.alone(part):
+                pass
+            refused.append(part)
+            return real(*arguments, **options)
+
+        return called
+
+    real = Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        if path != part:  # torch's index has another name at first
+            return real(path, target)
+        handle = os.open(path, os.O_RDONLY)
+        there = os.fstat(handle)
+        beside(lambda: None)()
+        found = real(path, target)
+        assert os.path.samestat(there, target.stat())
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(handle)
+        return found
+
+    monkeypatch.setattr(Path, "rename", rename)
+    for module, name in ((export, "_describe"), (shards, "write_index"), (layout, "write_manifest")):
+        monkeypatch.setattr(module, name, beside(getattr(module, name)))
+    convert()
+    assert len(refused) == (2 if way == "to-hf" else 3)
+    assert not part.exists()
+    assert not list(out.rglob(stream.JOURNAL))
+    if way == "from-hf":
+        assert not any(stream.JOURNAL in name for name in layout.manifest(out / "checkpoints/step_00000000"))
+
+
+def test_a_folder_that_was_renamed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock is had when the other process is done: what it holds is no longer the folder of that name."""
+    real = fcntl.flock
+
+    def flock(handle: int, how: int) -> None:
+        (tmp_path / "part").rename(tmp_path / "whole")
+        real(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match="another process writes there"), stream.alone(tmp_path / "part"):
+        pass
+
+
+def test_what_is_not_ours_is_not_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "folder"
+    (folder / "letters").mkdir(parents=True)
+    (folder / "letters/one").write_text("Dear")
+    file = File("file", Memory({"a": torch.ones(3)}), [Stretch("a", 0, 3)])
+    with stream.alone(folder), pytest.raises(UserError, match="it holds letters, and no conversion wrote it"):
+        stream.write(folder, [file], lambda count: None)
+    assert (folder / "letters/one").read_text() == "Dear"
+
+    def broken(path: Path, *rest) -> None:
+        path.write_bytes(b"half")
+        raise Broken
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "_write", broken)
+        with stream.alone(tmp_path / "new"), pytest.raises(Broken):
+            stream.write(tmp_path / "new", [file], lambda count: None)
+    with stream.alone(tmp_path / "new"):
+        stream.write(tmp_path / "new", [file], lambda count: None)
+    assert (tmp_path / "new/file").stat().st_size == 12
 
 
 class Counting(Memory):
@@ -184,7 +269,8 @@ def test_memory_is_that_of_the_pieces(tmp_path: Path, monkeypatch: pytest.Monkey
     source = Counting(tensors)
     parts = [Stretch(name, 0, tensor.numel()) for name, tensor in tensors.items() if name != "half"]
     file = File("file", source, [b"header8.", *parts, Stretch("half", 0, 300_001)])
-    stream.write(tmp_path, [file], lambda count: None)
+    with stream.alone(tmp_path):
+        stream.write(tmp_path, [file], lambda count: None)
     wanted = b"".join(tensors[name].flatten().view(torch.uint8).numpy().tobytes() for name in ("large", "last", "half"))
     assert (tmp_path / "file").read_bytes() == b"header8." + wanted
     assert source.longest == 16 << 10
@@ -194,7 +280,9 @@ def test_memory_is_that_of_the_pieces(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_zeros_are_holes(tmp_path: Path) -> None:
     tensor = torch.zeros(12 << 20, dtype=torch.uint8)
     tensor[[5 << 20, -1]] = 1
-    stream.write(tmp_path, [File("file", Memory({"a": tensor}), [Stretch("a", 0, len(tensor))])], lambda count: None)
+    file = File("file", Memory({"a": tensor}), [Stretch("a", 0, len(tensor))])
+    with stream.alone(tmp_path):
+        stream.write(tmp_path, [file], lambda count: None)
     assert (tmp_path / "file").read_bytes() == tensor.numpy().tobytes()
     assert (tmp_path / "file").stat().st_blocks * 512 < 3 << 20
 
@@ -211,6 +299,30 @@ def test_boxes_are_the_stretch() -> None:
                     assert all(b - a == 1 for a, b in pairwise(part.tolist()))
                     found.append(part)
                 assert torch.cat([*found, torch.empty(0)]).tolist() == list(range(start, start + count))
+
+
+def test_chunks_that_do_not_tile_their_tensor(checkpoint: Path) -> None:
+    """As many elements as the tensor has, some twice and others not at all; nothing is made up for these."""
+    path = checkpoint / "state" / pickles.METADATA
+    with path.open("rb") as file:
+        index = pickles.load_metadata(file)
+    state = checkpoint / "state"
+    key, tensor = next((k, t) for k, t in index.state_dict_metadata.items() if len(getattr(t, "chunks", ())) > 2)
+    assert isinstance(tensor, TensorStorageMetadata)
+    place = Place(key, (), tuple(tensor.size), torch.empty(tensor.size, dtype=torch.float32, device="meta"))
+    whole = list(tensor.chunks)
+    assert whole[0].sizes == whole[1].sizes
+    second = index.storage_data[MetadataIndex(key, whole[1].offsets)]
+    shifted = ChunkStorageMetadata(torch.Size([whole[1].offsets[0] - 1, *whole[1].offsets[1:]]), whole[1].sizes)
+    index.storage_data[MetadataIndex(key, shifted.offsets)] = second
+    for chunks in ([whole[0], whole[0], *whole[2:]], [whole[0], shifted, *whole[2:]], whole[1:], [*whole, whole[0]]):
+        tensor.chunks[:] = chunks
+        path.write_bytes(pickle.dumps(index))
+        with pytest.raises(UserError, match="do not have each of its elements once"):
+            shards.Shards(state, {"x": place}, "")
+    tensor.chunks[:] = reversed(whole)
+    path.write_bytes(pickle.dumps(index))
+    assert shards.Shards(state, {"x": place}, "")["x"].shape == tensor.size
 
 
 def test_an_altered_checkpoint_is_not_converted(checkpoint: Path, exported, tmp_path: Path) -> None:
@@ -242,7 +354,24 @@ def test_a_foreign_model_keeps_its_dtype(exported, tmp_path: Path) -> None:
     assert all(".router." in line for line in verify(checkpoint, tmp_path / "hf"))  # fp32 with us
 
 
-def test_sizes_that_are_none(checkpoint: Path, tmp_path: Path) -> None:
+def test_only_what_cannot_be_read_waits_for_the_checksums(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[bool] = []
+
+    def digest(path: Path, event: threading.Event) -> str:
+        ended.append(event.wait(0.5))
+        return ""
+
+    monkeypatch.setattr(layout, "_digest", digest)
+    with pytest.raises(UserError, match="no space"), layout.verified(checkpoint):
+        raise UserError("no space")
+    with pytest.raises(UserError, match="was altered since"), layout.verified(checkpoint):
+        raise layout.Unreadable("tensor x cannot be read")
+    assert ended == [True, False]
+
+
+def test_sizes_that_are_none(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "verified", None)  # no checksum is begun
     with pytest.raises(UserError, match="'much' is no size"):
         to_hf(checkpoint, tmp_path / "hf", max_shard_size="much")
+    assert not (tmp_path / ".hf.part").exists()
     assert json.loads((checkpoint / "manifest.json").read_text())["format"] == 1
