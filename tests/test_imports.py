@@ -9,8 +9,15 @@ import pytest
 
 import mmoe
 
-# Each part with the parts that it may import. Both extension modules, errors, ending and reading stand below all.
-BELOW: dict[str, set[str]] = {"errors": set(), "ending": set(), "reading": set(), "_host": set()}
+# Each part with the parts that it may import. Both extension modules, errors, ending, progress and
+# reading stand below all.
+BELOW: dict[str, set[str]] = {
+    "errors": set(),
+    "ending": set(),
+    "progress": {"ending"},
+    "reading": set(),
+    "_host": set(),
+}
 BASE = set(BELOW)
 CHAIN = [
     {"recipe", "reference"},

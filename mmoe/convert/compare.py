@@ -6,7 +6,7 @@ from pathlib import Path
 from mmoe.checkpoint import layout
 from mmoe.checkpoint.tensors import Part, Tensors, difference
 from mmoe.convert.ingest import read_hf
-from mmoe.convert.progress import progress
+from mmoe.progress import progress
 
 
 def verify(a: Path, b: Path) -> list[str]:

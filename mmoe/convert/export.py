@@ -16,10 +16,10 @@ from mmoe.checkpoint.tensors import Part, Tensors, lazy
 from mmoe.convert import processor
 from mmoe.convert.families import language as language_family
 from mmoe.convert.families import llava, multimodal
-from mmoe.convert.progress import progress
 from mmoe.convert.ship import ship
 from mmoe.convert.weights import INDEX, SHARD, plan
 from mmoe.errors import UserError
+from mmoe.progress import progress
 from mmoe.recipe.load import dump_recipe
 from mmoe.recipe.model import ViT
 from mmoe.recipe.schema import Recipe

@@ -12,9 +12,9 @@ from mmoe.checkpoint.tensors import Spec, Tensors, read_as
 from mmoe.convert import processor
 from mmoe.convert.export import RECIPE
 from mmoe.convert.families import language, llava, longcat, multimodal
-from mmoe.convert.progress import progress
 from mmoe.convert.weights import Weights
 from mmoe.errors import UserError
+from mmoe.progress import progress
 from mmoe.recipe.checks import model_problems, problems
 from mmoe.recipe.load import dump_recipe, load_recipe
 from mmoe.recipe.model import MTP, Model, ViT

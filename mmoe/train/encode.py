@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,8 +11,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from mmoe.checkpoint.load import state_dict
@@ -32,6 +29,7 @@ from mmoe.models.encoders.vit import ViT, resize_position
 from mmoe.models.encoders_parallel import whole
 from mmoe.models.multimodal import MultimodalModel
 from mmoe.parallel import cpu_platform, engine
+from mmoe.progress import IMAGES, progress
 from mmoe.recipe.checks import is_frozen
 from mmoe.recipe.schema import Parallel, Recipe
 
@@ -189,7 +187,8 @@ def encode(recipe: Recipe, encoders: Mapping[str, nn.Module], out: Path, shard_i
     todo = _todo(writers, rank, world)
     begin, done = time.monotonic(), 0
     decoder = build(data, tuple(dict.fromkeys(sizes.values())), "mixed" if device.type == "cuda" else "cpu")
-    with _progress(sum(len(rows) for _, rows, _ in todo), rank) as advance:
+    total = sum(len(rows) for _, rows, _ in todo)
+    with progress("encoding", total, IMAGES, silent=bool(rank)) as advance:
         for number, rows, shards in todo:
             source, missing = sources[number], {name: encoders[name] for name in shards}
             maps = {name: [part.new_empty((len(rows), *part.shape[1:])) for part in blank[name]] for name in shards}
@@ -259,21 +258,3 @@ def _decoded(
 def _of_readable(source: Source, first: int, decoded: Decoded, unreadable: Mapping[int, str]) -> Decoded:
     lost = {image for sample in unreadable for image in source.image_range(sample)}
     return decoded._replace(bad={i: reason for i, reason in decoded.bad.items() if first + i not in lost})
-
-
-@contextmanager
-def _progress(total: int, rank: int) -> Iterator[Any]:
-    columns = (
-        TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    begin, done = time.monotonic(), 0
-    with Progress(*columns, console=Console(stderr=True), disable=bool(rank) or not sys.stderr.isatty()) as bar:
-        task = bar.add_task("encoding", total=total, rate="")
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            bar.update(task, advance=count, rate=f"{done / (time.monotonic() - begin):.0f} images/s")
-
-        yield advance
