@@ -8,6 +8,7 @@ import io
 import math
 import os
 import pickle
+import shutil
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -351,6 +352,8 @@ def _archive(shape: torch.Size, dtype: torch.dtype) -> tuple[bytes, bytes]:
 def write_index(folder: Path, model: torch.nn.Module, tensors: Plan) -> None:
     """Writes what is in ``folder`` beside the planned tensors: Megatron does, for a state without any, and its index
     gets theirs."""
+    for left in folder.parent.glob(".index*"):
+        shutil.rmtree(left)  # of a process that was killed here: it would be taken for a part of the checkpoint
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".index") as empty:
         rest = Path(empty)
         writing = state.Write(rest, state.objects(model))
