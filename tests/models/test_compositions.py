@@ -57,7 +57,9 @@ MATRIX = [
 @pytest.mark.parametrize(("encoders", "connector", "backbone"), MATRIX)
 def test_losses_reach_every_encoder(encoders: str, connector: str, backbone: str) -> None:
     model = Model(encoders=ENCODERS[encoders], connector=CONNECTORS[connector], **BACKBONES[backbone])
-    recipe = dataclasses.replace(small.RECIPE, model=model)
+    padded = isinstance(model.connector, SVA) and model.connector.mask_padding
+    data = dataclasses.replace(small.RECIPE.data, fit="pad" if padded else "stretch")
+    recipe = dataclasses.replace(small.RECIPE, model=model, data=data)
     assert list(problems(recipe)) == []
     engine.start(Parallel(), seed=0)
     made = build(recipe)
