@@ -123,6 +123,8 @@ def _page(history: History, facts: dict[str, str], examples: list[dict[str, Any]
         yield from _goodput(history.goodput)
     for split in _order(history):
         yield from _table(split, history.evaluations[split])
+    if history.losses:
+        yield from _losses(history.losses)
     yield "<h2>Answers</h2>"
     yield '<p class="muted">Of each task in turn the first question about a picture not yet shown; none is chosen.</p>'
     yield '<div class="examples">'
@@ -167,6 +169,17 @@ def _table(split: str, result: dict[str, Any]) -> Iterator[str]:
     yield "</table></div>"
 
 
+def _losses(losses: dict[str, dict[str, Any]]) -> Iterator[str]:
+    yield '<h2>Held-out loss, nats per token</h2>\n<div class="scroll"><table>'
+    yield "<tr><th>data</th><th>tokens</th><th>loss</th><th>by task</th></tr>"
+    for name, result in losses.items():
+        title = f"{name}{' (blank images)' if result['blank'] else ''}"
+        tasks = ", ".join(f"{task.replace('_', ' / ')} {row['loss']:.3f}" for task, row in result["tasks"].items())
+        cells = [title, f"{result['tokens']:,}", f"{result['loss']:.4f}", tasks]
+        yield f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
+    yield "</table></div>"
+
+
 def _example(example: dict[str, Any]) -> str:
     right = example["answer"] == example["truth"]
     answer = html.escape(example["answer"].strip())
@@ -179,7 +192,8 @@ def _example(example: dict[str, Any]) -> str:
 
 
 def _skipped(history: History) -> Iterator[str]:
-    asked = sorted({reason for result in history.evaluations.values() for reason in result["skipped"]})
+    results = (*history.evaluations.values(), *history.losses.values())
+    asked = sorted({reason for result in results for reason in result["skipped"]})
     for where, reasons in (("In training", history.skipped), ("In evaluation", asked)):
         yield f"<p>{where}: {len(reasons) or 'none'}.</p>"
         yield f"<ul>{''.join(f'<li>{html.escape(reason)}</li>' for reason in reasons)}</ul>" if reasons else ""
