@@ -364,7 +364,7 @@ def _leakage(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from mmoe.evaluate.report import write
+    from mmoe.evaluate.stages_report import write
 
     write(options.run_directory)
 

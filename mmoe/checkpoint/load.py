@@ -181,7 +181,7 @@ def state_dict(path: str | Path) -> tuple[Recipe, Shards, Path]:
     checkpoint = Path(path)
     layout.verify(checkpoint, only=lambda name: not layout.is_tensors(name))
     recipe = load_recipe(str(checkpoint / "recipe.toml"), [])
-    places = {name: place for name, place in state.places(blank(_plain(recipe))).items() if _is_weight(name)}
+    places = {name: place for name, place in state.places(blank(recipe)).items() if _is_weight(name)}
     known = hashlib.sha256(repr(layout.manifest(checkpoint)).encode()).hexdigest()
     return recipe, Shards(checkpoint / "state", places, known), checkpoint / "tokenizer.json"
 
@@ -191,7 +191,7 @@ def blank(recipe: Recipe) -> MultimodalModel:
     with torch.random.fork_rng():  # the caller's random numbers stay as they were
         engine.start(Parallel(), recipe.train.seed, alone=True)
         with torch.device("meta"):
-            return build(recipe)
+            return build(_plain(recipe))
 
 
 def _tensors(network: MultimodalModel) -> dict[str, Tensor]:

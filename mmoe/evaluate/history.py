@@ -13,6 +13,9 @@ from mmoe.evaluate.goodput import Goodput, account
 from mmoe.recipe import Recipe, load_recipe
 from mmoe.recipe.model import MoE
 
+TOLD = {"shown": "", "blank": "blank images", "none": "no images"}
+"""What a model saw of an evaluation's pictures, in words."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class History:
@@ -29,6 +32,8 @@ class History:
     """The same of the suite ``loss``."""
     goodput: Goodput | None = None
     """None for a run without events.jsonl."""
+    stages: tuple[tuple[int, str], ...] = ()
+    """Of a run of several stages: the rows before each, and its name."""
 
     def column(self, name: str) -> NDArray[np.float64]:
         """``[steps]``; NaN where a step has no such number."""
@@ -37,6 +42,11 @@ class History:
     @property
     def steps(self) -> NDArray[np.float64]:
         return self.column("step")
+
+    def parts(self) -> list[slice]:
+        """The rows of each stage; all of them, where there is one."""
+        begins = [first for first, _ in self.stages] or [0]
+        return [slice(*ends) for ends in zip(begins, [*begins[1:], len(self.rows)], strict=True)]
 
     def loads(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Steps ``[t]`` at which the expert load was written, and the loads ``[t, layers, N + Z]``."""
@@ -57,6 +67,11 @@ class History:
         values = self.column("active_experts_mean")
         tail = values[len(values) - max(1, len(values) // 5) :]
         return float(np.nanmean(tail)) if np.isfinite(tail).any() else float("nan")
+
+
+def seen(result: dict[str, Any]) -> str:
+    """What the model saw of an evaluation's pictures: ``shown``, ``blank`` or ``none``."""
+    return result.get("images", "blank" if result["blank"] else "shown")
 
 
 def read(run: Path) -> History:
