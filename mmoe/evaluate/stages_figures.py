@@ -63,12 +63,12 @@ def draw_held_out(axes: Axes, whole: Whole) -> None:
                 axes.plot(last, end, "o", color=color, markersize=5, clip_on=False)
                 place = {"xytext": (-7, 5), "textcoords": "offset points", "ha": "right", "fontsize": 8}
                 axes.annotate(f"{end:.2f}", (last, end), color=color, **place)
-    figures.over_steps(axes, whole.history)
     axes.set_title("Held-out loss: ○ a stage begins, ● ends")
     if not values:
         axes.text(0.5, 0.5, "not evaluated yet", transform=axes.transAxes, ha="center", color=MUTED)
         axes.set_axis_off()
         return
+    figures.over_steps(axes, whole.history)
     figures.scale_of_losses(axes, min(values), max(values))
     axes.set_ylim(min(values) * 0.85, max(values) * 1.35)
     handles = [
@@ -87,7 +87,7 @@ def draw_accuracy(axes: Axes, whole: Whole, name: str) -> None:
     """A line a task of the evaluation ``name``, and on it each stage's accuracy; chance and majority beside it."""
     results = [stage.history.evaluations.get(name) for stage in whole.stages]
     tasks = sorted({task for result in results if result for task in result["tasks"]}, reverse=True)
-    axes.set_title(f"Accuracy on {name}, stage by stage")
+    axes.set_title(f"Accuracy{f' on {name}' if name else ''}, stage by stage")
     if not tasks:
         axes.text(0.5, 0.5, "not evaluated yet", transform=axes.transAxes, ha="center", color=MUTED)
         axes.set_axis_off()
