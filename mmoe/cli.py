@@ -114,15 +114,17 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         commands,
         "evaluate",
         _evaluate,
-        "score a checkpoint's answers, task by task",
+        "score a checkpoint's answers, or measure its loss, task by task",
         "evaluate runs/quickstart/checkpoints/step_00001000 --suite scenes --data data-cache/scenes/test",
     )
     evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    evaluate.add_argument("--suite", choices=["scenes"], required=True)
+    evaluate.add_argument("--suite", choices=["scenes", "loss"], required=True)
     evaluate.add_argument("--data", type=Path, required=True, metavar="PATH", help="a prepared data set")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write every number here")
     evaluate.add_argument("--blank", action="store_true", help="blank every image: what the questions alone give away")
     evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N samples")
+    text = "loss alone: of the model that this recipe begins with, CHECKPOINT handed over to it (-: its first weights)"
+    evaluate.add_argument("--as", dest="recipe", metavar="RECIPE", help=text)
 
     generate = _command(
         commands,
@@ -267,9 +269,15 @@ def _recipes(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from mmoe.evaluate.scenes import run
+    from mmoe.evaluate import loss, scenes
 
-    run(options.checkpoint, options.data, options.json, blank=options.blank, limit=options.limit)
+    shared = {"blank": options.blank, "limit": options.limit}
+    if options.suite == "loss":
+        loss.run(options.checkpoint, options.data, options.json, recipe=options.recipe, **shared)
+        return
+    if options.recipe:
+        raise UserError("--as is of the suite loss", f"--suite {options.suite}", "leave it out")
+    scenes.run(options.checkpoint, options.data, options.json, **shared)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -356,7 +364,7 @@ def _leakage(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from mmoe.evaluate.report import write
+    from mmoe.evaluate.stages_report import write
 
     write(options.run_directory)
 
