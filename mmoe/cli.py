@@ -12,6 +12,7 @@ from typing import NoReturn, TypeAlias
 from mmoe import bench
 from mmoe.ending import DEFECT, DONE, INTERRUPTED, KEYBOARD, USER_ERROR, enter, say
 from mmoe.errors import Interrupted, RankLost, UserError
+from mmoe.evaluate import sweep
 from mmoe.parallel import launch
 
 LONGEST = 2000
@@ -123,6 +124,11 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write every number here")
     evaluate.add_argument("--blank", action="store_true", help="blank every image: what the questions alone give away")
     evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N samples")
+
+    example = "sweep quickstart --out runs/encoders --encoders all --data data-cache/scenes/test"
+    sets = _command(commands, "sweep", sweep.run, "compare sets of a recipe's encoders, each trained alone", example)
+    sweep.add_arguments(sets)
+    _add_set(sets)
 
     generate = _command(
         commands,

@@ -88,7 +88,7 @@ def test_a_run_that_diverged_is_a_result(
     assert (tmp_path / "ablations" / "transfer.png").exists()
 
 
-def test_a_study_joins_the_page_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_joins_the_page_of_the_others(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its answers and parameters are told, and what other sections say stays letter by letter."""
 
     def train(study: str, index: int, seed: int, steps: int, data: str) -> ablations.Run:
@@ -98,7 +98,7 @@ def test_a_study_joins_the_page_of_the_others(tmp_path: Path, monkeypatch: pytes
         return ablations.Run([{"loss": 2.0 - index, "active_experts_mean": 1.5}] * steps, answers)
 
     monkeypatch.setattr(ablations, "_train", train)
-    before, here = Path("docs/ablations.md").read_text(), tmp_path / "ablations.md"
+    before, here = (root / "docs" / "ablations.md").read_text(), tmp_path / "ablations.md"
     here.write_text(before)
     assert cli.main(["bench", "ablations", "--only", "connector", "--steps", "10", "--out", str(tmp_path)]) == 0
     page = here.read_text()

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import mmoe
+from mmoe.checkpoint.layout import MANIFEST
+from mmoe.data.shards import INDEX
 from mmoe.ending import INTERRUPTED
 from mmoe.errors import Interrupted, UserError
 
@@ -18,16 +20,16 @@ class Runner:
     """Starts commands and waits for them; several threads may use one.
 
     Args:
-        threads: of each process on the CPU.
+        threads: of each process on the CPU; None: as the environment or the launcher has it.
         launch: what stands in the place of `mmoe` where a run is trained, for example ("launch/torchrun.sh", "2").
     """
 
-    def __init__(self, threads: int, launch: Sequence[str] = ()) -> None:
+    def __init__(self, threads: int | None = None, launch: Sequence[str] = ()) -> None:
         self.program = (sys.executable, "-m", "mmoe")
         self.launch = tuple(launch) or self.program
         # The processes run the code that this one does, wherever it lies.
         path = os.pathsep.join(filter(None, (str(Path(mmoe.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
-        ours = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
+        ours = {"PYTHONPATH": path, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
         self.environment = {"PYTHON_BIN": sys.executable, **os.environ, **ours}
         self.processes: set[subprocess.Popen[str]] = set()
         self.stopped = False
@@ -59,6 +61,8 @@ class Runner:
             process.terminate()
 
     def _run(self, command: Sequence[str], name: str, folder: Path) -> None:
+        if self.stopped:
+            raise Interrupted(f"{name} was not started; go on with the same command")
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         try:
             process = subprocess.Popen(command, env=self.environment, text=True, **pipes)
@@ -89,9 +93,13 @@ def final_loss(losses: Sequence[float]) -> float:
 
 
 def evaluation(path: Path, checkpoint: Path, data: Path) -> dict[str, Any] | None:
-    """What `mmoe evaluate --json` wrote; None where it is not there, not whole, or of something else."""
+    """What `mmoe evaluate --json` wrote; None where it is not there, not whole, older than what it is of, or of
+    something else."""
+    sources = (checkpoint / MANIFEST, data / INDEX)
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
+        if any(source.stat().st_mtime > path.stat().st_mtime for source in sources):
+            return None
     except (OSError, ValueError):
         return None
     return result if (result["checkpoint"], result["data"]) == (str(checkpoint), str(data)) else None
