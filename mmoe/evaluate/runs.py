@@ -63,9 +63,10 @@ class Runner:
     def _run(self, command: Sequence[str], name: str, folder: Path) -> None:
         if self.stopped:
             raise Interrupted(f"{name} was not started; go on with the same command")
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         try:
-            process = subprocess.Popen(command, env=self.environment, text=True, **pipes)
+            process = subprocess.Popen(
+                command, env=self.environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            )
         except OSError as error:
             raise UserError(f"cannot be started: {error.strerror}", command[0], "name a launcher") from None
         with process:
