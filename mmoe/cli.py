@@ -12,6 +12,7 @@ from typing import NoReturn, TypeAlias
 from mmoe import bench
 from mmoe.ending import DEFECT, DONE, INTERRUPTED, KEYBOARD, USER_ERROR, enter, say
 from mmoe.errors import Interrupted, RankLost, UserError
+from mmoe.evaluate import sweep
 from mmoe.parallel import launch
 
 LONGEST = 2000
@@ -125,6 +126,11 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N samples")
     text = "loss alone: of the model that this recipe begins with, CHECKPOINT handed over to it (-: its first weights)"
     evaluate.add_argument("--as", dest="recipe", metavar="RECIPE", help=text)
+
+    example = "sweep quickstart --out runs/encoders --encoders all --data data-cache/scenes/test"
+    sets = _command(commands, "sweep", sweep.run, "compare sets of a recipe's encoders, each trained alone", example)
+    sweep.add_arguments(sets)
+    _add_set(sets)
 
     generate = _command(
         commands,
