@@ -118,11 +118,17 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         "evaluate runs/quickstart/checkpoints/step_00001000 --suite scenes --data data-cache/scenes/test",
     )
     evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    evaluate.add_argument("--suite", choices=["scenes"], required=True)
-    evaluate.add_argument("--data", type=Path, required=True, metavar="PATH", help="a prepared data set")
+    evaluate.add_argument("--suite", choices=["scenes", "cv_bench"], required=True)
+    text = "a prepared data set; of cv_bench the folder of test_2d.parquet and test_3d.parquet"
+    evaluate.add_argument("--data", type=Path, required=True, metavar="PATH", help=text)
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write every number here")
-    evaluate.add_argument("--blank", action="store_true", help="blank every image: what the questions alone give away")
-    evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N samples")
+    seen = evaluate.add_mutually_exclusive_group()
+    text = "blank every image: what the questions alone give away"
+    seen.add_argument("--blank", dest="images", action="store_const", const="blank", default="shown", help=text)
+    text = "leave the images out of the prompts altogether"
+    seen.add_argument("--no-images", dest="images", action="store_const", const="none", help=text)
+    text = "only N samples: the first ones, of cv_bench N rows at even distances"
+    evaluate.add_argument("--limit", type=int, metavar="N", help=text)
 
     generate = _command(
         commands,
@@ -267,9 +273,10 @@ def _recipes(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from mmoe.evaluate.scenes import run
+    from mmoe.evaluate import cv_bench, scenes
 
-    run(options.checkpoint, options.data, options.json, blank=options.blank, limit=options.limit)
+    suite = {"scenes": scenes, "cv_bench": cv_bench}[options.suite]
+    suite.run(options.checkpoint, options.data, options.json, images=options.images, limit=options.limit)
 
 
 def _generate(options: argparse.Namespace) -> None:

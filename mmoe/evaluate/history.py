@@ -13,6 +13,9 @@ from mmoe.evaluate.goodput import Goodput, account
 from mmoe.recipe import Recipe, load_recipe
 from mmoe.recipe.model import MoE
 
+TOLD = {"shown": "", "blank": "blank images", "none": "no images"}
+"""What a model saw of an evaluation's pictures, in words."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class History:
@@ -50,11 +53,28 @@ class History:
         assert self.recipe.model.moe is not None
         return self.recipe.model.moe
 
+    def vision(self) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+        """Evaluations of the same questions with pictures and without any: the name of the first, and both."""
+        shown = {name: result for name, result in self.evaluations.items() if seen(result) == "shown"}
+        none = [result for result in self.evaluations.values() if seen(result) == "none"]
+        asked = ("suite", "data", "samples")
+        return [
+            (name, on, off)
+            for name, on in shown.items()
+            for off in none
+            if all(on.get(key) == off.get(key) for key in asked)
+        ]
+
     def settled_active_experts(self) -> float:
         """Mean active experts per token over the last fifth of the steps; NaN without steps."""
         values = self.column("active_experts_mean")
         tail = values[len(values) - max(1, len(values) // 5) :]
         return float(np.nanmean(tail)) if np.isfinite(tail).any() else float("nan")
+
+
+def seen(result: dict[str, Any]) -> str:
+    """What the model saw of an evaluation's pictures: ``shown``, ``blank`` or ``none``."""
+    return result.get("images", "blank" if result["blank"] else "shown")
 
 
 def read(run: Path) -> History:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmoe.evaluate import figures
 from mmoe.evaluate.goodput import Goodput
-from mmoe.evaluate.history import History, read
+from mmoe.evaluate.history import TOLD, History, read, seen
 from mmoe.recipe import dump_recipe
 
 EXAMPLES = 16
@@ -75,13 +75,16 @@ def write(run: Path) -> None:
 
 
 def _order(history: History) -> list[str]:
-    """The evaluations: with pictures before blank ones, `test` before the others."""
-    return sorted(history.evaluations, key=lambda name: (history.evaluations[name]["blank"], name != "test", name))
+    """The evaluations: with pictures before those without, `test` before the others."""
+    return sorted(
+        history.evaluations, key=lambda name: (seen(history.evaluations[name]) != "shown", name != "test", name)
+    )
 
 
 def _examples(history: History) -> list[dict[str, Any]]:
-    seen = [history.evaluations[name] for name in _order(history) if not history.evaluations[name]["blank"]]
-    return next((result["examples"][:EXAMPLES] for result in seen if result["examples"]), [])
+    results = [history.evaluations[name] for name in _order(history)]
+    shown = [result["examples"][:EXAMPLES] for result in results if seen(result) == "shown"]
+    return next(filter(None, shown), [])
 
 
 def _facts(history: History) -> dict[str, str]:
@@ -123,6 +126,8 @@ def _page(history: History, facts: dict[str, str], examples: list[dict[str, Any]
         yield from _goodput(history.goodput)
     for split in _order(history):
         yield from _table(split, history.evaluations[split])
+    for split, on, off in history.vision():
+        yield from _vision(split, on, off, history)
     yield "<h2>Answers</h2>"
     yield '<p class="muted">Of each task in turn the first question about a picture not yet shown; none is chosen.</p>'
     yield '<div class="examples">'
@@ -155,7 +160,8 @@ def _goodput(goodput: Goodput) -> Iterator[str]:
 
 
 def _table(split: str, result: dict[str, Any]) -> Iterator[str]:
-    title = f"{split}{' (blank images)' if result['blank'] else ''}"
+    told = TOLD[seen(result)]
+    title = f"{split} ({told})" if told else split
     yield f'<h2>Accuracy on {html.escape(title)}</h2>\n<div class="scroll"><table>'
     names = ("task", "n", "accuracy", "95% interval", "chance", "majority", "majority answer")
     yield f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>"
@@ -165,6 +171,19 @@ def _table(split: str, result: dict[str, Any]) -> Iterator[str]:
         cells = [task.replace("_", " / "), f"{row['n']:,}", *shares, row["majority_answer"]]
         yield f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
     yield "</table></div>"
+
+
+def _vision(split: str, on: dict[str, Any], off: dict[str, Any], history: History) -> Iterator[str]:
+    yield f'<h2>Vision on and off: {html.escape(split)}</h2>\n<div class="panels">'
+    title = "Accuracy with pictures, without any, and by chance"
+    drawing = figures.svg(lambda axes, _: figures.draw_vision(axes, on, off, title), history, 12.0, 3.9)
+    source = f"data:image/svg+xml;base64,{base64.b64encode(drawing).decode()}"
+    yield f'<img class="wide" alt="draw_vision" src="{source}">\n</div>\n<ul>'
+    for task in (task for task in on["tasks"] if task in off["tasks"]):
+        shares = [result["tasks"][task]["accuracy"] for result in (on, off)]
+        points = 100 * (shares[0] - shares[1])
+        yield f"<li>{html.escape(task)}: {shares[0]:.1%} with, {shares[1]:.1%} without: {points:+.1f} points</li>"
+    yield "</ul>"
 
 
 def _example(example: dict[str, Any]) -> str:

@@ -170,9 +170,7 @@ def prepare_cv_bench(
             },
         )
         sprites = load_sprites(catalogue, held_out=held_out, side=size)
-        scenes = SceneMaker(
-            f"cv_bench/{split}", seed, size, {}, sprites, catalogue.plurals, catalogue.card["license"]
-        )
+        scenes = SceneMaker(f"cv_bench/{split}", seed, size, {}, sprites, catalogue.plurals, catalogue.card["license"])
         maker, folder = ChoiceMaker(scenes), out / description.name
         made = (
             build(folder, description, maker, path, workers=workers)
