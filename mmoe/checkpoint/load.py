@@ -124,7 +124,7 @@ class Loaded:
         )
 
 
-def _plain(recipe: Recipe) -> Recipe:
+def plain(recipe: Recipe) -> Recipe:
     """The recipe's model on one process, with our own layers and its weights as they are: no quantised GEMMs."""
     precision = dataclasses.replace(recipe.precision, provider="local", fp8="none")
     return dataclasses.replace(recipe, parallel=Parallel(), precision=precision)
@@ -140,7 +140,7 @@ def load(path: str | Path) -> Loaded:
     recipe = load_recipe(str(checkpoint / "recipe.toml"), [])
     with torch.random.fork_rng():  # the caller's random numbers stay as they were
         engine.start(Parallel(), recipe.train.seed, alone=True)
-        network = build(_plain(recipe)).to(cpu_platform.device())
+        network = build(plain(recipe)).to(cpu_platform.device())
         state.load(checkpoint / "state", [network], None)
     return Loaded(recipe, network, checkpoint / "tokenizer.json")
 
@@ -156,7 +156,7 @@ def state_dict(path: str | Path) -> tuple[Recipe, Shards, Path]:
     checkpoint = Path(path)
     layout.verify(checkpoint, only=lambda name: not layout.is_tensors(name))
     recipe = load_recipe(str(checkpoint / "recipe.toml"), [])
-    places = {name: place for name, place in state.places(blank(_plain(recipe))).items() if _is_weight(name)}
+    places = {name: place for name, place in state.places(blank(plain(recipe))).items() if _is_weight(name)}
     known = hashlib.sha256(repr(layout.manifest(checkpoint)).encode()).hexdigest()
     return recipe, Shards(checkpoint / "state", places, known), checkpoint / "tokenizer.json"
 
