@@ -153,7 +153,7 @@ def _read(table: Table, tensors: Tensors, directory: Path) -> Tensors:
     return table.read(tensors, str(directory))
 
 
-def placed(made: Tensors, encoder: ViT | ConvNeXt, module: str, antialias: bool, notes: list[str]) -> Taken:
+def placed(made: Tensors, encoder: AnyEncoder, module: str, antialias: bool, notes: list[str]) -> Taken:
     """Our tensors under their names in the model, its positions for the recipe's size of pictures."""
     fitted: list[Tensors] = [View(made, {f"{module}.{name}": Rows(name) for name in made if name != "position"})]
     if isinstance(encoder, ViT) and encoder.position == "learned":
@@ -249,5 +249,11 @@ def layout_of(encoder: ViT | ConvNeXt) -> tuple[dict[str, Any], Table]:
         "num_classes": 0,
         "num_features": encoder.widths[-1],
         "model_args": {**sizes, "norm_eps": encoder.norm_eps},
+        "pretrained_cfg": {
+            "num_classes": 0,
+            "input_size": [3, encoder.image_size, encoder.image_size],
+            "mean": list(encoder.mean),
+            "std": list(encoder.std),
+        },
     }
     return config, vision.table(encoder, layout="timm")
