@@ -156,13 +156,26 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     from_hf = _command(convert, "from-hf", _from_hf, "make a checkpoint", "convert from-hf HF_DIR runs/imported")
     from_hf.add_argument("source", type=Path, metavar="HF_DIR")
     from_hf.add_argument("out", type=Path, metavar="OUT")
+    example = "convert from-parts llava_1_5_7b runs/parts --part encoders.clip=CLIP_DIR --part language=VICUNA_DIR"
+    text = "make a recipe's first checkpoint of published parts"
+    from_parts = _command(convert, "from-parts", _from_parts, text, example)
+    from_parts.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or the path of a .toml file")
+    text = "then: mmoe train RECIPE --from OUT/checkpoints/step_00000000"
+    from_parts.add_argument("out", type=Path, metavar="OUT", help=text)
+    text = "encoders.NAME, language or connector, as in train.frozen, and its Hugging Face directory; others have the "
+    text += "recipe's first weights"
+    from_parts.add_argument("--part", action="extend", nargs="+", required=True, metavar="MODULE=HF_DIR", help=text)
+    from_parts.add_argument("--stage", metavar="NAME", help="the stage that begins with it (default: the first one)")
+    text = "tokenizer.json (default: the language part's)"
+    from_parts.add_argument("--tokenizer", type=Path, metavar="FILE", help=text)
+    _add_set(from_parts)
     example = "convert to-hf runs/quickstart/checkpoints/step_00001000 runs/quickstart/hf"
     to_hf = _command(convert, "to-hf", _to_hf, "write a self-contained Hugging Face directory", example)
     to_hf.add_argument("source", type=Path, metavar="CHECKPOINT")
     to_hf.add_argument("out", type=Path, metavar="OUT")
     to_hf.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     text = "of the whole model (default: auto, transformers' own class where it computes the same)"
-    to_hf.add_argument("--format", choices=["auto", "llava", "mmoe"], default="auto", help=text)
+    to_hf.add_argument("--format", choices=["auto", "llava", "cambrian", "mmoe"], default="auto", help=text)
     to_hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file with weights (default: 5GB)")
     example = "convert verify runs/quickstart/checkpoints/step_00001000 runs/quickstart/hf"
     text = "compare two models' weights and logits, or one checkpoint's files with their checksums"
@@ -311,6 +324,17 @@ def _from_hf(options: argparse.Namespace) -> None:
     from mmoe.convert import from_hf
 
     from_hf(options.source, options.out)
+
+
+def _from_parts(options: argparse.Namespace) -> None:
+    from mmoe.convert.parts import from_parts, parse
+    from mmoe.recipe import load_recipe
+    from mmoe.train import stages
+
+    recipe = load_recipe(options.recipe, options.set)
+    first = stages.name(recipe, 0) if recipe.stages else None
+    recipe = stages.one(recipe, options.stage or first)
+    from_parts(recipe, options.out, parse(options.part), options.tokenizer)
 
 
 def _to_hf(options: argparse.Namespace) -> None:
