@@ -123,6 +123,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write every number here")
     evaluate.add_argument("--blank", action="store_true", help="blank every image: what the questions alone give away")
     evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N samples")
+    text = "in front of every sample, as a mixture's system_prompt"
+    evaluate.add_argument("--system-prompt", default="", metavar="TEXT", help=text)
 
     generate = _command(
         commands,
@@ -134,6 +136,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     generate.add_argument("model", type=Path, metavar="CHECKPOINT|HF_DIR")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--image", type=Path, nargs="+", default=[], metavar="FILE")
+    text = "in front of the pictures, as a mixture's system_prompt"
+    generate.add_argument("--system-prompt", default="", metavar="TEXT", help=text)
     generate.add_argument("--max-tokens", type=int, default=32, metavar="N")
     generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest")
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling, where T is above 0")
@@ -269,7 +273,8 @@ def _recipes(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from mmoe.evaluate.scenes import run
 
-    run(options.checkpoint, options.data, options.json, blank=options.blank, limit=options.limit)
+    prompt = options.system_prompt
+    run(options.checkpoint, options.data, options.json, blank=options.blank, limit=options.limit, system_prompt=prompt)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -282,6 +287,7 @@ def _generate(options: argparse.Namespace) -> None:
         max_tokens=options.max_tokens,
         temperature=options.temperature,
         seed=options.seed,
+        system_prompt=options.system_prompt,
     )
     print(text)
 

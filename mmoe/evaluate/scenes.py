@@ -9,7 +9,7 @@ import base64
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mmoe.data.batch import Illustrated, batches_from_documents, illustrate
 from mmoe.data.decoders import build
-from mmoe.data.document import BadSample
+from mmoe.data.document import BadSample, with_system_prompt
 from mmoe.data.pixels import open_image, to_rgb
 from mmoe.data.source import Encoded, Source
 from mmoe.errors import UserError
@@ -169,7 +169,9 @@ def _enter_scores(batch: dict[str, Any], logits: Tensor, probes: dict[str, list[
 
 
 @torch.no_grad()
-def answer(model: Model, source: Source, *, blank: bool = False, limit: int | None = None) -> dict[str, Any]:
+def answer(
+    model: Model, source: Source, *, blank: bool = False, limit: int | None = None, system_prompt: str = ""
+) -> dict[str, Any]:
     """Ask every question of a data set and count.
 
     Args:
@@ -177,6 +179,7 @@ def answer(model: Model, source: Source, *, blank: bool = False, limit: int | No
         source: the data set.
         blank: put a uniform grey picture in the place of every image.
         limit: only the first so many samples.
+        system_prompt: a text in front of every sample, as a mixture's.
 
     Returns:
         ``samples``, ``skipped`` (the bad samples, named with the reason), ``tasks`` (see :func:`summarise`) and
@@ -194,6 +197,7 @@ def answer(model: Model, source: Source, *, blank: bool = False, limit: int | No
             key = source.key(number)
             try:
                 sample = source.read(number)
+                sample = replace(sample, record=with_system_prompt(sample.record, system_prompt))
                 here = questions(sample.record, key)
                 made = list(documents(sample, here, model, key))
             except BadSample as error:
@@ -314,7 +318,15 @@ def table(result: dict[str, Any]) -> Table:
     return made
 
 
-def run(checkpoint: Path, data: Path, out: Path | None, *, blank: bool = False, limit: int | None = None) -> None:
+def run(
+    checkpoint: Path,
+    data: Path,
+    out: Path | None,
+    *,
+    blank: bool = False,
+    limit: int | None = None,
+    system_prompt: str = "",
+) -> None:
     """`mmoe evaluate CHECKPOINT --suite scenes`: print the table, write the numbers.
 
     Raises:
@@ -324,7 +336,8 @@ def run(checkpoint: Path, data: Path, out: Path | None, *, blank: bool = False, 
 
     source = Source(data, f"{data.parent.name}/{data.name}")
     result = {"suite": "scenes", "checkpoint": str(checkpoint), "data": str(data), "blank": blank}
-    result |= answer(mmoe.load(checkpoint), source, blank=blank, limit=limit)
+    result |= {"system_prompt": system_prompt} if system_prompt else {}
+    result |= answer(mmoe.load(checkpoint), source, blank=blank, limit=limit, system_prompt=system_prompt)
     if not result["tasks"]:
         raise UserError("no sample asks a question with choices", str(data), "give a split of the scenes data set")
     print(f"{data}{', blank images' if blank else ''}: {result['samples']} samples")
