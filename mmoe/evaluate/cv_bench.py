@@ -18,19 +18,8 @@ from mmoe.data.document import BadSample
 from mmoe.data.source import Encoded
 from mmoe.errors import UserError
 from mmoe.evaluate import greedy
-from mmoe.evaluate.scenes import (
-    EXAMPLES,
-    Images,
-    Model,
-    Question,
-    documents,
-    examples,
-    heading,
-    measure,
-    progress,
-    show,
-    summarise,
-)
+from mmoe.evaluate.asked import EXAMPLES, Images, Question, as_seen, examples, heading, progress, show, summarise
+from mmoe.evaluate.scenes import Model, documents, measure
 from mmoe.evaluate.statistics import wilson_interval
 
 KEYWORDS = ("answer is", "answer is:", "answer:")
@@ -105,10 +94,8 @@ def _asked(row: Row) -> Asked:
     )
 
 
-def _sample(asked: Asked, images: Images) -> Encoded:
-    if images == "none":
-        return Encoded(record={"prefix": []}, images=())
-    return Encoded(record={"prefix": [{"image": 0}]}, images=(asked.row.image,))
+def _sample(asked: Asked, images: Images, system_prompt: str) -> Encoded:
+    return as_seen(Encoded(record={"prefix": [{"image": 0}]}, images=(asked.row.image,)), images, system_prompt)
 
 
 def _open(asked: Asked, sample: Encoded, model: Model) -> Illustrated:
@@ -134,12 +121,14 @@ def _open(asked: Asked, sample: Encoded, model: Model) -> Illustrated:
     return replace(made, document=document)
 
 
-def _answer_some(some: Sequence[Asked], model: Model, decoder: Decoder, images: Images) -> Iterator[Asked | str]:
+def _answer_some(
+    some: Sequence[Asked], model: Model, decoder: Decoder, images: Images, system_prompt: str = ""
+) -> Iterator[Asked | str]:
     """Each question once it is answered and its letters scored, or why it is not."""
     opened: list[tuple[Asked, Illustrated]] = []
     for asked in some:
         try:
-            opened.append((asked, _open(asked, _sample(asked, images), model)))
+            opened.append((asked, _open(asked, _sample(asked, images, system_prompt), model)))
         except BadSample as error:
             yield f"{asked.key}: {error}"
     if not opened:
@@ -154,13 +143,24 @@ def _answer_some(some: Sequence[Asked], model: Model, decoder: Decoder, images: 
         else:
             asked.said, asked.whole = words.text, words.whole
             answered.append(asked)
-    made = [part for asked in answered for part in documents(_sample(asked, images), [asked.letters], model, asked.key)]
+    made = [
+        part
+        for asked in answered
+        for part in documents(_sample(asked, images, system_prompt), [asked.letters], model, asked.key)
+    ]
     length = max([model.recipe.data.sequence_length, *(len(document.document) for document, _ in made)])
     measure(model, made, sequence_length=length, blank=blank)
     yield from answered
 
 
-def answer(model: Model, folder: Path, *, images: Images = "shown", limit: int | None = None) -> dict[str, Any]:
+def answer(
+    model: Model,
+    folder: Path,
+    *,
+    images: Images = "shown",
+    limit: int | None = None,
+    system_prompt: str = "",
+) -> dict[str, Any]:
     """Ask every question of a folder in CV-Bench's layout and count.
 
     Args:
@@ -168,6 +168,7 @@ def answer(model: Model, folder: Path, *, images: Images = "shown", limit: int |
         folder: see :mod:`mmoe.data.cv_bench`.
         images: what the model sees of the pictures.
         limit: only so many rows, at even distances.
+        system_prompt: a text in front of every sample, as a mixture's.
 
     Returns:
         ``samples``, ``skipped`` (bad rows, named with the reason; they count nowhere else), what :func:`score` gives,
@@ -192,7 +193,7 @@ def answer(model: Model, folder: Path, *, images: Images = "shown", limit: int |
                 skipped.append(f"{key}: {row}")
             else:
                 some.append(_asked(row))
-        for done in _answer_some(some, model, decoder, images):
+        for done in _answer_some(some, model, decoder, images, system_prompt):
             if isinstance(done, str):
                 skipped.append(done)
                 continue
@@ -258,7 +259,15 @@ def _line(result: dict[str, Any]) -> str:
     return " · ".join(f"{name} {'–' if value is None else f'{value:.1%}'}" for name, value in named.items())
 
 
-def run(checkpoint: Path, data: Path, out: Path | None, *, images: Images = "shown", limit: int | None = None) -> None:
+def run(
+    checkpoint: Path,
+    data: Path,
+    out: Path | None,
+    *,
+    images: Images = "shown",
+    limit: int | None = None,
+    system_prompt: str = "",
+) -> None:
     """`mmoe evaluate CHECKPOINT --suite cv_bench`: print the table and the score, write the numbers.
 
     Raises:
@@ -266,8 +275,8 @@ def run(checkpoint: Path, data: Path, out: Path | None, *, images: Images = "sho
     """
     import mmoe
 
-    result = heading("cv_bench", checkpoint, data, images)
-    result |= answer(mmoe.load(checkpoint), data, images=images, limit=limit)
+    result = heading("cv_bench", checkpoint, data, images, system_prompt)
+    result |= answer(mmoe.load(checkpoint), data, images=images, limit=limit, system_prompt=system_prompt)
     if not result["tasks"]:
         what = f"no row can be asked, the first: {result['skipped'][0]}" if result["skipped"] else "there is no row"
         raise UserError(what, str(data), "give CV-Bench's files, or make some with `mmoe data prepare cv_bench`")

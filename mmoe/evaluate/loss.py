@@ -21,8 +21,8 @@ from mmoe.data.decoders import build
 from mmoe.data.document import BadSample
 from mmoe.data.source import Source
 from mmoe.errors import UserError
+from mmoe.evaluate.asked import Images, as_seen, heading, progress
 from mmoe.evaluate.history import TOLD
-from mmoe.evaluate.scenes import Images, heading, progress, without_images
 from mmoe.recipe import load_recipe
 from mmoe.recipe.schema import Recipe
 from mmoe.train import stages
@@ -46,7 +46,14 @@ class Model(Protocol):
         ...
 
 
-def measure(model: Model, source: Source, *, images: Images = "shown", limit: int | None = None) -> dict[str, Any]:
+def measure(
+    model: Model,
+    source: Source,
+    *,
+    images: Images = "shown",
+    limit: int | None = None,
+    system_prompt: str = "",
+) -> dict[str, Any]:
     """The loss of a data set, which is packed as its samples come.
 
     Args:
@@ -54,6 +61,7 @@ def measure(model: Model, source: Source, *, images: Images = "shown", limit: in
         source: the data set.
         images: what the model sees of the pictures.
         limit: only the first so many samples.
+        system_prompt: a text in front of every sample, as a mixture's.
 
     Returns:
         ``samples``, ``skipped`` (the bad samples and those that fit in no pack, named with the reason), ``tokens`` that
@@ -73,8 +81,7 @@ def measure(model: Model, source: Source, *, images: Images = "shown", limit: in
         for number in progress(range(count)):
             key = source.key(number)
             try:
-                sample = source.read(number)
-                sample = without_images(sample) if images == "none" else sample
+                sample = as_seen(source.read(number), images, system_prompt)
                 item = illustrate(sample, model.tokenizer, model.image_tokens, key)
                 tokens, pictures = len(item.document), len(item.document.images)
                 if tokens > data.sequence_length or pictures > data.images_per_pack:
@@ -135,6 +142,7 @@ def run(
     *,
     images: Images = "shown",
     limit: int | None = None,
+    system_prompt: str = "",
     recipe: str | None = None,
 ) -> None:
     """`mmoe evaluate CHECKPOINT --suite loss`: print the table, write the numbers.
@@ -155,8 +163,8 @@ def run(
         model = mmoe.load(checkpoint)
     else:
         model = begin(stages.one(load_recipe(recipe), None), None if str(checkpoint) == FIRST else checkpoint)
-    result = heading("loss", checkpoint, data, images) | ({"as": recipe} if recipe else {})
-    result |= measure(model, source, images=images, limit=limit)
+    result = heading("loss", checkpoint, data, images, system_prompt) | ({"as": recipe} if recipe else {})
+    result |= measure(model, source, images=images, limit=limit, system_prompt=system_prompt)
     told = TOLD[images]
     print(f"{data}{f', {told}' if told else ''}: {result['samples']} samples, nats per token")
     Console().print(table(result))

@@ -16,7 +16,8 @@ from mmoe.data.document import BadSample
 from mmoe.data.source import Encoded
 from mmoe.errors import UserError
 from mmoe.evaluate import scenes
-from mmoe.evaluate.scenes import Question, answer, questions, summarise
+from mmoe.evaluate.asked import THUMBNAIL, Question, summarise
+from mmoe.evaluate.scenes import answer, questions
 
 COUNT = ("count", " how many zebra ?", " 1", [" 1", " 2", " 3"])
 NAME = ("name", " how many ?", " zebra", [" zebra", " frog", " daffodil"])
@@ -163,7 +164,7 @@ def test_examples_take_the_tasks_in_turn_and_each_picture_once(tmp_path: Path) -
     assert [example["sample"] for example in shown] == [f"fake/test/{i}" for i in range(16)]
     picture = Image.open(io.BytesIO(base64.b64decode(shown[5]["png"])))
     assert picture.getpixel((0, 0)) == (5, 90, 30)
-    assert max(picture.size) <= scenes.THUMBNAIL
+    assert max(picture.size) <= THUMBNAIL
 
 
 def test_run_writes_every_number_and_prints_every_task(
