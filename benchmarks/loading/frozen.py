@@ -6,6 +6,7 @@ beside one of 7 billion parameters the share that the cache saves is smaller, th
 """
 
 import statistics
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,6 +32,8 @@ AHEAD, LOADED = 6, 24
 """Batches that no loader reads ahead more of, and those in a sample where nothing but loading is timed."""
 ENCODER = "clip"
 RATE = 1e-4
+UNITS = (("", "images/s", 0), (".processor", "images/CPU s", 1))
+"""Of a :class:`Rate`: what a row's name ends with, its unit, which number it is."""
 
 
 def recipe(found: files.Files, *, quick: bool, features: Path | None) -> Recipe:
@@ -94,7 +97,9 @@ def _rows(folder: Path, threads: int, *, quick: bool) -> list[Row]:
     engine.start(plain.parallel, plain.train.seed, alone=True)
     models = build_stages(plain)
     stepper, encoder = Stepper(plain, models), models[0].encoders[ENCODER]
+    used = time.process_time()
     made = encode.encode(plain, {ENCODER: encoder.eval()}, cache)
+    making = Rate(made.images / made.seconds, made.images / (time.process_time() - used))
     features = encode.expected(cached, models)
     samples, ahead, loaded = (2, 0, 1) if quick else (SAMPLES, AHEAD, LOADED)
     with ExitStack() as closing:
@@ -132,17 +137,18 @@ def _rows(folder: Path, threads: int, *, quick: bool) -> list[Row]:
         *_pair("data.features", shape, rates["features"], rates["encode"], "decode + encode"),
         *_pair("data.features.step", shape, rates["step"], rates["step from pixels"], "step from pixels"),
         Row("data.features.disk", shape, "float32", disk / 1e3, jpeg / 1e3, "the JPEG", "kB/image", jpeg / disk),
-        Row("data.features.make", shape, "float32", made.images / made.seconds, unit="images/s"),
-        Row("data.features.pays", shape, "float32", _epochs(made, rates), unit="epochs"),
+        *(Row(f"data.features.make{suffix}", shape, "float32", making[i], unit=unit) for suffix, unit, i in UNITS),
+        Row("data.features.pays", shape, "float32", _epochs(making, rates), unit="epochs"),
     ]
 
 
 def _pair(name: str, shape: str, mine: list[Rate], theirs: list[Rate], peer: str) -> list[Row]:
-    units = (("", "images/s"), (".processor", "images/CPU s"))
-    return [judged(name + suffix, shape, mine, theirs, peer, unit, i) for i, (suffix, unit) in enumerate(units)]
+    return [judged(name + suffix, shape, mine, theirs, peer, unit, i) for suffix, unit, i in UNITS]
 
 
-def _epochs(made: encode.Made, rates: dict[str, list[Rate]]) -> float:
-    """After how many the time that the cache took is saved, by the clock; without end where it saves nothing."""
-    ours, theirs = (statistics.median(1 / rate.clock for rate in rates[name]) for name in ("step", "step from pixels"))
-    return made.seconds / made.images / (theirs - ours) if theirs > ours else float("inf")
+def _epochs(making: Rate, rates: dict[str, list[Rate]]) -> float:
+    """Of steps, after which the processor time that the cache took is saved; without end where it saves none."""
+    ours, theirs = (
+        statistics.median(1 / rate.processor for rate in rates[name]) for name in ("step", "step from pixels")
+    )
+    return 1 / making.processor / (theirs - ours) if theirs > ours else float("inf")

@@ -146,14 +146,14 @@ def _draw_loss(axes: Axes, done: Sequence[Row]) -> None:
 
 
 def _draw_accuracy(axes: Axes, split: str, done: Sequence[Row]) -> None:
-    """A colour a task, its interval a line; black: the mean."""
-    tasks = list(done[0]["evaluations"][split]["tasks"])
-    colors = mpl.colormaps["tab20"]
+    """A colour a task, the same on every split, its interval a line; black: the mean."""
+    tasks, colors = list(done[0]["evaluations"][split]["tasks"]), mpl.colormaps["tab20"]
+    every = sorted({task for of in done[0]["evaluations"].values() for task in of["tasks"]})
     for number, task in enumerate(tasks):
         mine = [found["evaluations"][split]["tasks"][task] for found in done]
         shift = 0.6 * ((number + 0.5) / len(tasks) - 0.5)
         places = [place + shift for place in range(len(done))]
-        color = colors(number % colors.N)
+        color = colors(every.index(task) % colors.N)
         axes.hlines(places, [one["low"] for one in mine], [one["high"] for one in mine], color=color, linewidth=1)
         axes.plot([one["accuracy"] for one in mine], places, "o", color=color, markersize=3.5, label=task)
     means = [found["evaluations"][split]["mean_accuracy"] for found in done]
