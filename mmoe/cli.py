@@ -10,13 +10,10 @@ from pathlib import Path
 
 from mmoe import bench
 from mmoe.arguments import Parser, add_set, command, group
-from mmoe.ending import DEFECT, DONE, INTERRUPTED, KEYBOARD, USER_ERROR, enter, say
+from mmoe.ending import DEFECT, DONE, INTERRUPTED, KEYBOARD, USER_ERROR, enter, one_line, say
 from mmoe.errors import Interrupted, RankLost, UserError
 from mmoe.evaluate import sweep
 from mmoe.parallel import launch
-
-LONGEST = 2000
-"""Characters of a message that are printed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,11 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             enter(rank, DONE, "", tell=False)
             return DONE
         except UserError as error:
-            status, message, tell = USER_ERROR, _line(error), error.tell
+            status, message, tell = USER_ERROR, one_line(error), error.tell
         except Interrupted as error:
             status, message, name, tell = INTERRUPTED, str(error), "", rank == 0
         except RankLost as error:
-            status, message, name, tell, lost = error.status, _line(error), "", error.tell, True
+            status, message, name, tell, lost = error.status, one_line(error), "", error.tell, True
         except KeyboardInterrupt:
             status, message, name = KEYBOARD, "stopped by the keyboard", ""
         except Exception as error:
@@ -56,13 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         os._exit(status)
     return status
-
-
-def _line(value: object) -> str:
-    """One line that a terminal shows and does nothing else with: messages quote names out of other people's files."""
-    text = " ".join(str(value).split())
-    shown = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text[:LONGEST])
-    return shown if len(text) <= LONGEST else f"{shown}… ({len(text)} characters)"
 
 
 def _told_by_another_rank(rank: int, status: int, message: str, tell: bool) -> bool:
@@ -344,7 +334,7 @@ def _lint(options: argparse.Namespace) -> None:
 
 def _print_findings(findings: Sequence[object], where: str, kind: str) -> None:
     for finding in findings:
-        print(_line(finding))
+        print(one_line(finding))
     if findings:
         raise UserError(f"{len(findings)} {kind}", where, "they are listed on standard output")
     print(f"{where}: no {kind}")

@@ -13,6 +13,7 @@ from mmoe.convert.export import RECIPE
 from mmoe.convert.families import cambrian, language, llava, longcat, multimodal
 from mmoe.convert.families.fields import read_config
 from mmoe.convert.weights import Weights
+from mmoe.ending import one_line
 from mmoe.errors import UserError
 from mmoe.progress import progress
 from mmoe.recipe.checks import model_problems, problems
@@ -146,7 +147,7 @@ def write(imported: Imported, out: Path, title: str) -> None:
     final, partial = layout.folder(out, 0), _partial(out)
     _check_room(out, partial)
     for note in imported.notes:
-        print(note)
+        print(one_line(note))
     with stream.alone(partial):
         _check_room(out, partial)  # again: another process may have made the checkpoint meanwhile
         _save(imported, partial, title)

@@ -279,6 +279,19 @@ def test_open_clip_and_timm(parts: Parts, tmp_path: Path) -> None:
         read_parts(recipe, [("encoders.vit", tmp_path / "other")], parts.tokenizer)
 
 
+def test_names_out_of_files_are_text(parts: Parts, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    open_clip(tmp_path / "vit")
+    save_file({"\x1b]0;title\x07.a": torch.zeros(1)}, tmp_path / "vit/more.safetensors")
+    fields = {"layers": 2, "mlp_width": 64, "activation": "gelu"}
+    vit = dataclasses.replace(parts.encoder("clip"), name="vit", **fields)
+    recipe = parts.recipe("clip")
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, encoders=(vit,)))
+    from_parts(recipe, tmp_path / "run", [("encoders.vit", tmp_path / "vit")], parts.tokenizer)
+    told = capsys.readouterr().out
+    assert "\\x1b]0;title\\x07" in told
+    assert "\x1b" not in told
+
+
 def change(directory: Path, config: dict[str, Any] | None = None, **tensors: torch.Tensor | None) -> None:
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
