@@ -182,7 +182,8 @@ def _vision(split: str, on: dict[str, Any], off: dict[str, Any], history: Histor
     for task in (task for task in on["tasks"] if task in off["tasks"]):
         shares = [result["tasks"][task]["accuracy"] for result in (on, off)]
         points = 100 * (shares[0] - shares[1])
-        yield f"<li>{html.escape(task)}: {shares[0]:.1%} with, {shares[1]:.1%} without: {points:+.1f} points</li>"
+        name = html.escape(task.replace("_", " / "))
+        yield f"<li>{name}: {shares[0]:.1%} with, {shares[1]:.1%} without: {points:+.1f} points</li>"
     yield "</ul>"
 
 
