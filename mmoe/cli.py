@@ -12,6 +12,7 @@ from typing import NoReturn, TypeAlias
 from mmoe import bench
 from mmoe.ending import DEFECT, DONE, INTERRUPTED, KEYBOARD, USER_ERROR, enter, say
 from mmoe.errors import Interrupted, RankLost, UserError
+from mmoe.evaluate import sweep
 from mmoe.parallel import launch
 
 LONGEST = 2000
@@ -114,11 +115,11 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         commands,
         "evaluate",
         _evaluate,
-        "score a checkpoint's answers, task by task",
+        "score a checkpoint's answers, or measure its loss, task by task",
         "evaluate runs/quickstart/checkpoints/step_00001000 --suite scenes --data data-cache/scenes/test",
     )
     evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    evaluate.add_argument("--suite", choices=["scenes", "cv_bench"], required=True)
+    evaluate.add_argument("--suite", choices=["scenes", "cv_bench", "loss"], required=True)
     text = "a prepared data set; of cv_bench the folder of test_2d.parquet and test_3d.parquet"
     evaluate.add_argument("--data", type=Path, required=True, metavar="PATH", help=text)
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write every number here")
@@ -129,6 +130,13 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     seen.add_argument("--no-images", dest="images", action="store_const", const="none", help=text)
     text = "only N samples: the first ones, of cv_bench N rows at even distances"
     evaluate.add_argument("--limit", type=int, metavar="N", help=text)
+    text = "loss alone: of the model that this recipe begins with, CHECKPOINT handed over to it (-: its first weights)"
+    evaluate.add_argument("--as", dest="recipe", metavar="RECIPE", help=text)
+
+    example = "sweep quickstart --out runs/encoders --encoders all --data data-cache/scenes/test"
+    sets = _command(commands, "sweep", sweep.run, "compare sets of a recipe's encoders, each trained alone", example)
+    sweep.add_arguments(sets)
+    _add_set(sets)
 
     generate = _command(
         commands,
@@ -148,13 +156,26 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     from_hf = _command(convert, "from-hf", _from_hf, "make a checkpoint", "convert from-hf HF_DIR runs/imported")
     from_hf.add_argument("source", type=Path, metavar="HF_DIR")
     from_hf.add_argument("out", type=Path, metavar="OUT")
+    example = "convert from-parts llava_1_5_7b runs/parts --part encoders.clip=CLIP_DIR --part language=VICUNA_DIR"
+    text = "make a recipe's first checkpoint of published parts"
+    from_parts = _command(convert, "from-parts", _from_parts, text, example)
+    from_parts.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or the path of a .toml file")
+    text = "then: mmoe train RECIPE --from OUT/checkpoints/step_00000000"
+    from_parts.add_argument("out", type=Path, metavar="OUT", help=text)
+    text = "encoders.NAME, language or connector, as in train.frozen, and its Hugging Face directory; others have the "
+    text += "recipe's first weights"
+    from_parts.add_argument("--part", action="extend", nargs="+", required=True, metavar="MODULE=HF_DIR", help=text)
+    from_parts.add_argument("--stage", metavar="NAME", help="the stage that begins with it (default: the first one)")
+    text = "tokenizer.json (default: the language part's)"
+    from_parts.add_argument("--tokenizer", type=Path, metavar="FILE", help=text)
+    _add_set(from_parts)
     example = "convert to-hf runs/quickstart/checkpoints/step_00001000 runs/quickstart/hf"
     to_hf = _command(convert, "to-hf", _to_hf, "write a self-contained Hugging Face directory", example)
     to_hf.add_argument("source", type=Path, metavar="CHECKPOINT")
     to_hf.add_argument("out", type=Path, metavar="OUT")
     to_hf.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     text = "of the whole model (default: auto, transformers' own class where it computes the same)"
-    to_hf.add_argument("--format", choices=["auto", "llava", "mmoe"], default="auto", help=text)
+    to_hf.add_argument("--format", choices=["auto", "llava", "cambrian", "mmoe"], default="auto", help=text)
     to_hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file with weights (default: 5GB)")
     example = "convert verify runs/quickstart/checkpoints/step_00001000 runs/quickstart/hf"
     text = "compare two models' weights and logits, or one checkpoint's files with their checksums"
@@ -273,10 +294,16 @@ def _recipes(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from mmoe.evaluate import cv_bench, scenes
+    from mmoe.evaluate import cv_bench, loss, scenes
 
+    shared = {"images": options.images, "limit": options.limit}
+    if options.suite == "loss":
+        loss.run(options.checkpoint, options.data, options.json, recipe=options.recipe, **shared)
+        return
+    if options.recipe:
+        raise UserError("--as is of the suite loss", f"--suite {options.suite}", "leave it out")
     suite = {"scenes": scenes, "cv_bench": cv_bench}[options.suite]
-    suite.run(options.checkpoint, options.data, options.json, images=options.images, limit=options.limit)
+    suite.run(options.checkpoint, options.data, options.json, **shared)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -297,6 +324,17 @@ def _from_hf(options: argparse.Namespace) -> None:
     from mmoe.convert import from_hf
 
     from_hf(options.source, options.out)
+
+
+def _from_parts(options: argparse.Namespace) -> None:
+    from mmoe.convert.parts import from_parts, parse
+    from mmoe.recipe import load_recipe
+    from mmoe.train import stages
+
+    recipe = load_recipe(options.recipe, options.set)
+    first = stages.name(recipe, 0) if recipe.stages else None
+    recipe = stages.one(recipe, options.stage or first)
+    from_parts(recipe, options.out, parse(options.part), options.tokenizer)
 
 
 def _to_hf(options: argparse.Namespace) -> None:
@@ -363,7 +401,7 @@ def _leakage(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from mmoe.evaluate.report import write
+    from mmoe.evaluate.stages_report import write
 
     write(options.run_directory)
 

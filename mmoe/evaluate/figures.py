@@ -57,22 +57,41 @@ def smooth(values: NDArray[np.float64], span: int) -> NDArray[np.float64]:
 
 
 def _line(axes: Axes, run: History, name: str, color: str, label: str | None = None) -> None:
-    """The numbers themselves, pale, below their running mean."""
-    values = run.column(name)
-    axes.plot(run.steps, values, color=color, linewidth=0.6, alpha=0.3)
-    axes.plot(run.steps, smooth(values, max(1, len(values) // 50)), color=color, linewidth=1.6, label=label)
+    """The numbers themselves, pale, below their running mean, stage by stage."""
+    values, steps, span = run.column(name), run.steps, max(1, len(run.rows) // 50)
+    for rows in run.parts():
+        axes.plot(steps[rows], values[rows], color=color, linewidth=0.6, alpha=0.3)
+        axes.plot(steps[rows], smooth(values[rows], span), color=color, linewidth=1.6, label=label)
+    over_steps(axes, run)
+
+
+def over_steps(axes: Axes, run: History) -> None:
+    """The horizontal axis of a drawing over all steps: a line where a stage begins, and the stages' names."""
+    steps = run.steps
+    if run.stages:
+        axes.margins(y=0.12)  # room for the names
+    for rows, (_, name) in zip(run.parts(), run.stages, strict=False):
+        first = 0.0 if not rows.start else float(steps[rows.start - 1])
+        if first:
+            axes.axvline(first, color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)), zorder=1.5)
+        place = {"xycoords": axes.get_xaxis_transform(), "xytext": (3, -2), "textcoords": "offset points"}
+        axes.annotate(name, (first, 1.0), color=MUTED, fontsize=8, va="top", **place)
     axes.set_xlabel("step")
-    axes.set_xlim(0, float(run.steps[-1]))
+    axes.set_xlim(0, float(steps[-1]))
 
 
 def draw_loss(axes: Axes, run: History) -> None:
     _line(axes, run, "loss", BLUE)
+    scale_of_losses(axes, float(np.nanmin(run.column("loss"))), float(np.nanmax(run.column("loss"))))
+    axes.set_title("Training loss, nats per answer token")
+
+
+def scale_of_losses(axes: Axes, low: float, high: float) -> None:
+    """A logarithmic axis with round numbers between ``low`` and ``high``."""
     axes.set_yscale("log")
-    low, high = float(np.nanmin(run.column("loss"))), float(np.nanmax(run.column("loss")))
     ticks = [tick for tick in (0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5, 8, 12) if low * 0.9 < tick < high * 1.1]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_title("Training loss, nats per answer token")
 
 
 def draw_gradient(axes: Axes, run: History) -> None:
@@ -82,8 +101,10 @@ def draw_gradient(axes: Axes, run: History) -> None:
 
 
 def draw_rate(axes: Axes, run: History) -> None:
-    axes.plot(run.steps, run.column("lr"), color=BLUE, linewidth=1.6)
-    axes.set(xlabel="step", xlim=(0, float(run.steps[-1])), ylim=(0, None))
+    for rows in run.parts():
+        axes.plot(run.steps[rows], run.column("lr")[rows], color=BLUE, linewidth=1.6)
+    over_steps(axes, run)
+    axes.set_ylim(0, None)
     axes.ticklabel_format(axis="y", scilimits=(0, 0))
     axes.set_title("Learning rate")
 
