@@ -92,7 +92,7 @@ def _page(history: History, facts: dict[str, str], examples: list[dict[str, Any]
     for split in _order(history):
         yield from _table(split, history.evaluations[split])
     for split, on, off in history.vision():
-        yield from _vision(split, on, off, history)
+        yield from vision(split, on, off, history)
     if history.losses:
         yield from _losses(history.losses)
     yield "<h2>Answers</h2>"
@@ -140,7 +140,8 @@ def _table(split: str, result: dict[str, Any]) -> Iterator[str]:
     yield "</table></div>"
 
 
-def _vision(split: str, on: dict[str, Any], off: dict[str, Any], history: History) -> Iterator[str]:
+def vision(split: str, on: dict[str, Any], off: dict[str, Any], history: History) -> Iterator[str]:
+    """The figure of an evaluation with pictures and without any, and each task's difference."""
     yield f'<h2>Vision on and off: {html.escape(split)}</h2>\n<div class="panels">'
     title = "Accuracy with pictures, without any, and by chance"
     panel = figures.svg(lambda axes, _: figures.draw_vision(axes, on, off, title), history, 12.0, 3.9)
@@ -149,7 +150,8 @@ def _vision(split: str, on: dict[str, Any], off: dict[str, Any], history: Histor
     for task in (task for task in on["tasks"] if task in off["tasks"]):
         shares = [result["tasks"][task]["accuracy"] for result in (on, off)]
         points = 100 * (shares[0] - shares[1])
-        yield f"<li>{html.escape(task)}: {shares[0]:.1%} with, {shares[1]:.1%} without: {points:+.1f} points</li>"
+        name = html.escape(task.replace("_", " / "))
+        yield f"<li>{name}: {shares[0]:.1%} with, {shares[1]:.1%} without: {points:+.1f} points</li>"
     yield "</ul>"
 
 
