@@ -150,6 +150,7 @@ def run(
     from mmoe.checkpoint.load import begin
 
     source = Source(data, f"{data.parent.name}/{data.name}")
+    model: Any
     if recipe is None:
         model = mmoe.load(checkpoint)
     else:
