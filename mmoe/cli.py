@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
@@ -118,11 +119,17 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         "evaluate runs/quickstart/checkpoints/step_00001000 --suite scenes --data data-cache/scenes/test",
     )
     evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    evaluate.add_argument("--suite", choices=["scenes", "loss"], required=True)
-    evaluate.add_argument("--data", type=Path, required=True, metavar="PATH", help="a prepared data set")
+    evaluate.add_argument("--suite", choices=["scenes", "loss", "cv_bench"], required=True)
+    text = "a prepared data set; of cv_bench the folder of test_2d.parquet and test_3d.parquet"
+    evaluate.add_argument("--data", type=Path, required=True, metavar="PATH", help=text)
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write every number here")
-    evaluate.add_argument("--blank", action="store_true", help="blank every image: what the questions alone give away")
-    evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N samples")
+    seen = evaluate.add_mutually_exclusive_group()
+    text = "blank every image: what the questions alone give away"
+    seen.add_argument("--blank", dest="images", action="store_const", const="blank", default="shown", help=text)
+    text = "leave the images out of the prompts altogether"
+    seen.add_argument("--no-images", dest="images", action="store_const", const="none", help=text)
+    text = "only N samples: the first ones, of cv_bench N rows at even distances"
+    evaluate.add_argument("--limit", type=int, metavar="N", help=text)
     text = "loss alone: of the model that this recipe begins with, CHECKPOINT handed over to it (-: its first weights)"
     evaluate.add_argument("--as", dest="recipe", metavar="RECIPE", help=text)
 
@@ -269,15 +276,13 @@ def _recipes(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from mmoe.evaluate import loss, scenes
+    from mmoe.evaluate import cv_bench, loss, scenes
 
-    shared = {"blank": options.blank, "limit": options.limit}
-    if options.suite == "loss":
-        loss.run(options.checkpoint, options.data, options.json, recipe=options.recipe, **shared)
-        return
-    if options.recipe:
+    if options.recipe and options.suite != "loss":
         raise UserError("--as is of the suite loss", f"--suite {options.suite}", "leave it out")
-    scenes.run(options.checkpoint, options.data, options.json, **shared)
+    suite = {"scenes": scenes.run, "loss": partial(loss.run, recipe=options.recipe), "cv_bench": cv_bench.run}
+    run = suite[options.suite]
+    run(options.checkpoint, options.data, options.json, images=options.images, limit=options.limit)
 
 
 def _generate(options: argparse.Namespace) -> None:

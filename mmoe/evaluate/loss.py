@@ -4,15 +4,12 @@ Counted is what training counts (answers, each with its ``<eos>``, and texts mar
 tokens' losses over their number, every token with the same weight, as in a training step.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -22,6 +19,7 @@ from mmoe.data.decoders import build
 from mmoe.data.document import BadSample
 from mmoe.data.source import Source
 from mmoe.errors import UserError
+from mmoe.evaluate.scenes import Images, heading, progress, show, without_images
 from mmoe.recipe import load_recipe
 from mmoe.recipe.schema import Recipe
 from mmoe.train import stages
@@ -45,13 +43,13 @@ class Model(Protocol):
         ...
 
 
-def measure(model: Model, source: Source, *, blank: bool = False, limit: int | None = None) -> dict[str, Any]:
+def measure(model: Model, source: Source, *, images: Images = "shown", limit: int | None = None) -> dict[str, Any]:
     """The loss of a data set, which is packed as its samples come.
 
     Args:
         model: see :class:`Model`.
         source: the data set.
-        blank: put a uniform grey picture in the place of every image.
+        images: what the model sees of the pictures.
         limit: only the first so many samples.
 
     Returns:
@@ -61,24 +59,24 @@ def measure(model: Model, source: Source, *, blank: bool = False, limit: int | N
     Raises:
         UserError: the data set has images and the model no encoder, or no token of it counts.
     """
-    if source.images and not model.image_tokens:
-        raise UserError("the data has images, but the model has no encoder", str(source.path), "give a set of text")
+    if source.images and not model.image_tokens and images != "none":
+        raise UserError("the data has images, but the model has no encoder", str(source.path), "add --no-images")
     data = model.recipe.data
     skipped: list[str] = []
     tasks: dict[str, list[str]] = {}
     count = min(len(source), limit or len(source))
 
     def stream() -> Iterator[Illustrated]:
-        console = Console(stderr=True)
-        for number in track(range(count), "evaluating", console=console, disable=not console.is_terminal):
+        for number in progress(range(count)):
             key = source.key(number)
             try:
                 sample = source.read(number)
+                sample = without_images(sample) if images == "none" else sample
                 item = illustrate(sample, model.tokenizer, model.image_tokens, key)
-                tokens, images = len(item.document), len(item.document.images)
-                if tokens > data.sequence_length or images > data.images_per_pack:
+                tokens, shown = len(item.document), len(item.document.images)
+                if tokens > data.sequence_length or shown > data.images_per_pack:
                     pack = f"{data.sequence_length} and {data.images_per_pack}"
-                    raise BadSample(f"{tokens} tokens and {images} images fit in no pack of {pack}")
+                    raise BadSample(f"{tokens} tokens and {shown} images fit in no pack of {pack}")
             except BadSample as error:
                 skipped.append(f"{key}: {error}")
                 continue
@@ -96,7 +94,7 @@ def measure(model: Model, source: Source, *, blank: bool = False, limit: int | N
     numbers: Counter[str] = Counter()
     for batch in batches:
         skipped += batch["skipped"]
-        if blank:
+        if images == "blank":
             for pixels in batch["images"].values():
                 pixels.zero_()
         rows, columns = batch["loss_mask"].bool().nonzero(as_tuple=True)
@@ -118,7 +116,7 @@ def measure(model: Model, source: Source, *, blank: bool = False, limit: int | N
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The result as a table, every task a row, all of them the last one."""
+    """The result as a table, losses in nats per token: every task a row, all of them the last one."""
     made = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("task", "tokens", "loss"):
         made.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
@@ -132,7 +130,7 @@ def run(
     data: Path,
     out: Path | None,
     *,
-    blank: bool = False,
+    images: Images = "shown",
     limit: int | None = None,
     recipe: str | None = None,
 ) -> None:
@@ -155,13 +153,6 @@ def run(
         model = mmoe.load(checkpoint)
     else:
         model = begin(stages.one(load_recipe(recipe), None), None if str(checkpoint) == FIRST else checkpoint)
-    result: dict[str, Any] = {"suite": "loss", "checkpoint": str(checkpoint), "data": str(data), "blank": blank}
-    result |= {"as": recipe} if recipe else {}
-    result |= measure(model, source, blank=blank, limit=limit)
-    print(f"{data}{', blank images' if blank else ''}: {result['samples']} samples, nats per token")
-    Console().print(table(result))
-    for reason in result["skipped"]:
-        print(f"skipped: {reason}")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    result = heading("loss", checkpoint, data, images) | ({"as": recipe} if recipe else {})
+    result |= measure(model, source, images=images, limit=limit)
+    show(result, out, table(result))

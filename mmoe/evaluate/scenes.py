@@ -8,10 +8,10 @@ Nothing is selected: every question of every sample counts, and every task is re
 import base64
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL import Image
@@ -28,6 +28,7 @@ from mmoe.data.document import BadSample
 from mmoe.data.pixels import open_image, to_rgb
 from mmoe.data.source import Encoded, Source
 from mmoe.errors import UserError
+from mmoe.evaluate.history import TOLD
 from mmoe.evaluate.statistics import majority_share, wilson_interval
 from mmoe.recipe.schema import Recipe
 from mmoe.recipe.tokens import EOS
@@ -35,6 +36,8 @@ from mmoe.recipe.tokens import EOS
 EXAMPLES = 16
 THUMBNAIL = 192
 """Longest side of one picture of an example, pixels; several stand side by side."""
+Images = Literal["shown", "blank", "none"]
+"""Pictures as they are, a uniform grey in the place of each, or none at all: the prompts alone."""
 
 
 class Model(Protocol):
@@ -65,6 +68,11 @@ class Question:
     def given(self) -> str:
         """The likeliest choice; the first of equals."""
         return self.choices[max(self.scores, key=lambda choice: (self.scores[choice], -choice))]
+
+    @property
+    def shown(self) -> str:
+        """What an example shows as the answer."""
+        return self.given
 
 
 @dataclass(frozen=True)
@@ -168,47 +176,41 @@ def _enter_scores(batch: dict[str, Any], logits: Tensor, probes: dict[str, list[
             probe.question.scores[probe.choice] = float(read.double().sum())
 
 
+def without_images(sample: Encoded) -> Encoded:
+    """The sample's texts alone."""
+    prefix = sample.record.get("prefix")
+    texts = [part for part in prefix if "image" not in part] if isinstance(prefix, list) else prefix
+    return Encoded(record=sample.record | {"prefix": texts}, images=())
+
+
 @torch.no_grad()
-def answer(model: Model, source: Source, *, blank: bool = False, limit: int | None = None) -> dict[str, Any]:
-    """Ask every question of a data set and count.
+def measure(
+    model: Model, made: Iterable[tuple[Illustrated, list[Probe]]], *, sequence_length: int, blank: bool = False
+) -> list[str]:
+    """Enter the scores of documents from :func:`documents` into their questions.
 
     Args:
         model: see :class:`Model`.
-        source: the data set.
+        made: the documents, each with a name of its own.
+        sequence_length: tokens of a pack; no document is longer.
         blank: put a uniform grey picture in the place of every image.
-        limit: only the first so many samples.
 
     Returns:
-        ``samples``, ``skipped`` (the bad samples, named with the reason), ``tasks`` (see :func:`summarise`) and
-        ``examples``: of each task in turn the first question about a picture not yet shown, with the picture as PNG
-        in base64.
+        the documents with a bad image, named with the reason.
     """
-    asked: list[Question] = []
     skipped: list[str] = []
     probes: dict[str, list[Probe]] = {}
-    count = min(len(source), limit or len(source))
 
     def stream() -> Iterator[Illustrated]:
-        console = Console(stderr=True)
-        for number in track(range(count), "evaluating", console=console, disable=not console.is_terminal):
-            key = source.key(number)
-            try:
-                sample = source.read(number)
-                here = questions(sample.record, key)
-                made = list(documents(sample, here, model, key))
-            except BadSample as error:
-                skipped.append(f"{key}: {error}")
-                continue
-            asked.extend(here)
-            for document, measured in made:
-                probes[document.document.key] = measured
-                yield document
+        for document, measured in made:
+            probes[document.document.key] = measured
+            yield document
 
     data = model.recipe.data
     batches = batches_from_documents(
         stream(),
         decoder=build(data, model.image_sizes),
-        sequence_length=data.sequence_length,
+        sequence_length=sequence_length,
         packs=model.recipe.train.micro_batch,
         images_per_pack=data.images_per_pack,
     )
@@ -218,13 +220,55 @@ def answer(model: Model, source: Source, *, blank: bool = False, limit: int | No
             for pixels in batch["images"].values():
                 pixels.zero_()
         _enter_scores(batch, model.forward_batch(batch), probes)
+    return skipped
+
+
+def answer(model: Model, source: Source, *, images: Images = "shown", limit: int | None = None) -> dict[str, Any]:
+    """Ask every question of a data set and count.
+
+    Args:
+        model: see :class:`Model`.
+        source: the data set.
+        images: what the model sees of the pictures.
+        limit: only the first so many samples.
+
+    Returns:
+        ``samples``, ``skipped`` (the bad samples, named with the reason), ``tasks`` (see :func:`summarise`) and
+        ``examples`` (see :func:`examples`).
+    """
+    asked: list[Question] = []
+    bad: list[str] = []
+    count = min(len(source), limit or len(source))
+
+    def made() -> Iterator[tuple[Illustrated, list[Probe]]]:
+        for number in progress(range(count)):
+            key = source.key(number)
+            try:
+                sample = source.read(number)
+                here = questions(sample.record, key)
+                cut = list(documents(without_images(sample) if images == "none" else sample, here, model, key))
+            except BadSample as error:
+                bad.append(f"{key}: {error}")
+                continue
+            asked.extend(here)
+            yield from cut
+
+    length = model.recipe.data.sequence_length
+    skipped = measure(model, made(), sequence_length=length, blank=images == "blank")
     answered = [question for question in asked if len(question.scores) == len(question.choices)]
+    numbers = {source.key(number): number for number in range(len(source))}
     return {
         "samples": count,
-        "skipped": skipped,
+        "skipped": bad + skipped,
         "tasks": summarise(answered),
-        "examples": _examples(answered, source),
+        "examples": examples(answered, lambda key: source.read(numbers[key]).images),
     }
+
+
+def progress(numbers: Sequence[int]) -> Iterable[int]:
+    """The numbers, with a bar on a terminal."""
+    console = Console(stderr=True)
+    return track(numbers, "evaluating", console=console, disable=not console.is_terminal)
 
 
 def summarise(answered: Sequence[Question]) -> dict[str, dict[str, Any]]:
@@ -260,8 +304,8 @@ def summarise(answered: Sequence[Question]) -> dict[str, dict[str, Any]]:
     return tasks
 
 
-def _examples(answered: Sequence[Question], source: Source) -> list[dict[str, Any]]:
-    numbers = {source.key(number): number for number in range(len(source))}
+def examples(answered: Sequence[Question], pictures: Callable[[str], Sequence[bytes]]) -> list[dict[str, Any]]:
+    """Of each task in turn the first question about a picture not yet shown, with the picture as PNG in base64."""
     queues = {
         task: [question for question in answered if question.task == task]
         for task in sorted({q.task for q in answered})
@@ -272,7 +316,7 @@ def _examples(answered: Sequence[Question], source: Source) -> list[dict[str, An
         for queue in queues.values():
             while queue and queue[0].key in used:
                 queue.pop(0)
-            images = source.read(numbers[queue[0].key]).images if queue else ()
+            images = pictures(queue[0].key) if queue else ()
             if queue and images and len(shown) < EXAMPLES:
                 used.add(queue[0].key)
                 shown.append(_example(queue[0], images))
@@ -296,7 +340,7 @@ def _example(question: Question, images: Sequence[bytes]) -> dict[str, Any]:
         "task": question.task,
         "prompt": question.prompt,
         "choices": question.choices,
-        "answer": question.given,
+        "answer": question.shown,
         "truth": question.answer,
         "png": base64.b64encode(file.getvalue()).decode(),
     }
@@ -314,7 +358,25 @@ def table(result: dict[str, Any]) -> Table:
     return made
 
 
-def run(checkpoint: Path, data: Path, out: Path | None, *, blank: bool = False, limit: int | None = None) -> None:
+def show(result: dict[str, Any], out: Path | None, made: Table | None = None) -> None:
+    """Print a suite's table, its own ``made`` or :func:`table`, and what it skipped; write every number to ``out``."""
+    told = TOLD[result["images"]]
+    print(f"{result['data']}{f', {told}' if told else ''}: {result['samples']} samples")
+    Console().print(made or table(result))
+    for reason in result["skipped"]:
+        print(f"skipped: {reason}")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def heading(suite: str, checkpoint: Path, data: Path, images: Images) -> dict[str, Any]:
+    """What a suite's numbers are of; ``blank`` says the same as ``images`` to whoever knows grey pictures alone."""
+    about = {"suite": suite, "checkpoint": str(checkpoint), "data": str(data)}
+    return about | {"blank": images == "blank", "images": images}
+
+
+def run(checkpoint: Path, data: Path, out: Path | None, *, images: Images = "shown", limit: int | None = None) -> None:
     """`mmoe evaluate CHECKPOINT --suite scenes`: print the table, write the numbers.
 
     Raises:
@@ -323,14 +385,8 @@ def run(checkpoint: Path, data: Path, out: Path | None, *, blank: bool = False, 
     import mmoe
 
     source = Source(data, f"{data.parent.name}/{data.name}")
-    result = {"suite": "scenes", "checkpoint": str(checkpoint), "data": str(data), "blank": blank}
-    result |= answer(mmoe.load(checkpoint), source, blank=blank, limit=limit)
+    result = heading("scenes", checkpoint, data, images)
+    result |= answer(mmoe.load(checkpoint), source, images=images, limit=limit)
     if not result["tasks"]:
         raise UserError("no sample asks a question with choices", str(data), "give a split of the scenes data set")
-    print(f"{data}{', blank images' if blank else ''}: {result['samples']} samples")
-    Console().print(table(result))
-    for reason in result["skipped"]:
-        print(f"skipped: {reason}")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    show(result, out)
