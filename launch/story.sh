@@ -41,7 +41,7 @@ finished() {
 }
 # newest STAGE   prints its newest checkpoint.
 newest() { echo "$1/checkpoints/$(< "$1/checkpoints/latest")"; }
-# evaluate RUNNER TITLE OUT CHECKPOINT SUITE DATA OPTIONS…   RUNNER: part, or one that runs several side by side.
+# evaluate RUNNER TITLE OUT CHECKPOINT SUITE DATA OPTIONS…   RUNNER: part, or what runs it later.
 evaluate() {
     local runner=$1 title="evaluate: $2" out=$3 checkpoint=$4 data=$6
     local sources=("$data/index.npz")

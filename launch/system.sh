@@ -32,7 +32,7 @@ if [[ $short ]]; then
     scenes=(--train 2000 --test 120)
     settings+=(train.global_batch=4 train.micro_batch=2)
     for ((i = 0; i < stages; i++)); do
-        settings+=("stages.$i.train.steps=20" "stages.$i.optimizer.warmup_steps=2")
+        settings+=("stages.$i.train.steps=10" "stages.$i.optimizer.warmup_steps=2")
     done
 fi
 settings+=("$@")
@@ -54,43 +54,36 @@ else
     folders=("$run"/[1-9]*-*/)
 fi
 
-# Evaluations run side by side, one a core: to load a small model takes as long as to ask it.
-running=()
-beside() { # TITLE COMMAND…   what it prints comes in one piece, at its end
-    local title=$1 begin=$SECONDS
-    shift
-    {
-        told=$("$@" 2>&1) && status=0 || status=$?
-        printf '── %s\n%s\n   %s s\n' "$title" "$told" "$((SECONDS - begin))"
-        exit "$status"
-    } &
-    running+=($!)
-    ((${#running[@]} < ranks)) || finish
-}
-finish() {
-    local one
+queue=()
+later() { queue+=(-- "$@"); } # TITLE COMMAND…
+# What is queued, in as many processes as ranks. Without a terminal they have no progress bars, which would mix.
+run_queue() {
+    local i one running=() threads=$(($(nproc) / ranks))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
+    for ((i = 0; i < ranks; i++)); do
+        { "$PYTHON_BIN" launch/several.py "$i" "$ranks" "${queue[@]}" 2>&1 | cat; } &
+        running+=($!)
+    done
     for one in "${running[@]}"; do wait "$one"; done
-    running=()
 }
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / ranks))}
 before=- written=()
 for folder in "${folders[@]%/}"; do
     stage=${folder##*/} out=$folder/evaluation checkpoint=$(newest "$folder")
     for split in scenes/heldout stamps/heldout; do
         file=loss-${split/\//-}.json
-        evaluate beside "$stage begins, loss on $split" "$out/begin/$file" "$before" loss "$data/$split" \
+        evaluate later "$stage begins, loss on $split" "$out/begin/$file" "$before" loss "$data/$split" \
             --as "$folder/recipe.toml"
-        evaluate beside "$stage, loss on $split" "$out/$file" "$checkpoint" loss "$data/$split"
+        evaluate later "$stage, loss on $split" "$out/$file" "$checkpoint" loss "$data/$split"
     done
     for split in test heldout; do
-        evaluate beside "$stage, $split" "$out/$split.json" "$checkpoint" scenes "$data/scenes/$split"
+        evaluate later "$stage, $split" "$out/$split.json" "$checkpoint" scenes "$data/scenes/$split"
     done
     before=$checkpoint
 done
-evaluate beside "$stage, test-blank" "$out/test-blank.json" "$checkpoint" scenes "$data/scenes/test" --blank
-evaluate beside "$stage, loss on scenes/heldout, blank" "$out/loss-scenes-heldout-blank.json" "$checkpoint" loss \
+evaluate later "$stage, test-blank" "$out/test-blank.json" "$checkpoint" scenes "$data/scenes/test" --blank
+evaluate later "$stage, loss on scenes/heldout, blank" "$out/loss-scenes-heldout-blank.json" "$checkpoint" loss \
     "$data/scenes/heldout" --blank
-finish
+((${#queue[@]} == 0)) || run_queue
 
 export_and_ask "$checkpoint" "$run" "$data/scenes/heldout"
 for folder in "${folders[@]%/}"; do

@@ -32,6 +32,7 @@ th:first-child, td:first-child, th:last-child, td:last-child { text-align: left;
   object-position: left; image-rendering: pixelated; }
 figcaption { font-size: 0.9rem; line-height: 1.35; } figcaption span { display: block; }
 figcaption b { display: inline-block; min-width: 5rem; color: var(--muted); font-weight: 400; }
+figcaption i { font-style: normal; }
 .right { color: var(--green); font-weight: 600; } .wrong { color: var(--red); font-weight: 600; }
 pre { padding: 1rem; overflow-x: auto; border: 1px solid var(--rule); font-size: 0.8rem; line-height: 1.45; }
 """

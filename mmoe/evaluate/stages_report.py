@@ -206,22 +206,18 @@ def _held_out(whole: Whole) -> Iterator[str]:
     for name in names:
         label = stages_figures.label(name)
         rows[f"{label}, begins"] = [_begins(stage.start(name), stage.before) for stage in whole.stages]
-        rows[f"{label}, ends"] = [
-            _cell(stage.losses().get(name), stage.history.losses.get(name)) for stage in whole.stages
-        ]
+        rows[f"{label}, ends"] = [_cell(stage.history.losses.get(name)) for stage in whole.stages]
     blanks = sorted({name for stage in whole.stages for name in stage.history.losses} - set(names))
     for name in blanks:
         results = [stage.history.losses.get(name) for stage in whole.stages]
         told = next(TOLD[seen(result)] for result in results if result)
-        rows[f"{stages_figures.label(name)} ({told}), ends"] = [
-            _cell(result and result["loss"], result) for result in results
-        ]
+        rows[f"{stages_figures.label(name)} ({told}), ends"] = list(map(_cell, results))
     yield from stage_table([stage.name for stage in whole.stages], rows)
 
 
-def _cell(loss: float | None, result: dict[str, Any] | None) -> str:
+def _cell(result: dict[str, Any] | None) -> str:
     """A loss over the number of its tokens."""
-    return f"<b>{loss:.4f}</b> <small>{result['tokens']:,} tokens</small>" if loss is not None and result else "–"
+    return f"<b>{result['loss']:.4f}</b> <small>{result['tokens']:,} tokens</small>" if result else "–"
 
 
 def _begins(start: Start | None, before: Stage | None) -> str:
