@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # launch/system.sh NAME [--short] [KEY=VALUE…]   the whole story of a recipe with stages (llava_tiny, yi_vl_tiny, …):
-# data, all stages, each stage's answers and held-out loss at its beginning and its end, export, an answer, a report.
+# data, all stages, each stage's answers and held-out loss at its beginning and its end, what the last one answers without
+# pictures, export, an answer, a report.
 #
 # A second run finds everything there and ends in seconds; a run that was stopped goes on where it stopped. --short is
 # the same story in a few steps on little data. KEY=VALUE is laid over the recipe, as by --set. Data lies in MMOE_DATA
@@ -38,6 +39,18 @@ fi
 settings+=("$@")
 
 prepare "$data" "${scenes[@]}"
+choices= # whether a stage's mixture reads questions in CV-Bench's format
+sets=$("$PYTHON_BIN" -c '
+import sys
+from mmoe.data.mixture import load_mixture
+from mmoe.recipe import load_recipe
+stages = load_recipe(sys.argv[1], sys.argv[2:]).stages
+print(*(part.path for stage in stages for part in load_mixture(stage.data.mixture)))
+' "$name" "${settings[@]}")
+if [[ " $sets" == *" cv_bench/"* ]]; then
+    choices=1
+    part "data: cv_bench" mmoe data prepare cv_bench "$data" "${scenes[@]}"
+fi
 recipe=$(mmoe recipes "$name" --set "${settings[@]}")
 trained() { # all stages, of this recipe
     [[ -e $run/recipe.toml && $recipe == "$(< "$run/recipe.toml")" ]] || return 1
@@ -83,6 +96,15 @@ done
 evaluate later "$stage, test-blank" "$out/test-blank.json" "$checkpoint" scenes "$data/scenes/test" --blank
 evaluate later "$stage, loss on scenes/heldout, blank" "$out/loss-scenes-heldout-blank.json" "$checkpoint" loss \
     "$data/scenes/heldout" --blank
+evaluate later "$stage, test, no images" "$out/test-no-images.json" "$checkpoint" scenes "$data/scenes/test" --no-images
+if [[ $choices ]]; then
+    for split in test heldout; do
+        evaluate later "$stage, CV-Bench's format, $split" "$out/cv-bench-$split.json" "$checkpoint" cv_bench \
+            "$data/cv_bench/$split" --limit 1200
+    done
+    evaluate later "$stage, CV-Bench's format, no images" "$out/cv-bench-no-images.json" "$checkpoint" cv_bench \
+        "$data/cv_bench/test" --limit 1200 --no-images
+fi
 ((${#queue[@]} == 0)) || run_queue
 
 export_and_ask "$checkpoint" "$run" "$data/scenes/heldout"
