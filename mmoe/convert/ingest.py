@@ -171,10 +171,10 @@ def _check_room(out: Path, partial: Path) -> None:
 
 def _save(imported: Imported, folder: Path, title: str) -> None:
     from mmoe.checkpoint import layout, shards, stream
-    from mmoe.checkpoint.load import blank, plain, weights
+    from mmoe.checkpoint.load import blank, weights
     from mmoe.parallel import state
 
-    network = blank(plain(imported.recipe))  # what its sizes make together is known before any of it takes memory
+    network = blank(imported.recipe)  # what its sizes make together is known before any of it takes memory
     wanted = weights(network)
     _fits({name: tensor.shape for name, tensor in wanted.items()}, imported)
     places = state.places(network)

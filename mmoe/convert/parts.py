@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmoe.checkpoint.first import LANGUAGE, first_weights
-from mmoe.checkpoint.load import blank, plain, weights
+from mmoe.checkpoint.load import blank, weights
 from mmoe.checkpoint.tensors import COMPARED, Part, Rows, Spec, Tensors, Together, View
 from mmoe.convert import towers
 from mmoe.convert.families import cambrian
@@ -58,7 +58,7 @@ def read_parts(recipe: Recipe, parts: Sequence[tuple[str, Path]], tokenizer: Pat
         UserError: see there.
     """
     given = _given(recipe.model, parts)
-    places = state.places(network := blank(plain(recipe)))
+    places = state.places(network := blank(recipe))
     wanted = {name: Spec(tensor.shape, tensor.dtype) for name, tensor in weights(network).items()}
     found: list[Tensors] = []
     notes: list[str] = []
