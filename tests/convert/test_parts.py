@@ -300,12 +300,14 @@ def change(directory: Path, config: dict[str, Any] | None = None, **tensors: tor
 
 
 def test_buffers_and_heads_are_left_aside(parts: Parts, tmp_path: Path) -> None:
-    """As old checkpoints have them, integers among them."""
+    """As old checkpoints have them, integers among them; pixels normalised in another way are told of."""
     hf, tower = (Path(shutil.copytree(parts[name], tmp_path / name)) for name in ("llama", "convnext"))
     change(hf, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
     inside = {f"convnext.{name}": tensor for name, tensor in load_file(tower / "model.safetensors").items()}
     save_file(inside | {"classifier.weight": torch.ones(2, 16, dtype=torch.int64)}, tower / "model.safetensors")
+    (tower / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3]}))
     made = read_parts(parts.recipe("convnext"), [("encoders.convnext", tower), ("language", hf)])
+    assert made.notes[0].startswith("encoders.convnext: image_mean is [0.1, 0.2, 0.3] there, [0.485, 0.456, 0.406] by")
     assert f"encoders.convnext: left aside in {tower}: classifier" in made.notes
     assert f"language: left aside in {hf}: model.layers.*.self_attn.rotary_emb.inv_freq" in made.notes
     before = read_parts(parts.recipe("convnext"), [*parts.given("convnext"), ("language", parts["llama"])]).state
