@@ -54,6 +54,12 @@ def blank(key: str, length: int) -> Document:
     )
 
 
+def with_system_prompt(record: dict[str, Any], text: str) -> dict[str, Any]:
+    """A sample's JSON with ``text`` first in its prefix, without loss; as it is where either is missing."""
+    prefix = record.get("prefix")
+    return {**record, "prefix": [{"text": text}, *prefix]} if text and isinstance(prefix, list) else record
+
+
 def _field(part: Any, name: str, kind: type, where: str) -> Any:
     value = part.get(name) if isinstance(part, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 from mmoe.data.batch import Batch, Illustrated, collate, illustrate, pictures, places
 from mmoe.data.cache import Parts
 from mmoe.data.decoders import Decoded, Decoder, build
-from mmoe.data.document import BadSample, blank
+from mmoe.data.document import BadSample, blank, with_system_prompt
 from mmoe.data.features import Cached, Features
 from mmoe.data.mixture import load_mixture
 from mmoe.data.order import Order
@@ -105,9 +105,16 @@ class Loader:
         root, parts = Path(data.root), load_mixture(data.mixture)
         self._sources = [Source(root / part.path, part.path) for part in parts]
         self._tokenizer = _tokenizer(root / data.tokenizer, self._sources)
+        self._prompts = [part.system_prompt for part in parts]
+        names, sizes = [part.path for part in parts], [len(source) for source in self._sources]
+        sized = list(zip(parts, sizes, strict=True))
+        shares, epochs = [part.share(size) for part, size in sized], [part.epoch(size) for part, size in sized]
         self._planner = Planner(
-            Order([part.path for part in parts], list(map(len, self._sources)), [part.weight for part in parts], seed),
-            [source.lengths(image_tokens) for source in self._sources],
+            Order(names, sizes, shares, seed, epochs),
+            [
+                source.lengths(image_tokens, len(self._tokenizer.encode(prompt, add_special_tokens=False).ids))
+                for source, prompt in zip(self._sources, self._prompts, strict=True)
+            ],
             sequence_length=data.sequence_length,
             images_per_pack=data.images_per_pack,
         )
@@ -162,6 +169,11 @@ class Loader:
             repr((order.names, order.sizes, order.counts.tolist(), order.seed)).encode()
             + repr((planner.sequence_length, planner.images_per_pack, self.image_tokens)).encode()
         )
+        # Named only where they are: a mixture without them goes on with a state of a version that had none.
+        if order.epochs != order.sizes:
+            digest.update(repr(("epochs", order.epochs)).encode())
+        if any(self._prompts):
+            digest.update(repr(("system prompts", self._prompts)).encode())
         for lengths in planner.lengths:
             digest.update(lengths.tokens.tobytes() + lengths.images.tobytes())
         return digest.hexdigest()
@@ -229,7 +241,9 @@ class Loader:
         try:
             if self._features and (reason := self._features.unreadable(*slot)):
                 raise BadSample(reason)
-            item = illustrate(source.read(number, self._decodes), self._tokenizer, self.image_tokens, key)
+            sample = source.read(number, self._decodes)
+            sample = replace(sample, record=with_system_prompt(sample.record, self._prompts[slot[0]]))
+            item = illustrate(sample, self._tokenizer, self.image_tokens, key)
             actual = len(item.document), len(item.document.images)
             if actual != planned:
                 raise BadSample(f"it has {actual} tokens and images, but the index says {planned}")

@@ -1,7 +1,8 @@
 """The stream of samples: a pure function of (seed, mixture, index), without state.
 
 Place i of the stream belongs to a source by an even blend of the weights (period :data:`PERIOD`). The n-th time a
-source has its turn, it gives the sample at n mod size of epoch n // size, permuted anew in each epoch.
+source has its turn, it gives the sample at n mod size of epoch n // size, permuted anew in each epoch; a source with
+shorter epochs, n mod epoch of epoch n // epoch, drawn from all of it.
 """
 
 import hashlib
@@ -42,10 +43,19 @@ class Order:
         names: of the sources; a source's own order depends on its name and the seed alone.
         sizes: samples in each source, > 0.
         weights: the share of the stream's samples each source has, > 0, of any sum.
+        epochs: samples in an epoch of each source, from 1 to its size; without it all of them.
     """
 
-    def __init__(self, names: Sequence[str], sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        sizes: Sequence[int],
+        weights: Sequence[float],
+        seed: int,
+        epochs: Sequence[int] | None = None,
+    ) -> None:
         self.names, self.sizes, self.seed = tuple(names), tuple(sizes), seed
+        self.epochs = self.sizes if epochs is None else tuple(epochs)
         self.counts = shares(weights)
         self._source, self._rank = _host.blend(self.counts)
 
@@ -55,9 +65,9 @@ class Order:
         source = self._source[place]
         turn = period * self.counts[source] + self._rank[place]
         sample = np.empty(count, np.int64)
-        for k, size in enumerate(self.sizes):
+        for k, (size, length) in enumerate(zip(self.sizes, self.epochs, strict=True)):
             mine = np.flatnonzero(source == k)
-            epochs, index = np.divmod(turn[mine], size)
+            epochs, index = np.divmod(turn[mine], length)
             for epoch in np.unique(epochs):
                 here = epochs == epoch
                 sample[mine[here]] = _host.permute(index[here], size, key(self.seed, self.names[k], int(epoch)))

@@ -54,11 +54,12 @@ class Source:
         """The sample's name in messages: ``source/key``."""
         return f"{self.name}/{self._index['key'][number].decode()}"
 
-    def lengths(self, image_tokens: int) -> Lengths:
-        """Tokens of the samples' documents, where an image takes ``image_tokens``, and their images."""
+    def lengths(self, image_tokens: int, more: int = 0) -> Lengths:
+        """Tokens of the samples' documents, where an image takes ``image_tokens`` and each has ``more`` of a system
+        prompt, and their images."""
         images = np.diff(self._index["image_start"])
         text = self._index["prefix_tokens"].astype(np.int64) + self._index["branch_tokens"]
-        return Lengths(tokens=1 + text + images * image_tokens, images=images)
+        return Lengths(tokens=1 + more + text + images * image_tokens, images=images)
 
     @property
     def images(self) -> int:

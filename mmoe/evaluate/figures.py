@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
-from mmoe.evaluate.history import History
+from mmoe.evaluate.history import History, seen
 
 INK, MUTED, RULE, PAPER = "#1b2733", "#66788a", "#d9dfe5", "#ffffff"
 BLUE, AMBER, GREEN, RED = "#2a6f97", "#c98a1b", "#2d7a4b", "#b23a48"
@@ -178,7 +178,7 @@ def draw_load(axes: Axes, run: History) -> None:
 
 def draw_accuracy(axes: Axes, run: History) -> None:
     """A line a task; for each evaluation its accuracy with the 95% interval, chance and majority beside it."""
-    shown = {name: result for name, result in run.evaluations.items() if not result["blank"]}
+    shown = {name: result for name, result in run.evaluations.items() if seen(result) == "shown"}
     tasks = sorted({task for result in shown.values() for task in result["tasks"]}, reverse=True)
     axes.set_title("Accuracy by task, with 95% intervals")
     if not tasks:
@@ -212,6 +212,26 @@ def draw_accuracy(axes: Axes, run: History) -> None:
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
+
+
+def draw_vision(axes: Axes, on: dict[str, Any], off: dict[str, Any], title: str) -> None:
+    """Bars a task: with pictures, without any, and guessing; the first two with their 95% intervals."""
+    tasks = [task for task in on["tasks"] if task in off["tasks"]]
+    places = np.arange(len(tasks))
+    for offset, result, color, label in ((-0.27, on, BLUE, "vision on"), (0.0, off, AMBER, "vision off")):
+        rows = [result["tasks"][task] for task in tasks]
+        shares = np.array([row["accuracy"] for row in rows])
+        ends = np.array([[row["low"] for row in rows], [row["high"] for row in rows]])
+        bars = {"yerr": np.abs(ends - shares), "ecolor": INK, "error_kw": {"elinewidth": 0.8}}
+        axes.bar(places + offset, shares, 0.25, color=color, label=label, **bars)
+    axes.bar(places + 0.27, [on["tasks"][task]["chance"] for task in tasks], 0.25, color=RULE, label="chance")
+    axes.set_xticks(places, [task.replace("_", " / ") for task in tasks], color=INK)
+    axes.set(ylim=(0, 1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(visible=False, axis="x")
+    axes.tick_params(axis="x", length=0)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncol=3)
+    axes.set_title(title)
 
 
 def _least(result: dict[str, Any]) -> int:

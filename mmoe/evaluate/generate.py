@@ -36,8 +36,9 @@ def generate(
     max_tokens: int = 32,
     temperature: float = 0.0,
     seed: int = 0,
+    system_prompt: str = "",
 ) -> str:
-    """The model's continuation of ``<bos>``, the images and the prompt, up to ``<eos>`` or ``max_tokens``.
+    """The model's continuation of ``<bos>``, system prompt, images and prompt, up to ``<eos>`` or ``max_tokens``.
 
     Args:
         path: a checkpoint or a Hugging Face export.
@@ -46,20 +47,21 @@ def generate(
         max_tokens: the most tokens to add.
         temperature: 0 takes the likeliest token; above it tokens are drawn from softmax(logits / temperature).
         seed: of the drawing.
+        system_prompt: a text before the images, as a mixture's.
 
     Raises:
         UserError: nothing to load at ``path``, an unreadable picture, a negative temperature, or too long a sequence.
     """
     if temperature < 0 or max_tokens < 1:
         raise UserError("temperature must be 0 or more and max-tokens 1 or more", "", "correct the option")
-    if "<image>" in prompt:
+    if "<image>" in prompt + system_prompt:
         raise UserError("the prompt holds <image>", "", "name the pictures with --image; they stand before the prompt")
     if not path.is_dir():
         raise UserError("no such checkpoint or export", str(path), "`mmoe train` and `mmoe convert to-hf` make one")
     pictures = [_read(file) for file in images]
     if (path / "config.json").is_file():
-        return _from_export(path, prompt, pictures, max_tokens, temperature, seed)
-    return _from_checkpoint(path, prompt, pictures, max_tokens, temperature, seed)
+        return _from_export(path, (system_prompt, prompt), pictures, max_tokens, temperature, seed)
+    return _from_checkpoint(path, (system_prompt, prompt), pictures, max_tokens, temperature, seed)
 
 
 def _read(file: Path) -> bytes:
@@ -89,8 +91,9 @@ def next_token(logits: Tensor, temperature: float, generator: torch.Generator) -
 
 
 def _from_checkpoint(
-    path: Path, prompt: str, pictures: list[bytes], max_tokens: int, temperature: float, seed: int
+    path: Path, texts: tuple[str, str], pictures: list[bytes], max_tokens: int, temperature: float, seed: int
 ) -> str:
+    """``texts``: before the pictures, and behind them."""
     import mmoe
 
     model = mmoe.load(path)
@@ -103,8 +106,8 @@ def _from_checkpoint(
         side: torch.from_numpy(np.stack([view[side] for view, _ in views])) for side in model.image_sizes if views
     }
     sizes = torch.tensor([size for _, size in views])
-    ids = [BOS, *[IMAGE] * (model.image_tokens * len(pictures))]
-    ids += model.tokenizer.encode(prompt, add_special_tokens=False).ids
+    front, prompt = (model.tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
+    ids = [BOS, *front, *[IMAGE] * (model.image_tokens * len(pictures)), *prompt]
     start, limit = len(ids), model.recipe.model.backbone.max_position
     if start + max_tokens > limit:
         what = f"{start} tokens of prompt and {max_tokens} new ones are more than the model's {limit} positions"
@@ -146,7 +149,9 @@ def _architecture(path: Path) -> str:
     return ARCHITECTURES[kind]
 
 
-def _from_export(path: Path, prompt: str, pictures: list[bytes], max_tokens: int, temperature: float, seed: int) -> str:
+def _from_export(
+    path: Path, texts: tuple[str, str], pictures: list[bytes], max_tokens: int, temperature: float, seed: int
+) -> str:
     _check_places(path)
     import transformers
 
@@ -158,7 +163,7 @@ def _from_export(path: Path, prompt: str, pictures: list[bytes], max_tokens: int
     kind: Any = getattr(transformers, architecture, None)
     if architecture in LANGUAGE_MODELS:
         processor: Any = transformers.PreTrainedTokenizerFast.from_pretrained(path)
-        ids = [BOS, *processor.encode(prompt, add_special_tokens=False)]
+        ids = [BOS, *(token for text in texts for token in processor.encode(text, add_special_tokens=False))]
         inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
     elif architecture == "LlavaForConditionalGeneration":
         try:
@@ -166,7 +171,7 @@ def _from_export(path: Path, prompt: str, pictures: list[bytes], max_tokens: int
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"no processor can be made: {error}", str(path), "export the model again") from None
         shown = [to_rgb(open_image(picture)) for picture in pictures]
-        text = processor.image_token * len(shown) + prompt
+        text = texts[0] + processor.image_token * len(shown) + texts[1]
         inputs = dict(processor(text=text, images=shown or None, return_tensors="pt"))
     else:
         # Our own classes: the copies of them in the directory are not run, whatever stands there.
@@ -183,7 +188,7 @@ def _from_export(path: Path, prompt: str, pictures: list[bytes], max_tokens: int
             image_tokens=tokens,
         )
         with _told():
-            inputs = dict(processor(text="<image>" * len(pictures) + prompt, images=pictures))
+            inputs = dict(processor(text=texts[0] + "<image>" * len(pictures) + texts[1], images=pictures))
         kind = MmoeForConditionalGeneration
     model = kind.from_pretrained(path, use_safetensors=True).eval()
     torch.manual_seed(seed)

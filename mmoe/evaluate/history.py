@@ -62,6 +62,18 @@ class History:
         assert self.recipe.model.moe is not None
         return self.recipe.model.moe
 
+    def vision(self) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+        """Evaluations of the same questions with pictures and without any: the name of the first, and both."""
+        shown = {name: result for name, result in self.evaluations.items() if seen(result) == "shown"}
+        none = [result for result in self.evaluations.values() if seen(result) == "none"]
+        asked = ("suite", "data", "samples")
+        return [
+            (name, on, off)
+            for name, on in shown.items()
+            for off in none
+            if all(on.get(key) == off.get(key) for key in asked)
+        ]
+
     def settled_active_experts(self) -> float:
         """Mean active experts per token over the last fifth of the steps; NaN without steps."""
         values = self.column("active_experts_mean")

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -22,6 +21,8 @@ from mmoe.data.decoders import build
 from mmoe.data.document import BadSample
 from mmoe.data.source import Source
 from mmoe.errors import UserError
+from mmoe.evaluate.asked import Images, as_seen, heading, progress
+from mmoe.evaluate.history import TOLD
 from mmoe.recipe import load_recipe
 from mmoe.recipe.schema import Recipe
 from mmoe.train import stages
@@ -45,14 +46,22 @@ class Model(Protocol):
         ...
 
 
-def measure(model: Model, source: Source, *, blank: bool = False, limit: int | None = None) -> dict[str, Any]:
+def measure(
+    model: Model,
+    source: Source,
+    *,
+    images: Images = "shown",
+    limit: int | None = None,
+    system_prompt: str = "",
+) -> dict[str, Any]:
     """The loss of a data set, which is packed as its samples come.
 
     Args:
         model: see :class:`Model`.
         source: the data set.
-        blank: put a uniform grey picture in the place of every image.
+        images: what the model sees of the pictures.
         limit: only the first so many samples.
+        system_prompt: a text in front of every sample, as a mixture's.
 
     Returns:
         ``samples``, ``skipped`` (the bad samples and those that fit in no pack, named with the reason), ``tokens`` that
@@ -61,24 +70,23 @@ def measure(model: Model, source: Source, *, blank: bool = False, limit: int | N
     Raises:
         UserError: the data set has images and the model no encoder, or no token of it counts.
     """
-    if source.images and not model.image_tokens:
-        raise UserError("the data has images, but the model has no encoder", str(source.path), "give a set of text")
+    if source.images and images != "none" and not model.image_tokens:
+        raise UserError("the data has images, but the model has no encoder", str(source.path), "add --no-images")
     data = model.recipe.data
     skipped: list[str] = []
     tasks: dict[str, list[str]] = {}
     count = min(len(source), limit or len(source))
 
     def stream() -> Iterator[Illustrated]:
-        console = Console(stderr=True)
-        for number in track(range(count), "evaluating", console=console, disable=not console.is_terminal):
+        for number in progress(range(count)):
             key = source.key(number)
             try:
-                sample = source.read(number)
+                sample = as_seen(source.read(number), images, system_prompt)
                 item = illustrate(sample, model.tokenizer, model.image_tokens, key)
-                tokens, images = len(item.document), len(item.document.images)
-                if tokens > data.sequence_length or images > data.images_per_pack:
+                tokens, pictures = len(item.document), len(item.document.images)
+                if tokens > data.sequence_length or pictures > data.images_per_pack:
                     pack = f"{data.sequence_length} and {data.images_per_pack}"
-                    raise BadSample(f"{tokens} tokens and {images} images fit in no pack of {pack}")
+                    raise BadSample(f"{tokens} tokens and {pictures} images fit in no pack of {pack}")
             except BadSample as error:
                 skipped.append(f"{key}: {error}")
                 continue
@@ -96,7 +104,7 @@ def measure(model: Model, source: Source, *, blank: bool = False, limit: int | N
     numbers: Counter[str] = Counter()
     for batch in batches:
         skipped += batch["skipped"]
-        if blank:
+        if images == "blank":
             for pixels in batch["images"].values():
                 pixels.zero_()
         rows, columns = batch["loss_mask"].bool().nonzero(as_tuple=True)
@@ -132,8 +140,9 @@ def run(
     data: Path,
     out: Path | None,
     *,
-    blank: bool = False,
+    images: Images = "shown",
     limit: int | None = None,
+    system_prompt: str = "",
     recipe: str | None = None,
 ) -> None:
     """`mmoe evaluate CHECKPOINT --suite loss`: print the table, write the numbers.
@@ -155,10 +164,10 @@ def run(
         model = mmoe.load(checkpoint)
     else:
         model = begin(stages.one(load_recipe(recipe), None), None if str(checkpoint) == FIRST else checkpoint)
-    result: dict[str, Any] = {"suite": "loss", "checkpoint": str(checkpoint), "data": str(data), "blank": blank}
-    result |= {"as": recipe} if recipe else {}
-    result |= measure(model, source, blank=blank, limit=limit)
-    print(f"{data}{', blank images' if blank else ''}: {result['samples']} samples, nats per token")
+    result = heading("loss", checkpoint, data, images, system_prompt) | ({"as": recipe} if recipe else {})
+    result |= measure(model, source, images=images, limit=limit, system_prompt=system_prompt)
+    told = TOLD[images]
+    print(f"{data}{f', {told}' if told else ''}: {result['samples']} samples, nats per token")
     Console().print(table(result))
     for reason in result["skipped"]:
         print(f"skipped: {reason}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmoe.evaluate import figures
 from mmoe.evaluate.goodput import Goodput
-from mmoe.evaluate.history import History, read
+from mmoe.evaluate.history import TOLD, History, read, seen
 from mmoe.evaluate.page import drawing, opening
 from mmoe.recipe import dump_recipe
 
@@ -47,13 +47,16 @@ def write(run: Path) -> None:
 
 
 def _order(history: History) -> list[str]:
-    """The evaluations: with pictures before blank ones, `test` before the others."""
-    return sorted(history.evaluations, key=lambda name: (history.evaluations[name]["blank"], name != "test", name))
+    """The evaluations: with pictures before those without, `test` before the others."""
+    return sorted(
+        history.evaluations, key=lambda name: (seen(history.evaluations[name]) != "shown", name != "test", name)
+    )
 
 
 def _examples(history: History) -> list[dict[str, Any]]:
-    seen = [history.evaluations[name] for name in _order(history) if not history.evaluations[name]["blank"]]
-    return next((result["examples"][:EXAMPLES] for result in seen if result["examples"]), [])
+    results = [history.evaluations[name] for name in _order(history)]
+    shown = [result["examples"][:EXAMPLES] for result in results if seen(result) == "shown"]
+    return next(filter(None, shown), [])
 
 
 def describe(history: History) -> dict[str, str]:
@@ -88,6 +91,8 @@ def _page(history: History, facts: dict[str, str], examples: list[dict[str, Any]
         yield from _goodput(history.goodput)
     for split in _order(history):
         yield from _table(split, history.evaluations[split])
+    for split, on, off in history.vision():
+        yield from vision(split, on, off, history)
     if history.losses:
         yield from _losses(history.losses)
     yield "<h2>Answers</h2>"
@@ -122,7 +127,8 @@ def _goodput(goodput: Goodput) -> Iterator[str]:
 
 
 def _table(split: str, result: dict[str, Any]) -> Iterator[str]:
-    title = f"{split}{' (blank images)' if result['blank'] else ''}"
+    told = TOLD[seen(result)]
+    title = f"{split} ({told})" if told else split
     yield f'<h2>Accuracy on {html.escape(title)}</h2>\n<div class="scroll"><table>'
     names = ("task", "n", "accuracy", "95% interval", "chance", "majority", "majority answer")
     yield f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>"
@@ -134,11 +140,27 @@ def _table(split: str, result: dict[str, Any]) -> Iterator[str]:
     yield "</table></div>"
 
 
+def vision(split: str, on: dict[str, Any], off: dict[str, Any], history: History) -> Iterator[str]:
+    """The figure of an evaluation with pictures and without any, and each task's difference."""
+    yield f'<h2>Vision on and off: {html.escape(split)}</h2>\n<div class="panels">'
+    title = "Accuracy with pictures, without any, and by chance"
+    panel = figures.svg(lambda axes, _: figures.draw_vision(axes, on, off, title), history, 12.0, 3.9)
+    yield drawing("wide", "draw_vision", panel)
+    yield "</div>\n<ul>"
+    for task in (task for task in on["tasks"] if task in off["tasks"]):
+        shares = [result["tasks"][task]["accuracy"] for result in (on, off)]
+        points = 100 * (shares[0] - shares[1])
+        name = html.escape(task.replace("_", " / "))
+        yield f"<li>{name}: {shares[0]:.1%} with, {shares[1]:.1%} without: {points:+.1f} points</li>"
+    yield "</ul>"
+
+
 def _losses(losses: dict[str, dict[str, Any]]) -> Iterator[str]:
     yield '<h2>Held-out loss, nats per token</h2>\n<div class="scroll"><table>'
     yield "<tr><th>data</th><th>tokens</th><th>loss</th><th>by task</th></tr>"
     for name, result in losses.items():
-        title = f"{name}{' (blank images)' if result['blank'] else ''}"
+        told = TOLD[seen(result)]
+        title = f"{name} ({told})" if told else name
         tasks = ", ".join(f"{task.replace('_', ' / ')} {row['loss']:.3f}" for task, row in result["tasks"].items())
         cells = [title, f"{result['tokens']:,}", f"{result['loss']:.4f}", tasks]
         yield f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"

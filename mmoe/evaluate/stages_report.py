@@ -111,6 +111,11 @@ def _page(whole: Whole, facts: dict[str, str], asked: list[Asked]) -> Iterator[s
     yield from _held_out(whole)
     for name in whole.evaluations():
         yield from _accuracy(whole, name)
+    # Of the last stage that was asked both ways; each stage's own page has its own.
+    asked_twice = [stage for stage in whole.stages if stage.history.vision()][-1:]
+    for stage in asked_twice:
+        for name, on, off in stage.history.vision():
+            yield from report.vision(f"{name}, {stage.name}", on, off, stage.history)
     yield "<h2>The same questions, stage by stage</h2>"
     yield '<p class="muted">Of each task in turn the first question about a picture not yet shown; none is chosen.</p>'
     yield '<div class="examples">'

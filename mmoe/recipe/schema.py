@@ -77,6 +77,9 @@ class Optimizer:
     weight_decay: float = 0.1
     clip_grad: float = 1.0
     modules: tuple[ModuleRate, ...] = ()
+    reference_batch: int | None = None
+    """The ``train.global_batch`` that the rates are for: at another one ``lr``, ``min_lr`` and those of ``modules`` are
+    multiplied by √(global_batch / reference_batch) (Cambrian-1, arXiv 2406.16860). None: rates stay as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)

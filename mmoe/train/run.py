@@ -31,7 +31,7 @@ from mmoe.recipe.schema import Recipe
 from mmoe.train import encode
 from mmoe.train.journal import Journal
 from mmoe.train.metrics import Recorder, is_logged
-from mmoe.train.schedule import bias_rate, learning_rate
+from mmoe.train.schedule import batch_factor, bias_rate, learning_rate
 from mmoe.train.step import Outcome, Stepper
 
 
@@ -256,7 +256,7 @@ def _loop(
             journal.add("checkpoint", step=one.step, stall=one.stall, seconds=one.seconds, bytes=one.bytes)
             recorder.saved(one.step, one.stall, one.seconds)
 
-    skipped_in_a_row = 0
+    skipped_in_a_row, factor = 0, batch_factor(recipe.optimizer, recipe.train.global_batch)
     while progress["step"] < steps:
         step, begin = progress["step"], time.perf_counter()
         first = step % recipe.checkpoint.every == 0
@@ -268,7 +268,7 @@ def _loop(
                 recorder.skipped(step + 1, batch["skipped"])
 
         watch = _Watch(loader, show)
-        rate = learning_rate(recipe.optimizer, step, steps)
+        rate = factor * learning_rate(recipe.optimizer, step, steps)
         bias = bias_rate(recipe.model.moe, step, steps) if recipe.model.moe else None
         measure = is_logged(recipe.train, step + 1)
         outcome: Outcome = stepper.step(watch, rate, lambda: stop.asked, bias, measure)

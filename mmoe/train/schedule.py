@@ -19,6 +19,11 @@ def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
     return _half_cosine(settings.lr, settings.min_lr, progress)
 
 
+def batch_factor(settings: Optimizer, global_batch: int) -> float:
+    """What every learning rate is multiplied by at ``global_batch`` packs a step."""
+    return 1.0 if settings.reference_batch is None else math.sqrt(global_batch / settings.reference_batch)
+
+
 def bias_rate(settings: MoE, step: int, steps: int) -> float:
     """μ of the bias controller: ``bias_rate``, or a cosine from there to ``bias_rate_min`` at the last step."""
     if settings.bias_rate_min is None:

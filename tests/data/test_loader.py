@@ -1,5 +1,6 @@
 """The stream of micro-batches: the same at every layout and after a resume, and whole in spite of bad samples."""
 
+import hashlib
 import itertools
 import json
 import re
@@ -139,6 +140,66 @@ def test_a_state_is_small_json_and_the_same_on_every_rank_and_layout(root):
         rest = take(one, 4)
     with loader(root, state=state, rank=1, ranks=2) as resumed:
         assert_same(take(resumed, 2), rest[2:])
+
+
+@pytest.fixture(scope="module")
+def mixed(root):
+    """A mixture whose weights count epochs, of 15 of 60 samples and of 14, the first behind a system prompt."""
+    path = root / "mixed.toml"
+    parts = (
+        '[[source]]\npath = "a"\ncap = 15\nsystem_prompt = "where is the pig ?"\n[[source]]\npath = "b"\nweight = 2\n'
+    )
+    path.write_text(f'weights = "epochs"\n{parts}')
+    return str(path)
+
+
+def test_capped_sources_come_whole_each_epoch_behind_their_system_prompts(root, mixed):
+    seen: dict[str, list[str]] = {"a": [], "b": []}
+    with loader(root, mixture=mixed) as source:
+        planner, prompt = source._planner, source._tokenizer.encode("where is the pig ?").ids
+        stream, numbers = planner.order.at(0, 4300)
+        keys = [source._sources[s].key(n) for s, n in zip(stream.tolist(), numbers.tolist(), strict=True)]
+        for batch in take(source, 40):
+            assert batch["skipped"] == []
+            for row, names in enumerate(batch["samples"]):
+                for number, name in enumerate(names, 1):
+                    seen[name[0]].append(name)
+                    here = batch["document"][row] == number
+                    begins = batch["tokens"][row][here][1 : 1 + len(prompt)].tolist() == prompt
+                    assert begins == (name[0] == "a")
+                    assert not batch["loss_mask"][row][here][: len(prompt)].any()
+    assert len(seen["a"]) > 60
+    # 15 samples of the one to twice 14 of the other in the stream: 4300 places hold 100 epochs and 200.
+    assert [sum(key[0] == name for key in keys) for name in "ab"] == pytest.approx([1500, 2800], abs=2)
+    drawn = [key for key in keys if key[0] == "a"]
+    assert all(len(set(drawn[start : start + 15])) == 15 for start in range(0, 1485, 15))
+    assert len(set(drawn)) == 60
+
+
+def test_a_capped_stream_resumes_bit_for_bit_and_its_state_is_its_own(root, mixed, tmp_path):
+    with loader(root, mixture=mixed) as source:
+        take(source, 12)
+        state = source.state()
+        rest = take(source, 8)
+    with loader(root, mixture=mixed, state=state, rank=0, ranks=1) as resumed:
+        assert_same(take(resumed, 8), rest)
+    text = (root / "mixed.toml").read_text()
+    for change in (("cap = 15", "cap = 16"), ("pig ?", "pig !"), ("epochs", "samples")):
+        other = tmp_path / "other.toml"
+        other.write_text(text.replace(*change))
+        with pytest.raises(UserError, match="other data"):
+            loader(root, mixture=str(other), state=state)
+
+
+def test_the_fingerprint_of_a_plain_mixture_is_that_of_its_order_and_lengths(root):
+    """Digest by the definition of the first release: its states go on."""
+    with loader(root) as source:
+        order, lengths = source._planner.order, source._planner.lengths
+        text = repr((("a", "b"), (60, 14), order.counts.tolist(), 0)) + repr((LENGTH, 6, IMAGE_TOKENS))
+        digest = hashlib.sha256(text.encode())
+        for part in lengths:
+            digest.update(part.tokens.tobytes() + part.images.tobytes())
+        assert source.state()["stream"] == digest.hexdigest()
 
 
 def test_another_global_batch_goes_on_at_the_same_pack(root):

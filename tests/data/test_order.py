@@ -113,6 +113,20 @@ def test_every_epoch_has_every_sample_once_in_an_order_of_its_own():
     assert sorted(sample[source == 1][11:22].tolist()) == list(range(11))
 
 
+def test_a_short_epoch_has_its_samples_once_and_is_drawn_anew_from_the_whole_source():
+    order = Order(["a", "b"], [70, 11], [2.0, 1.0], seed=5, epochs=[20, 11])
+    source, sample = order.at(0, 3000)
+    turns = sample[source == 0].tolist()
+    assert turns == [permute(n % 20, 70, key(5, "a", n // 20)) for n in range(2000)]
+    epochs = [set(turns[20 * e : 20 * (e + 1)]) for e in range(100)]
+    assert all(len(epoch) == 20 for epoch in epochs)
+    assert set().union(*epochs) == set(range(70))
+    # A sample comes 100 · 20/70 times, with a deviation of √(100 · 2/7 · 5/7) = 4.5.
+    assert all(28.6 - 5 * 4.5 < turns.count(i) < 28.6 + 5 * 4.5 for i in range(70))
+    whole = Order(["a", "b"], [70, 11], [2.0, 1.0], seed=5).at(0, 3000)[1]
+    assert (whole[source == 1] == sample[source == 1]).all()
+
+
 def test_the_stream_goes_on_beyond_the_blends_period():
     order = Order(["a", "b"], [10**9, 10**9], [3.0, 1.0], seed=0)
     source, sample = order.at(PERIOD - 500, 1000)

@@ -13,8 +13,10 @@ from fakes import png
 
 import mmoe
 from mmoe.checkpoint.load import begin
+from mmoe.data.cv_bench import SUFFIX
 from mmoe.data.shards import Sample
 from mmoe.data.source import Source
+from mmoe.evaluate.cv_bench import MAX_TOKENS
 from mmoe.evaluate.loss import measure
 from mmoe.recipe import load_recipe
 
@@ -90,6 +92,32 @@ def test_a_checkpoint_is_evaluated_exported_asked_and_reported(trained: tuple[Pa
     done = run_commands(["generate", hf, *ask])
     assert done.stdout.splitlines() == [ours], done.stderr
     assert not marker.exists()  # the directory's own code is for others, who trust it
+
+
+def test_cv_bench_asks_a_real_checkpoint_as_generate_does(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    """An untrained model's words are no option, and an example shows them."""
+    _, run = trained
+    checkpoint, out = str(run / "checkpoints" / "step_00000002"), tmp_path / "out.json"
+    picture = tmp_path / "red.png"
+    picture.write_bytes(png(COLOURS[" red"]))
+    prompt = "which colour ?\n(A) red\n(B) blue"
+    row = {"type": "2D", "task": "Colour", "source": "made", "choices": ["red", "blue"], "answer": "(A)"}
+    row |= {"prompt": prompt, "filename": picture.name}
+    longer = row | {"prompt": f"which is the colour ?{prompt}"}
+    (tmp_path / "test_2d.jsonl").write_text("\n".join(map(json.dumps, (row, longer))))
+    shown = ["--image", str(picture)]
+    ask = ["--prompt", f"{prompt}\n{SUFFIX}", "--max-tokens", str(MAX_TOKENS)]
+    evaluate = ["evaluate", checkpoint, "--suite", "cv_bench", "--data", str(tmp_path), "--json", str(out)]
+    done = run_commands(
+        [*evaluate, "--no-images", "--blank"],
+        evaluate,
+        ["generate", checkpoint, *ask, *shown],
+    )
+    assert done.returncode == 2
+    assert "not allowed with argument" in done.stderr
+    assert "0.0%" in done.stdout
+    said = json.loads(out.read_text())["examples"][0]["answer"]
+    assert said == f"“{done.stdout.rstrip().splitlines()[-1]}”"
 
 
 def test_what_cannot_be_loaded_or_evaluated_is_a_user_error(trained: tuple[Path, Path], tmp_path: Path) -> None:

@@ -78,6 +78,14 @@ def test_an_export_with_weights_elsewhere(checkpoint: Path, file: str, content: 
         generate(checkpoint, " how", [])
 
 
+def test_a_system_prompt_stands_before_the_pictures(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
+    model = loading(monkeypatch, " zebra")
+    (checkpoint / "a.png").write_bytes(png((255, 255, 255)))
+    generate(checkpoint, " how many ?", [checkpoint / "a.png"], system_prompt="be brief")
+    front, prompt = (model.tokenizer.encode(text).ids for text in ("be brief", " how many ?"))
+    assert model.contexts[0] == [BOS, *front, *[IMAGE] * model.image_tokens, *prompt]
+
+
 def test_it_ends_after_max_tokens(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
     model = loading(monkeypatch, " zebra" * 9)
     assert generate(checkpoint, " how", [], max_tokens=3) == "zebra zebra zebra"
@@ -104,6 +112,7 @@ def test_tokens_are_drawn_by_their_probability_and_by_the_seed() -> None:
     ("options", "what"),
     [
         ({"prompt": "an <image> ?"}, "the prompt holds <image>"),
+        ({"system_prompt": "<image>"}, "the prompt holds <image>"),
         ({"path": Path("nowhere")}, "no such checkpoint or export"),
         ({"images": [Path("none.png")]}, "cannot read the image: No such file"),
         ({"images": [Path(__file__)]}, "cannot use the image: not an image"),

@@ -132,7 +132,7 @@ def test_it_is_the_training_steps_own_loss(recipe: Recipe, model: Loaded, source
 
 
 def test_blank_pictures_change_the_loss_of_what_they_show_alone(model: Loaded, source: Source) -> None:
-    seen, blank = measure(model, source), measure(model, source, blank=True)
+    seen, blank = measure(model, source), measure(model, source, images="blank")
     assert seen["tasks"]["count"]["loss"] != blank["tasks"]["count"]["loss"]
     assert seen["tasks"]["where"] == blank["tasks"]["where"]
 

@@ -69,6 +69,8 @@ def test_the_page_and_the_picture_show_every_stage(run: Path, capsys: pytest.Cap
     add_result(run / "1-scratch/evaluation/begin", "loss-scenes", held_out(7.0, checkpoint="-"))
     add_result(run / "2-align/evaluation/begin", "loss-scenes", held_out(2.5))
     add_result(run / "3-instruct/evaluation", "test-blank", evaluation(blank=True))
+    for name in ("2-align", "3-instruct"):
+        add_result(run / name / "evaluation", "test-off", evaluation(blank=False) | {"images": "none"})
     add_result(run / "3-instruct/evaluation", "loss-scenes-blank", held_out(6.0, blank=True))
     (run / "2-align/skipped.jsonl").write_text('{"step": 4, "sample": "scenes/train/5: image 0: <empty>"}\n')
     assert cli.main(["report", str(run)]) == 0
@@ -93,6 +95,7 @@ def test_the_page_and_the_picture_show_every_stage(run: Path, capsys: pytest.Cap
     assert [cell[:13] for cell in cells(page, "scenes, ends")] == ["<b>2.5000</b>", "<b>1.5000</b>", "<b>1.2500</b>"]
     assert cells(page, "scenes-blank (blank images), ends")[:2] == ["–", "–"]
     assert page.index("Accuracy on test<") < page.index("Accuracy on test-blank (blank images)<")
+    assert page.count("Vision on and off: ") == page.count("Vision on and off: test, instruct<") == 1
     assert "step 4: scenes/train/5: image 0: &lt;empty&gt;" in page
     assert "what is &lt;this&gt; ?" in page
     second = page[page.index("what is that ?") :].partition("</figure>")[0]

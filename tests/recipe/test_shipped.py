@@ -1,19 +1,23 @@
 """The shipped recipes of published systems: as many parameters as transformers' classes have, and as were published."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
 
 from mmoe.convert.families import llama, llava, vision
-from mmoe.models.count import count
+from mmoe.models.count import count, describe
+from mmoe.parallel import layout
 from mmoe.recipe import load_recipe
 from mmoe.recipe.load import list_recipes
-from mmoe.recipe.model import Llama, ViT
+from mmoe.recipe.model import SVA, ConvNeXt, Llama, Model, ViT
 
 PUBLISHED = {
     "llava_1_5_7b": 7.06e9,  # llava-hf/llava-1.5-7b-hf
     "llava_1_5_13b": 13.35e9,  # llava-hf/llava-1.5-13b-hf
     "longcat_flash_560b": 560e9,  # arXiv 2509.01322
+    "longcat_sva_560b": 560e9,  # the encoders and the connector are half a percent more
     "yi_vl_6b": 6.06e9 + 0.63e9,  # 01-ai/Yi-6B, OpenCLIP's ViT-H/14
     "yi_vl_34b": 34.39e9 + 0.63e9,  # 01-ai/Yi-34B, the same
 }
@@ -52,6 +56,99 @@ def test_yi_vl_is_the_sum_of_its_parts(name: str) -> None:
     d = backbone.hidden_size
     connector = (encoder.width * d + d) + (d * d + d) + 2 * 2 * d  # two linear maps, two LayerNorms
     assert count(model).total == text + tower + connector
+
+
+CAMBRIAN = ["cambrian_1_8b", "cambrian_1_13b", "cambrian_1_34b", "cambrian_tiny"]
+FLAGSHIP = ["longcat_sva_560b", "longcat_sva_tiny"]
+
+
+def sva_parameters(model: Model) -> int:
+    """Of the connector, by the released modules' shapes (cambrian/model/vision_sampler.py)."""
+    sva, d = model.connector, model.backbone.hidden_size
+    assert isinstance(sva, SVA)
+    c, norm = sva.width, 2 * sva.width
+    features = [e.width if isinstance(e, ViT) else sum(e.widths) for e in model.encoders]
+    sides = [e.grid or e.image_size // e.patch_size for e in model.encoders if isinstance(e, ViT | ConvNeXt)]
+    windows = [(side // sva.grid) ** 2 for side in sides]
+    projectors = sum((f * c + c) + (c * c + c) + norm for f in features)
+    attention = norm + 2 * c * c  # of the queries: norm and projection; and what goes out
+    attention += sum(2 * (norm + c * c) + (keys * c if keys > 1 else 0) for keys in windows)
+
+    def layer(queries: int) -> int:
+        return c * c + (queries + c) * c + attention + norm + (c * c + c * queries)
+
+    inside = sva.inside.layers * layer(d) if sva.inside else 0
+    return projectors + c + sva.layers * layer(c) + inside + (c * d + d) + (d * d + d) + d
+
+
+def tower_parameters(model: Model) -> int:
+    """Of the encoders, transformers' models: its ConvNeXt has an epsilon of its own, and as many parameters."""
+    total = 0
+    for encoder in model.encoders:
+        assert isinstance(encoder, ViT | ConvNeXt)
+        if isinstance(encoder, ConvNeXt):
+            config = vision.to_config(dataclasses.replace(encoder, norm_eps=1e-6, pooled_norm_eps=1e-6))
+        else:
+            config = vision.to_config(encoder)
+        total += parameters(getattr(transformers, config["architectures"][0]), config)
+    return total
+
+
+@pytest.mark.parametrize("name", CAMBRIAN)
+def test_cambrian_is_the_sum_of_its_parts(name: str) -> None:
+    model = load_recipe(name).model
+    assert isinstance(model.backbone, Llama)
+    text = parameters(transformers.LlamaForCausalLM, llama.to_config(model.backbone, "float32"))
+    assert count(model).total == text + tower_parameters(model) + sva_parameters(model)
+
+
+@pytest.mark.parametrize("name", FLAGSHIP)
+def test_the_flagship_is_the_sum_of_its_parts(name: str) -> None:
+    model = load_recipe(name).model
+    alone = dataclasses.replace(model, encoders=(), connector=None)
+    assert count(model).total == count(alone).total + tower_parameters(model) + sva_parameters(model)
+
+
+def test_the_flagship_sees_with_cambrian_and_thinks_with_longcat() -> None:
+    """About 27B active parameters on average (arXiv 2509.01322), on the encoders of Cambrian-1 34B."""
+    model, text, cambrian = (load_recipe(name).model for name in (FLAGSHIP[0], "longcat_flash_560b", CAMBRIAN[2]))
+    assert (model.backbone, model.moe, model.mtp) == (text.backbone, text.moe, text.mtp)
+    assert model.encoders == cambrian.encoders
+    assert isinstance(cambrian.connector, SVA)
+    assert model.connector == dataclasses.replace(cambrian.connector, inside=None)
+    shown = next(line for line in describe(model).splitlines() if line.startswith("active, mean"))
+    assert int(shown.split()[2].replace(",", "")) == pytest.approx(27e9, rel=0.01)
+
+
+def test_cambrian_as_released() -> None:
+    """cambrian-mllm/cambrian, README.md and scripts/cambrian."""
+    for name, batch, lr, stride, inside in zip(
+        CAMBRIAN, (512, 512, 1024), (4e-5, 4e-5, 2e-5), (3, 4, 7), (10, 10, 9), strict=False
+    ):
+        recipe = load_recipe(name)
+        sva = recipe.model.connector
+        assert isinstance(sva, SVA)
+        assert (sva.tokens, sva.sides, sva.layers, sva.mixing, sva.scale) == (600, (24,), 3, "joint", "head")
+        assert sva.inside is not None
+        assert (sva.inside.start, sva.inside.stride, sva.inside.layers) == (0, stride, inside)
+        assert [encoder.image_size for encoder in recipe.model.encoders] == [384, 336, 378, 1024]
+        assert [encoder.grid for encoder in recipe.model.encoders] == [24, 24, 24, 96]
+        align, instruct = recipe.stages
+        assert (align.optimizer.lr, instruct.optimizer.lr) == (1e-3, lr)
+        assert {module.lr for module in align.optimizer.modules} == {1e-4}
+        assert (align.train.frozen, instruct.train.frozen) == (("encoders", "language"), ("encoders",))
+        for stage, samples in ((align, 2.5e6), (instruct, 7e6)):
+            assert stage.optimizer.reference_batch == stage.train.global_batch == batch
+            assert stage.train.steps == -(-samples // batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [*zip(CAMBRIAN, (32, 64, 128, 2), strict=True), *zip(FLAGSHIP, (224, 2), strict=True)],
+)
+def test_the_layout_is_possible(name: str, ranks: int) -> None:
+    for stage in load_recipe(name).stages:
+        layout.check(stage, ranks)
 
 
 def test_stages_as_published() -> None:

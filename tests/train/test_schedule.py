@@ -5,7 +5,7 @@ import pytest
 import small
 
 from mmoe.recipe.schema import Optimizer
-from mmoe.train.schedule import bias_rate, learning_rate
+from mmoe.train.schedule import batch_factor, bias_rate, learning_rate
 
 
 def test_warm_up_then_cosine() -> None:
@@ -20,6 +20,14 @@ def test_warm_up_then_cosine() -> None:
 
 def test_no_warm_up() -> None:
     assert learning_rate(Optimizer(lr=2.0), 0, 10) == 2.0
+
+
+def test_rates_follow_the_root_of_the_batch() -> None:
+    settings = Optimizer(lr=4e-5, reference_batch=512)
+    assert batch_factor(settings, 512) == 1.0
+    assert batch_factor(settings, 2048) * settings.lr == 8e-5
+    assert batch_factor(settings, 128) == 0.5
+    assert batch_factor(Optimizer(lr=4e-5), 128) == 1.0
 
 
 def test_bias_rate_stays_or_decays() -> None:

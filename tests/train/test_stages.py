@@ -25,7 +25,7 @@ STAGES = """
 [[stages]]
 name = "align"
 train = { steps = 3, frozen = ["encoders", "language"] }
-optimizer = { lr = 2e-2, warmup_steps = 1 }
+optimizer = { lr = 1e-2, warmup_steps = 1, reference_batch = 1 }
 
 [[stages]]
 name = "tune"
@@ -74,6 +74,7 @@ def test_each_stage_trains_what_it_thaws(staged: tuple[Path, Path]) -> None:
     assert sorted(path.name for path in run.iterdir()) == ["1-align", "2-tune", "recipe.toml"]
     assert load_recipe(run / "recipe.toml") == load_recipe(recipe)
     assert [row["step"] for row in training.curve(run / "1-align")] == [1, 2, 3]
+    assert training.curve(run / "1-align")[1]["lr"] == 2e-2  # 1e-2 · √(4 packs / 1)
     first, aligned = last(run / "1-align")
     engine.start(first.parallel, first.train.seed, alone=True)
     begin = {name: tensor.clone() for name, tensor in weights(build(first)).items()}
