@@ -135,6 +135,10 @@ def test_blank_pictures_change_the_loss_of_what_they_show_alone(model: Loaded, s
     seen, blank = measure(model, source), measure(model, source, images="blank")
     assert seen["tasks"]["count"]["loss"] != blank["tasks"]["count"]["loss"]
     assert seen["tasks"]["where"] == blank["tasks"]["where"]
+    none = measure(model, source, images="none")
+    assert none["tasks"]["where"]["loss"] == pytest.approx(seen["tasks"]["where"]["loss"], abs=1e-5)
+    # The sample with a corrupt picture counts, too: nothing of it is read.
+    assert none["tokens"] > seen["tokens"]
 
 
 def test_limit_takes_the_first_samples(model: Loaded, source: Source) -> None:
