@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from mmoe import bench
@@ -247,14 +248,11 @@ def _recipes(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from mmoe.evaluate import cv_bench, loss, scenes
 
-    shared = {"images": options.images, "limit": options.limit, "system_prompt": options.system_prompt}
-    if options.suite == "loss":
-        loss.run(options.checkpoint, options.data, options.json, recipe=options.recipe, **shared)
-        return
-    if options.recipe:
+    if options.recipe and options.suite != "loss":
         raise UserError("--as is of the suite loss", f"--suite {options.suite}", "leave it out")
-    suite = {"scenes": scenes, "cv_bench": cv_bench}[options.suite]
-    suite.run(options.checkpoint, options.data, options.json, **shared)
+    suites = {"scenes": scenes.run, "cv_bench": cv_bench.run, "loss": partial(loss.run, recipe=options.recipe)}
+    shared = {"images": options.images, "limit": options.limit, "system_prompt": options.system_prompt}
+    suites[options.suite](options.checkpoint, options.data, options.json, **shared)
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -151,11 +151,11 @@ def table(result: dict[str, Any]) -> Table:
     return made
 
 
-def show(result: dict[str, Any], out: Path | None) -> None:
+def show(result: dict[str, Any], out: Path | None, shown: Table) -> None:
     """Print a suite's table and what it skipped; write every number to ``out``."""
     told = TOLD[result["images"]]
     print(f"{result['data']}{f', {told}' if told else ''}: {result['samples']} samples")
-    Console().print(table(result))
+    Console().print(shown)
     for reason in result["skipped"]:
         print(f"skipped: {reason}")
     if out is not None:

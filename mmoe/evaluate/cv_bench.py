@@ -18,7 +18,7 @@ from mmoe.data.document import BadSample
 from mmoe.data.source import Encoded
 from mmoe.errors import UserError
 from mmoe.evaluate import greedy
-from mmoe.evaluate.asked import EXAMPLES, Images, Question, as_seen, examples, heading, progress, show, summarise
+from mmoe.evaluate.asked import EXAMPLES, Images, Question, as_seen, examples, heading, progress, show, summarise, table
 from mmoe.evaluate.scenes import Model, documents, measure
 from mmoe.evaluate.statistics import wilson_interval
 
@@ -280,7 +280,7 @@ def run(
     if not result["tasks"]:
         what = f"no row can be asked, the first: {result['skipped'][0]}" if result["skipped"] else "there is no row"
         raise UserError(what, str(data), "give CV-Bench's files, or make some with `mmoe data prepare cv_bench`")
-    show(result, out)
+    show(result, out, table(result))
     print(f"as published: {_line(result)}")
     print(f"likeliest letter: {_line(result['likelihood'])}")
     unparsed = {task: row["unparsed"] for task, row in result["tasks"].items() if row["unparsed"]}

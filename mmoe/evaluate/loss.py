@@ -4,14 +4,12 @@ Counted is what training counts (answers, each with its ``<eos>``, and texts mar
 tokens' losses over their number, every token with the same weight, as in a training step.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -21,8 +19,7 @@ from mmoe.data.decoders import build
 from mmoe.data.document import BadSample
 from mmoe.data.source import Source
 from mmoe.errors import UserError
-from mmoe.evaluate.asked import Images, as_seen, heading, progress
-from mmoe.evaluate.history import TOLD
+from mmoe.evaluate.asked import Images, as_seen, heading, progress, show
 from mmoe.recipe import load_recipe
 from mmoe.recipe.schema import Recipe
 from mmoe.train import stages
@@ -159,18 +156,10 @@ def run(
     from mmoe.checkpoint.load import begin
 
     source = Source(data, f"{data.parent.name}/{data.name}")
-    model: Any
     if recipe is None:
         model = mmoe.load(checkpoint)
     else:
         model = begin(stages.one(load_recipe(recipe), None), None if str(checkpoint) == FIRST else checkpoint)
     result = heading("loss", checkpoint, data, images, system_prompt) | ({"as": recipe} if recipe else {})
     result |= measure(model, source, images=images, limit=limit, system_prompt=system_prompt)
-    told = TOLD[images]
-    print(f"{data}{f', {told}' if told else ''}: {result['samples']} samples, nats per token")
-    Console().print(table(result))
-    for reason in result["skipped"]:
-        print(f"skipped: {reason}")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    show(result, out, table(result))

@@ -19,7 +19,7 @@ from mmoe.data.decoders import build
 from mmoe.data.document import BadSample
 from mmoe.data.source import Encoded, Source
 from mmoe.errors import UserError
-from mmoe.evaluate.asked import Images, Question, as_seen, examples, heading, progress, show, summarise
+from mmoe.evaluate.asked import Images, Question, as_seen, examples, heading, progress, show, summarise, table
 from mmoe.recipe.schema import Recipe
 from mmoe.recipe.tokens import EOS
 
@@ -249,4 +249,4 @@ def run(
     result |= answer(mmoe.load(checkpoint), source, images=images, limit=limit, system_prompt=system_prompt)
     if not result["tasks"]:
         raise UserError("no sample asks a question with choices", str(data), "give a split of the scenes data set")
-    show(result, out)
+    show(result, out, table(result))
