@@ -72,6 +72,8 @@ def test_the_page_and_the_picture_show_every_stage(run: Path, capsys: pytest.Cap
     for name in ("2-align", "3-instruct"):
         add_result(run / name / "evaluation", "test-off", evaluation(blank=False) | {"images": "none"})
     add_result(run / "3-instruct/evaluation", "loss-scenes-blank", held_out(6.0, blank=True))
+    scores = {"suite": "cv_bench", "images": "shown", "score": 0.75, "score_2d": 0.5, "score_3d": 1.0}
+    add_result(run / "3-instruct/evaluation", "cv-bench", evaluation(blank=False) | scores)
     (run / "2-align/skipped.jsonl").write_text('{"step": 4, "sample": "scenes/train/5: image 0: <empty>"}\n')
     assert cli.main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
@@ -96,6 +98,7 @@ def test_the_page_and_the_picture_show_every_stage(run: Path, capsys: pytest.Cap
     assert cells(page, "scenes-blank (blank images), ends")[:2] == ["–", "–"]
     assert page.index("Accuracy on test<") < page.index("Accuracy on test-blank (blank images)<")
     assert page.count("Vision on and off: ") == page.count("Vision on and off: test, instruct<") == 1
+    assert cells(page, "score 3d") == ["–", "–", "<b>100.0%</b>"]
     assert "step 4: scenes/train/5: image 0: &lt;empty&gt;" in page
     assert "what is &lt;this&gt; ?" in page
     second = page[page.index("what is that ?") :].partition("</figure>")[0]
