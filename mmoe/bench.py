@@ -9,11 +9,11 @@ from mmoe.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    text = "the operators, a step, checkpoints, conversion, loading, or choices of LongCat-Flash; needs a checkout"
+    text = "the operators, a step, checkpoints, conversion, loading, or choices of the model; needs a checkout"
     suites = ["ops", "step", "checkpoint", "convert", "data", "ablations"]
     parser.add_argument("suite", choices=suites, help=text)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every row here")
-    parser.add_argument("--only", action="extend", nargs="+", default=[], metavar="NAME", help="these operators alone")
+    parser.add_argument("--only", action="extend", nargs="+", default=[], metavar="NAME", help="these alone")
     parser.add_argument("--skip", action="extend", nargs="+", default=[], metavar="PEER", help="leave these peers out")
     text = "these shapes alone, for example 'LongCat*'"
     parser.add_argument("--shape", default="*", metavar="PATTERN", help=text)

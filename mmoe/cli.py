@@ -5,17 +5,16 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import NoReturn, TypeAlias
 
 from mmoe import bench
-from mmoe.ending import DEFECT, DONE, INTERRUPTED, KEYBOARD, USER_ERROR, enter, say
+from mmoe.arguments import Parser, add_set, command, group
+from mmoe.ending import DEFECT, DONE, INTERRUPTED, KEYBOARD, USER_ERROR, enter, one_line, say
 from mmoe.errors import Interrupted, RankLost, UserError
+from mmoe.evaluate import sweep
 from mmoe.parallel import launch
-
-LONGEST = 2000
-"""Characters of a message that are printed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,11 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             enter(rank, DONE, "", tell=False)
             return DONE
         except UserError as error:
-            status, message, tell = USER_ERROR, _line(error), error.tell
+            status, message, tell = USER_ERROR, one_line(error), error.tell
         except Interrupted as error:
             status, message, name, tell = INTERRUPTED, str(error), "", rank == 0
         except RankLost as error:
-            status, message, name, tell, lost = error.status, _line(error), "", error.tell, True
+            status, message, name, tell, lost = error.status, one_line(error), "", error.tell, True
         except KeyboardInterrupt:
             status, message, name = KEYBOARD, "stopped by the keyboard", ""
         except Exception as error:
@@ -55,13 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         os._exit(status)
     return status
-
-
-def _line(value: object) -> str:
-    """One line that a terminal shows and does nothing else with: messages quote names out of other people's files."""
-    text = " ".join(str(value).split())
-    shown = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text[:LONGEST])
-    return shown if len(text) <= LONGEST else f"{shown}… ({len(text)} characters)"
 
 
 def _told_by_another_rank(rank: int, status: int, message: str, tell: bool) -> bool:
@@ -78,23 +70,11 @@ def _told_by_another_rank(rank: int, status: int, message: str, tell: bool) -> b
     return any(entry["message"] == message and entry["tell"] for entry in known)
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose complaint is one line, as every other user error."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message, "", f"see `{self.prog} --help`")
-
-
-_Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
-
-
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="mmoe", description="Pretraining of multimodal mixture-of-experts models.", allow_abbrev=False
-    )
+    parser = Parser(prog="mmoe", description="Pretraining of multimodal mixture-of-experts models.", allow_abbrev=False)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    train = _command(commands, "train", _train, "train a model from a recipe", "train quickstart --out runs/quickstart")
+    train = command(commands, "train", _train, "train a model from a recipe", "train quickstart --out runs/quickstart")
     train.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or the path of a .toml file")
     train.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/RECIPE)")
     train.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint in DIR")
@@ -103,30 +83,43 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     train.add_argument(
         "--stage", metavar="NAME", help="begin with this stage; the one before it is done, or see --from"
     )
-    _add_set(train)
+    add_set(train)
 
-    recipes = _command(commands, "recipes", _recipes, "list the shipped recipes or show one", "recipes quickstart")
+    recipes = command(commands, "recipes", _recipes, "list the shipped recipes or show one", "recipes quickstart")
     recipes.add_argument("name", nargs="?", metavar="NAME", help="a recipe to show with every default filled in")
     recipes.add_argument("--count", action="store_true", help="show its parameters instead, all and those in use")
-    _add_set(recipes)
+    add_set(recipes)
 
-    evaluate = _command(
+    evaluate = command(
         commands,
         "evaluate",
         _evaluate,
-        "score a checkpoint's answers, task by task",
+        "score a checkpoint's answers, or measure its loss, task by task",
         "evaluate runs/quickstart/checkpoints/step_00001000 --suite scenes --data data-cache/scenes/test",
     )
     evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    evaluate.add_argument("--suite", choices=["scenes"], required=True)
-    evaluate.add_argument("--data", type=Path, required=True, metavar="PATH", help="a prepared data set")
+    evaluate.add_argument("--suite", choices=["scenes", "cv_bench", "loss"], required=True)
+    text = "a prepared data set; of cv_bench the folder of test_2d.parquet and test_3d.parquet"
+    evaluate.add_argument("--data", type=Path, required=True, metavar="PATH", help=text)
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write every number here")
-    evaluate.add_argument("--blank", action="store_true", help="blank every image: what the questions alone give away")
-    evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N samples")
+    seen = evaluate.add_mutually_exclusive_group()
+    text = "blank every image: what the questions alone give away"
+    seen.add_argument("--blank", dest="images", action="store_const", const="blank", default="shown", help=text)
+    text = "leave the images out of the prompts altogether"
+    seen.add_argument("--no-images", dest="images", action="store_const", const="none", help=text)
+    text = "only N samples: the first ones, of cv_bench N rows at even distances"
+    evaluate.add_argument("--limit", type=int, metavar="N", help=text)
+    text = "loss alone: of the model that this recipe begins with, CHECKPOINT handed over to it (-: its first weights)"
+    evaluate.add_argument("--as", dest="recipe", metavar="RECIPE", help=text)
     text = "in front of every sample, as a mixture's system_prompt"
     evaluate.add_argument("--system-prompt", default="", metavar="TEXT", help=text)
 
-    generate = _command(
+    example = "sweep quickstart --out runs/encoders --encoders all --data data-cache/scenes/test"
+    sets = command(commands, "sweep", sweep.run, "compare sets of a recipe's encoders, each trained alone", example)
+    sweep.add_arguments(sets)
+    add_set(sets)
+
+    generate = command(
         commands,
         "generate",
         _generate,
@@ -142,33 +135,46 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest")
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling, where T is above 0")
 
-    convert = _group(commands, "convert", "Hugging Face format, both ways")
-    from_hf = _command(convert, "from-hf", _from_hf, "make a checkpoint", "convert from-hf HF_DIR runs/imported")
+    convert = group(commands, "convert", "Hugging Face format, both ways")
+    from_hf = command(convert, "from-hf", _from_hf, "make a checkpoint", "convert from-hf HF_DIR runs/imported")
     from_hf.add_argument("source", type=Path, metavar="HF_DIR")
     from_hf.add_argument("out", type=Path, metavar="OUT")
+    example = "convert from-parts llava_1_5_7b runs/parts --part encoders.clip=CLIP_DIR --part language=VICUNA_DIR"
+    text = "make a recipe's first checkpoint of published parts"
+    from_parts = command(convert, "from-parts", _from_parts, text, example)
+    from_parts.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or the path of a .toml file")
+    text = "then: mmoe train RECIPE --from OUT/checkpoints/step_00000000"
+    from_parts.add_argument("out", type=Path, metavar="OUT", help=text)
+    text = "encoders.NAME, language or connector, as in train.frozen, and its Hugging Face directory; others have the "
+    text += "recipe's first weights"
+    from_parts.add_argument("--part", action="extend", nargs="+", required=True, metavar="MODULE=HF_DIR", help=text)
+    from_parts.add_argument("--stage", metavar="NAME", help="the stage that begins with it (default: the first one)")
+    text = "tokenizer.json (default: the language part's)"
+    from_parts.add_argument("--tokenizer", type=Path, metavar="FILE", help=text)
+    add_set(from_parts)
     example = "convert to-hf runs/quickstart/checkpoints/step_00001000 runs/quickstart/hf"
-    to_hf = _command(convert, "to-hf", _to_hf, "write a self-contained Hugging Face directory", example)
+    to_hf = command(convert, "to-hf", _to_hf, "write a self-contained Hugging Face directory", example)
     to_hf.add_argument("source", type=Path, metavar="CHECKPOINT")
     to_hf.add_argument("out", type=Path, metavar="OUT")
     to_hf.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     text = "of the whole model (default: auto, transformers' own class where it computes the same)"
-    to_hf.add_argument("--format", choices=["auto", "llava", "mmoe"], default="auto", help=text)
+    to_hf.add_argument("--format", choices=["auto", "llava", "cambrian", "mmoe"], default="auto", help=text)
     to_hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file with weights (default: 5GB)")
     example = "convert verify runs/quickstart/checkpoints/step_00001000 runs/quickstart/hf"
     text = "compare two models' weights and logits, or one checkpoint's files with their checksums"
-    verify = _command(convert, "verify", _verify, text, example)
+    verify = command(convert, "verify", _verify, text, example)
     verify.add_argument("a", type=Path, metavar="A")
     verify.add_argument("b", type=Path, nargs="?", metavar="B", help="without it: is every file of A as it was saved?")
 
     example = "convert grow runs/small/checkpoints/step_00001000 runs/deep --factor 2"
-    grow = _command(convert, "grow", _grow, "stack a model's layers: a deeper run that goes on from there", example)
+    grow = command(convert, "grow", _grow, "stack a model's layers: a deeper run that goes on from there", example)
     grow.add_argument("source", type=Path, metavar="CHECKPOINT")
     grow.add_argument("out", type=Path, metavar="OUT", help="then: mmoe train OUT/recipe.toml --out OUT --resume")
     grow.add_argument("--factor", type=int, default=2, metavar="N", help="how many times as deep (default: 2)")
 
-    data = _group(commands, "data", "prepare, check and describe data sets")
+    data = group(commands, "data", "prepare, check and describe data sets")
     example = "data prepare scenes data-cache"
-    prepare = _command(data, "prepare", _prepare, "make a data set", example)
+    prepare = command(data, "prepare", _prepare, "make a data set", example)
     prepare.add_argument("name", metavar="NAME", help="which data set to make")
     prepare.add_argument("out", type=Path, metavar="OUT")
     if list(arguments[:2]) == ["data", "prepare"]:
@@ -176,21 +182,21 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
         add_arguments(prepare)
     example = "data encode recipes/align.toml runs/imported/checkpoints/step_00000000 --out data-cache/features"
-    encode = _command(data, "encode", _encode, "compute frozen encoders' features once, for data.features", example)
+    encode = command(data, "encode", _encode, "compute frozen encoders' features once, for data.features", example)
     encode.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or the path of a .toml file")
     encode.add_argument("checkpoint", metavar="CHECKPOINT", help="whose weights; - for the recipe's first ones")
     encode.add_argument("--out", type=Path, required=True, metavar="DIR", help="goes on there where it was interrupted")
     encode.add_argument("--stage", metavar="NAME", help="the stage of the recipe that will read them")
     encode.add_argument("--only", nargs="+", default=[], metavar="ENCODER", help="of the frozen encoders these alone")
-    _add_set(encode)
-    lint = _command(data, "lint", _lint, "check every sample of a data set", "data lint data-cache/scenes/train")
+    add_set(encode)
+    lint = command(data, "lint", _lint, "check every sample of a data set", "data lint data-cache/scenes/train")
     lint.add_argument("path", type=Path, metavar="PATH")
     example = "data stats data-cache/scenes/train --out scenes.html"
-    stats = _command(data, "stats", _stats, "describe a data set in a page", example)
+    stats = command(data, "stats", _stats, "describe a data set in a page", example)
     stats.add_argument("path", type=Path, metavar="PATH")
     stats.add_argument("--out", type=Path, required=True, metavar="FILE")
     example = "data leakage data-cache/scenes/train data-cache/scenes/test"
-    leakage = _command(data, "leakage", _leakage, "find test pictures that the training data shows too", example)
+    leakage = command(data, "leakage", _leakage, "find test pictures that the training data shows too", example)
     leakage.add_argument("train", type=Path, metavar="TRAIN")
     leakage.add_argument("tests", type=Path, nargs="+", metavar="TEST")
     leakage.add_argument("--json", type=Path, metavar="FILE", help="write every test picture that is found here")
@@ -198,51 +204,20 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     leakage.add_argument("--threshold", type=int, default=4, metavar="N", help=text)
 
     example = "report runs/quickstart"
-    report = _command(commands, "report", _report, "write report.html and report.png of a run", example)
+    report = command(commands, "report", _report, "write report.html and report.png of a run", example)
     report.add_argument("run_directory", type=Path, metavar="DIR")
     example = "bench ops --only router --json router.json"
-    measure = _command(
+    measure = command(
         commands, "bench", bench.run, "measure operators, training steps and choices of the model", example
     )
     bench.add_arguments(measure)
-    doctor = _command(commands, "doctor", _doctor, "what is installed and which kernels are in use", "doctor")
+    doctor = command(commands, "doctor", _doctor, "what is installed and which kernels are in use", "doctor")
     text = "compare all ranks of this launch instead: versions, code, recipe, clocks, disk, bandwidth"
     doctor.add_argument("--preflight", action="store_true", help=text)
     doctor.add_argument("recipe", nargs="?", metavar="RECIPE", help="with --preflight: the run's recipe")
     doctor.add_argument("--out", type=Path, metavar="DIR", help="with --preflight: the run's folder")
-    _add_set(doctor)
+    add_set(doctor)
     return parser
-
-
-def _command(
-    commands: _Commands,
-    name: str,
-    run: Callable[[argparse.Namespace], None],
-    summary: str,
-    example: str,
-) -> argparse.ArgumentParser:
-    described = summary[0].upper() + summary[1:] + "."
-    parser = commands.add_parser(
-        name, help=summary, description=described, epilog=f"example: mmoe {example}", allow_abbrev=False
-    )
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _group(commands: _Commands, name: str, summary: str) -> _Commands:
-    parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-    return parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-
-def _add_set(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="lay a value over the recipe, for example train.steps=100",
-    )
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -271,10 +246,13 @@ def _recipes(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from mmoe.evaluate.scenes import run
+    from mmoe.evaluate import cv_bench, loss, scenes
 
-    prompt = options.system_prompt
-    run(options.checkpoint, options.data, options.json, blank=options.blank, limit=options.limit, system_prompt=prompt)
+    if options.recipe and options.suite != "loss":
+        raise UserError("--as is of the suite loss", f"--suite {options.suite}", "leave it out")
+    suites = {"scenes": scenes.run, "cv_bench": cv_bench.run, "loss": partial(loss.run, recipe=options.recipe)}
+    shared = {"images": options.images, "limit": options.limit, "system_prompt": options.system_prompt}
+    suites[options.suite](options.checkpoint, options.data, options.json, **shared)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -296,6 +274,17 @@ def _from_hf(options: argparse.Namespace) -> None:
     from mmoe.convert import from_hf
 
     from_hf(options.source, options.out)
+
+
+def _from_parts(options: argparse.Namespace) -> None:
+    from mmoe.convert.parts import from_parts, parse
+    from mmoe.recipe import load_recipe
+    from mmoe.train import stages
+
+    recipe = load_recipe(options.recipe, options.set)
+    first = stages.name(recipe, 0) if recipe.stages else None
+    recipe = stages.one(recipe, options.stage or first)
+    from_parts(recipe, options.out, parse(options.part), options.tokenizer)
 
 
 def _to_hf(options: argparse.Namespace) -> None:
@@ -343,7 +332,7 @@ def _lint(options: argparse.Namespace) -> None:
 
 def _print_findings(findings: Sequence[object], where: str, kind: str) -> None:
     for finding in findings:
-        print(_line(finding))
+        print(one_line(finding))
     if findings:
         raise UserError(f"{len(findings)} {kind}", where, "they are listed on standard output")
     print(f"{where}: no {kind}")
@@ -362,7 +351,7 @@ def _leakage(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from mmoe.evaluate.report import write
+    from mmoe.evaluate.stages_report import write
 
     write(options.run_directory)
 

@@ -11,6 +11,8 @@ from typing import Any, TextIO
 DONE, DEFECT, USER_ERROR, LOST, INTERRUPTED, KEYBOARD = 0, 1, 2, 69, 75, 130
 """Done; a defect of ours; the user can mend it; another rank is gone; interrupted and saved; Ctrl-C."""
 LOCK_SECONDS = 10.0
+LONGEST = 2000
+"""Characters of a message that are printed."""
 
 
 def enter(rank: int, status: int, message: str, *, tell: bool) -> list[dict[str, Any]]:
@@ -46,3 +48,10 @@ def say(line: str) -> None:
     several ranks would mix."""
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
+
+
+def one_line(value: object) -> str:
+    """One line that a terminal shows and does nothing else with: messages quote names out of other people's files."""
+    text = " ".join(str(value).split())
+    shown = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text[:LONGEST])
+    return shown if len(text) <= LONGEST else f"{shown}… ({len(text)} characters)"

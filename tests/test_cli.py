@@ -19,6 +19,7 @@ COMMANDS = [
     ["evaluate"],
     ["generate"],
     ["convert", "from-hf"],
+    ["convert", "from-parts"],
     ["convert", "to-hf"],
     ["convert", "verify"],
     ["convert", "grow"],

@@ -29,7 +29,7 @@ CHAIN = [
     {"checkpoint"},
     {"train"},
     {"convert"},
-    {"evaluate", "doctor", "bench"},
+    {"evaluate", "doctor", "bench", "arguments"},
     {"cli"},
 ]
 for level, parts in enumerate(CHAIN):

@@ -11,6 +11,8 @@ from mmoe.data.shards import DatasetWriter, Description, Sample, shard_name, tok
 from mmoe.data.tokenizer import tokenizer_hash, train_tokenizer
 
 NAME, PER_SHARD = "photographs", 64
+HEIGHT, WIDTH = 480, 640
+"""Of a photograph, pixels."""
 QUESTIONS = [("what is it ?", " a made picture"), ("is it noisy ?", " yes")]
 
 

@@ -87,6 +87,12 @@ class Loaded:
         """Logits fp32 [b, s, V] of a batch as docs/architecture.md describes it."""
         return self.network.logits(to_device(batch, cpu_platform.device()))
 
+    @torch.no_grad()
+    def losses(self, batch: dict[str, Any]) -> Tensor:
+        """Cross-entropy fp32 [n] of the n places of a batch where loss_mask is 1, in the order of the flattened batch:
+        what a training step adds up."""
+        return self.network(to_device(batch, cpu_platform.device()))
+
     def logits(
         self,
         input_ids: Tensor,
@@ -145,6 +151,25 @@ def load(path: str | Path) -> Loaded:
     return Loaded(recipe, network, checkpoint / "tokenizer.json")
 
 
+def begin(recipe: Recipe, checkpoint: Path | None) -> Loaded:
+    """The model that a run of ``recipe``, one without stages, begins with, on one process.
+
+    Args:
+        checkpoint: whose weights are handed over to it (:func:`hand_over`); None: the recipe's first ones.
+
+    Raises:
+        UserError: a file is missing or altered, or the weights are those of another model.
+    """
+    if checkpoint is not None:
+        layout.verify(checkpoint)
+    with torch.random.fork_rng():  # the caller's random numbers stay as they were
+        engine.start(Parallel(), recipe.train.seed, alone=True)
+        network = build(_plain(recipe)).to(cpu_platform.device())
+        if checkpoint is not None:
+            hand_over(checkpoint, [network])
+    return Loaded(recipe, network, Path(recipe.data.root) / recipe.data.tokenizer)
+
+
 def state_dict(path: str | Path) -> tuple[Recipe, Shards, Path]:
     """Recipe, weights (:func:`weights`), which are read when they are asked for, and the tokenizer's path.
 
@@ -156,7 +181,7 @@ def state_dict(path: str | Path) -> tuple[Recipe, Shards, Path]:
     checkpoint = Path(path)
     layout.verify(checkpoint, only=lambda name: not layout.is_tensors(name))
     recipe = load_recipe(str(checkpoint / "recipe.toml"), [])
-    places = {name: place for name, place in state.places(blank(_plain(recipe))).items() if _is_weight(name)}
+    places = {name: place for name, place in state.places(blank(recipe)).items() if _is_weight(name)}
     known = hashlib.sha256(repr(layout.manifest(checkpoint)).encode()).hexdigest()
     return recipe, Shards(checkpoint / "state", places, known), checkpoint / "tokenizer.json"
 
@@ -166,7 +191,7 @@ def blank(recipe: Recipe) -> MultimodalModel:
     with torch.random.fork_rng():  # the caller's random numbers stay as they were
         engine.start(Parallel(), recipe.train.seed, alone=True)
         with torch.device("meta"):
-            return build(recipe)
+            return build(_plain(recipe))
 
 
 def _tensors(network: MultimodalModel) -> dict[str, Tensor]:

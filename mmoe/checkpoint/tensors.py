@@ -1,11 +1,13 @@
 """Tensors that lie somewhere and are read when they are asked for, whole or a stretch at a time."""
 
 import errno
+import hashlib
 import math
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,32 +67,76 @@ class Tensors(Mapping[str, Tensor]):
 
 
 class Memory(Tensors):
-    """Tensors in memory; of those on the meta device only the :attr:`specs` are of use."""
+    """Tensors in memory; of those on the meta device only the :attr:`specs` are of use. ``known`` is their fingerprint,
+    where who made them knows it."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = tensors
+    def __init__(self, tensors: Mapping[str, Tensor], known: str | None = None) -> None:
+        self.tensors, self.known = tensors, known
         self.specs = {name: Spec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         out.copy_(self.tensors[name].detach().reshape(-1)[start : start + out.numel()])
+
+    def fingerprint(self) -> str | None:
+        return self.known
 
 
 def lazy(tensors: Mapping[str, Tensor]) -> Tensors:
     return tensors if isinstance(tensors, Tensors) else Memory(tensors)
 
 
-class Part(Tensors):
-    """Those of ``tensors`` whose names start with ``prefix``."""
+class Rows(NamedTuple):
+    """Rows of a tensor, ``count`` from the one numbered ``first``; all of it where ``count`` is None."""
 
-    def __init__(self, tensors: Tensors, prefix: str) -> None:
-        self.tensors = tensors
-        self.specs = {name: spec for name, spec in tensors.specs.items() if name.startswith(prefix)}
+    name: str
+    first: int = 0
+    count: int | None = None
+
+
+class View(Tensors):
+    """Some of ``tensors``, or rows of them, under other names."""
+
+    def __init__(self, tensors: Tensors, rows: Mapping[str, Rows]) -> None:
+        self.tensors, self.rows = tensors, rows
+        self.specs = {}
+        for name, (old, _, count) in rows.items():
+            spec = tensors.specs[old]
+            self.specs[name] = spec if count is None else Spec(torch.Size([count, *spec.shape[1:]]), spec.dtype)
 
     def read(self, name: str, start: int, out: Tensor) -> None:
-        self.tensors.read(name, start, out)
+        old, first, _ = self.rows[name]
+        self.tensors.read(old, first * math.prod(self.specs[name].shape[1:]) + start, out)
 
     def fingerprint(self) -> str | None:
         return self.tensors.fingerprint()
+
+
+class Part(View):
+    """Those of ``tensors`` whose names start with ``prefix``."""
+
+    def __init__(self, tensors: Tensors, prefix: str) -> None:
+        super().__init__(tensors, {name: Rows(name) for name in tensors if name.startswith(prefix)})
+
+
+class Together(Tensors):
+    """The tensors of several, each with names of its own.
+
+    ``of``: what else they depend on, which the fingerprint tells of.
+    """
+
+    def __init__(self, parts: Sequence[Tensors], of: str = "") -> None:
+        self.parts = {name: part for part in parts for name in part}
+        self.specs = {name: spec for part in parts for name, spec in part.specs.items()}
+        if len(self.specs) < sum(map(len, parts)):
+            raise ValueError("two of the parts have a tensor of one name")
+        prints = [part.fingerprint() for part in parts]
+        self.known = None if None in prints else hashlib.sha256(repr((of, prints)).encode()).hexdigest()
+
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        self.parts[name].read(name, start, out)
+
+    def fingerprint(self) -> str | None:
+        return self.known
 
 
 def read_as(tensors: Tensors, name: str, start: int, out: Tensor) -> None:

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from mmoe.checkpoint import layout, stream
-from mmoe.checkpoint.tensors import Part, Tensors, lazy
-from mmoe.convert import processor
+from mmoe.checkpoint.tensors import Part, Rows, Tensors, View, lazy
+from mmoe.convert import processor, towers
+from mmoe.convert.families import cambrian, llava, multimodal
 from mmoe.convert.families import language as language_family
-from mmoe.convert.families import llava, multimodal
 from mmoe.convert.ship import ship
 from mmoe.convert.weights import INDEX, SHARD, plan
 from mmoe.errors import UserError
 from mmoe.progress import progress
 from mmoe.recipe.load import dump_recipe
-from mmoe.recipe.model import ViT
+from mmoe.recipe.model import Model, ViT
 from mmoe.recipe.schema import Recipe
 from mmoe.recipe.tokens import BOS, EOS, IMAGE, PAD, SPECIAL
 
@@ -29,7 +29,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKEN_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 RECIPE = "mmoe_recipe.toml"
 
-Format = Literal["auto", "llava", "mmoe"]
+Format = Literal["auto", "llava", "cambrian", "mmoe"]
+Kind = Literal["llava", "cambrian", "mmoe"]
+CLASSES = {"llava": "LlavaForConditionalGeneration", "cambrian": "CambrianLlamaForCausalLM"}
 Load = Callable[[Path], tuple[Recipe, Mapping[str, Tensor], Path]]
 
 
@@ -54,7 +56,8 @@ def to_hf(
         load: gives (recipe, tensors, path of tokenizer.json); :func:`mmoe.checkpoint.load.state_dict` if None, and then
             the checkpoint's files are held against their checksums.
         max_shard_size: of a file, as "5GB".
-        form: of the whole model: ``llava``, ``mmoe`` (with its own code), or ``auto``, the first that can be.
+        form: of the whole model: ``llava``, ``mmoe`` (with its own code), ``auto``, the first of these that can be, or
+            ``cambrian``, the released Cambrian-1's layout.
 
     Raises:
         UserError: the checkpoint cannot be read, transformers has no such model, or OUT holds something else.
@@ -70,18 +73,13 @@ def to_hf(
     language_family.check_expressible(recipe.model)
     state, wanted, model = lazy(found), DTYPES[dtype] if dtype else None, recipe.model
     tokens = processor.read_tokenizer(tokenizer)
-    stock = _is_stock(recipe, form, tokens)
-    of_whole = (llava if stock else multimodal).table(model) if model.encoders else None
-    whole = of_whole.write(state, wanted) if of_whole else None
-    table = language_family.table(model)
-    language = table.write(Part(state, "language.") if whole else state, wanted)
-
-    folder = "language" if whole else ""
-    files, index = plan(language, folder, max_shard_size)
-    indices = {Path(folder, INDEX): index}
-    if whole:
-        more, indices[Path(INDEX)] = plan(whole, "", max_shard_size)
-        files += more
+    kind = _kind(recipe, form, tokens)
+    folders = _folders(model, state, wanted, kind)
+    files: list[stream.File] = []
+    indices: dict[Path, bytes | None] = {}
+    for folder, tensors in folders.items():
+        planned, indices[Path(folder, INDEX)] = plan(tensors, folder, max_shard_size)
+        files += planned
     with stream.alone(partial):
         checked = nullcontext() if load else layout.verified(checkpoint)
         with checked, progress("to-hf", sum(file.nbytes for file in files)) as advance:
@@ -89,33 +87,55 @@ def to_hf(
         for path, content in indices.items():
             if content:
                 (partial / path).write_bytes(content)
-        notes = _describe(partial, recipe, tokens, _stored(language), _stored(whole) if whole else None, stock)
+        language = "language" if kind else ""
+        stored = {folder: _stored(folders[folder]) for folder in {language, ""}}
+        notes = _describe(partial, recipe, tokens, stored[language], stored[""] if kind else None, kind)
         _publish(partial, out)
     for note in notes:
         print(note)
 
 
-def _is_stock(recipe: Recipe, form: Format, tokens: processor.Tokens) -> bool:
-    """Whether the whole model becomes a ``LlavaForConditionalGeneration``.
+def _kind(recipe: Recipe, form: Format, tokens: processor.Tokens) -> Kind | None:
+    """What the whole model becomes: ``LlavaForConditionalGeneration``, the released Cambrian-1 or our own class. None
+    where there is none but the language model.
 
     Raises:
-        UserError: it is to, and cannot.
+        UserError: it is to be one of the first two, and cannot.
     """
-    if not recipe.model.encoders and form != "llava":
-        return False
-    misfit = next(llava.problems(recipe.model), None)
-    if misfit and form == "llava":
-        path, what, fix = misfit
-        raise UserError(f"LlavaForConditionalGeneration has no such model: {what}", path, fix)
-    if misfit or form == "mmoe":
-        return False
+    if form in CLASSES:
+        found = next((llava if form == "llava" else cambrian).problems(recipe.model), None)
+        if found:
+            path, what, fix = found
+            raise UserError(f"{CLASSES[form]} has no such model: {what}", path, fix)
+    if form == "cambrian":
+        return "cambrian"
+    if not recipe.model.encoders:
+        return None
+    if form == "mmoe" or next(llava.problems(recipe.model), None):
+        return "mmoe"
     size = recipe.model.backbone.vocab_size
     if tokens.image is not None and tokens.image < size:
-        return True
+        return "llava"
     if form == "llava":
         what = f"its {SPECIAL[IMAGE]} is {tokens.image}, of {size} tokens"
         raise UserError(what, "tokenizer.json", "give a tokenizer with that token, or take --format mmoe")
-    return False
+    return "mmoe"
+
+
+def _folders(model: Model, state: Tensors, dtype: torch.dtype | None, kind: Kind | None) -> dict[str, Tensors]:
+    """The tensors of each folder of an export, by its path there."""
+    language = language_family.table(model)
+    if kind is None:
+        return {"": language.write(state, dtype)}
+    folders = {"language": language.write(Part(state, "language."), dtype)}
+    if kind != "cambrian":
+        return folders | {"": (llava if kind == "llava" else multimodal).table(model).write(state, dtype)}
+    for encoder in model.encoders:
+        prefix = f"encoders.{encoder.name}."
+        table = towers.layout_of(cambrian.published(encoder))[1].prefixed(ours=prefix)
+        folders[f"{cambrian.ENCODERS}/{encoder.name}"] = table.write(Part(state, prefix), dtype)
+    vision = {name: Rows(name) for name in state if not name.startswith("encoders.")}
+    return folders | {"": cambrian.table(model).write(View(state, vision), dtype)}
 
 
 def _check_room(out: Path) -> None:
@@ -142,7 +162,7 @@ def _stored(tensors: Tensors) -> str:
 
 
 def _describe(
-    out: Path, recipe: Recipe, tokens: processor.Tokens, language_dtype: str, whole_dtype: str | None, stock: bool
+    out: Path, recipe: Recipe, tokens: processor.Tokens, language_dtype: str, whole_dtype: str | None, kind: Kind | None
 ) -> list[str]:
     """Everything but the weights; ``whole_dtype`` is None where the language model is all. Gives notes on what the
     export does not do as training does."""
@@ -153,14 +173,16 @@ def _describe(
     _write_json(language / "config.json", config)
     _write_tokenizer(language, tokens, tokens.data, model.backbone.max_position)
     notes: list[str] = []
-    if whole_dtype and stock:
+    if whole_dtype and kind == "llava":
         notes = _describe_llava(out, recipe, tokens, whole_dtype)
+    elif whole_dtype and kind == "cambrian":
+        notes = _describe_cambrian(out, recipe, tokens, whole_dtype)
     elif whole_dtype:
         _write_json(out / "config.json", _whole_config(recipe, config, whole_dtype))
         _write_tokenizer(out, tokens, tokens.data, model.backbone.max_position)
         _write_processor(out, recipe)
         ship(out)
-    _write_readme(out, recipe, config["architectures"][0], stock)
+    _write_readme(out, recipe, config["architectures"][0], kind)
     return notes
 
 
@@ -174,6 +196,22 @@ def _describe_llava(out: Path, recipe: Recipe, tokens: processor.Tokens, dtype: 
     _write_json(out / "preprocessor_config.json", fields)
     _write_json(out / "processor_config.json", processor.processor(encoder))
     return notes
+
+
+def _describe_cambrian(out: Path, recipe: Recipe, tokens: processor.Tokens, dtype: str) -> list[str]:
+    model = recipe.model
+    _write_json(out / "config.json", cambrian.to_config(model, dtype))
+    _write_tokenizer(out, tokens, tokens.data, model.backbone.max_position)
+    for encoder in model.encoders:
+        folder = out / cambrian.ENCODERS / encoder.name
+        _write_json(folder / "config.json", towers.layout_of(cambrian.published(encoder))[0])
+        fields, _ = processor.image_processor(encoder, "stretch", recipe.data.interpolation)
+        del fields["processor_class"]  # of a LLaVA
+        _write_json(folder / "preprocessor_config.json", fields)
+    return [
+        "the released code looks for one picture a text, at image_position of config.json; it finds encoders by their "
+        "published names, which mm_vision_tower_aux_list has to be given"
+    ]
 
 
 def _whole_config(recipe: Recipe, language: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -239,9 +277,10 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_readme(out: Path, recipe: Recipe, language: str, stock: bool) -> None:
-    whole = WHOLE_README.replace(", trust_remote_code=True", "") if stock else WHOLE_README
-    template = (whole if recipe.model.encoders else LANGUAGE_README).replace("LANGUAGE", language)
+def _write_readme(out: Path, recipe: Recipe, language: str, kind: Kind | None) -> None:
+    stock = WHOLE_README.replace(", trust_remote_code=True", "")
+    templates = {"llava": stock, "cambrian": CAMBRIAN_README, "mmoe": WHOLE_README, None: LANGUAGE_README}
+    template = templates[kind].replace("LANGUAGE", language)
     title = f"# {recipe.name}\n\n{recipe.description}".rstrip()
     (out / "README.md").write_text(f"---\nlibrary_name: transformers\n---\n{title}\n{template}", encoding="utf-8")
 
@@ -256,6 +295,13 @@ Trained with mmoe; `mmoe_recipe.toml` is the recipe. Needs transformers, torch, 
     inputs = processor(text="<image>how many zebras ?", images="picture.png", return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=16)
     print(processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+
+`language/` holds the language model alone: `LANGUAGE.from_pretrained("language")`.
+"""
+CAMBRIAN_README = """
+Trained with mmoe; `mmoe_recipe.toml` is the recipe. In the layout of the released Cambrian-1
+(`CambrianLlamaForCausalLM` of cambrian-mllm/cambrian): the language model and the connector here, the encoders in
+`encoders/`, each a directory of its own. `mmoe convert from-hf` reads it.
 
 `language/` holds the language model alone: `LANGUAGE.from_pretrained("language")`.
 """

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmoe import reading
-from mmoe.checkpoint.tensors import Spec, Tensors, read_as
-from mmoe.convert import processor
+from mmoe.checkpoint.tensors import Rows, Spec, Tensors, Together, View, read_as
+from mmoe.convert import processor, towers
 from mmoe.convert.export import RECIPE
-from mmoe.convert.families import language, llava, longcat, multimodal
+from mmoe.convert.families import cambrian, language, llava, longcat, multimodal
+from mmoe.convert.families.fields import read_config
 from mmoe.convert.weights import Weights
+from mmoe.ending import one_line
 from mmoe.errors import UserError
 from mmoe.progress import progress
 from mmoe.recipe.checks import model_problems, problems
@@ -23,8 +24,6 @@ from mmoe.recipe.tokens import IMAGE
 
 FILE = 5 << 30
 """Bytes of a file of a checkpoint's tensors."""
-LARGEST_CONFIG = 1 << 24
-"""Bytes."""
 
 
 class Imported(NamedTuple):
@@ -39,7 +38,8 @@ class Imported(NamedTuple):
 
 def read_hf(directory: Path) -> Imported:
     """Read an export of ours, its ``language`` folder, or another ``LongcatFlashForCausalLM``, ``LlamaForCausalLM`` or
-    ``LlavaForConditionalGeneration`` on one of these.
+    ``LlavaForConditionalGeneration`` on one of these. A released Cambrian-1 lacks the encoders: that is read by
+    :func:`mmoe.convert.parts.from_parts`.
 
     A directory without our recipe gives one that names the model and leaves data and training to be chosen. Nothing in
     it is run, no pickle is read, and no file that an index of it names: its own ``*.safetensors`` are. They may be
@@ -48,13 +48,15 @@ def read_hf(directory: Path) -> Imported:
     Raises:
         UserError: a file is missing or unreadable, or tensors and configuration do not fit.
     """
-    config = _config(directory)
+    config = read_config(directory)
     tensors = Weights(directory)
     mtp = MTP() if any(longcat.MTP in name for name in tensors) else None
     fused = any(name.endswith("experts.gate_up_proj") for name in tensors)
     where = str(directory / "config.json")
     ours = load_recipe(directory / RECIPE) if (directory / RECIPE).exists() else None
     kind = config.get("model_type")
+    if kind == cambrian.MODEL_TYPE:
+        return _read_cambrian(directory, config, tensors, ours)
     if kind == "mmoe":
         model = dataclasses.replace(multimodal.from_config(config, where), mtp=mtp)
     elif kind == "llava":
@@ -78,6 +80,29 @@ def read_hf(directory: Path) -> Imported:
             ours, more = _as_processed(ours, directory, config)
             notes += more
     return Imported(ours, table.read(tensors, str(directory)), directory / "tokenizer.json", notes)
+
+
+def _read_cambrian(directory: Path, config: dict[str, Any], tensors: Tensors, ours: Recipe | None) -> Imported:
+    """An export with the encoders' own directories in it."""
+    where = str(directory / "config.json")
+    if ours is None or not (directory / cambrian.ENCODERS).is_dir():
+        parts = [f"{module}={directory}" for module in ("connector", "language")]
+        fix = f"mmoe convert from-parts RECIPE OUT --part {' '.join(parts)} encoders.NAME=DIR …"
+        raise UserError("a released Cambrian-1 directory has no encoders in it", where, fix)
+    model = ours.model
+    for path, what, fix in cambrian.problems(model):
+        raise UserError(f"its recipe is none of a Cambrian-1: {what}", f"{directory / RECIPE}, {path}", fix)
+    own = {encoder.name: directory / cambrian.ENCODERS / encoder.name for encoder in model.encoders}
+    apart = [(name, Weights(path)) for name, path in own.items()]
+    every = [View(found, {f"{name}/{tensor}": Rows(tensor) for tensor in found}) for name, found in apart]
+    _plausible(model, Together([tensors, *every]), str(directory / RECIPE))
+    cambrian.check(config, model, where)
+    backbone, _ = language.from_config({**config, "model_type": "llama"}, where)
+    language.check_same_model(dataclasses.replace(model, backbone=backbone), model, where)
+    states = [cambrian.table(model).read(tensors, str(directory))]
+    for index, encoder in enumerate(model.encoders):
+        states.append(towers.read(own[encoder.name], encoder, f"model.encoders.{index}").state)
+    return Imported(ours, Together(states), directory / "tokenizer.json", [])
 
 
 def _as_processed(recipe: Recipe, directory: Path, config: dict[str, Any]) -> tuple[Recipe, list[str]]:
@@ -104,21 +129,37 @@ def from_hf(directory: Path, out: Path) -> None:
     Raises:
         UserError: see :func:`read_hf`; or OUT is not empty, or the directory has no tokenizer.json.
     """
-    from mmoe.checkpoint import layout, stream
-
-    final = layout.folder(out, 0)
-    partial = final.with_name(f".{final.name}.part")
-    _check_room(out, partial)
+    _check_room(out, _partial(out))
     imported = read_hf(directory)
     if not imported.tokenizer.is_file():
         raise UserError("no tokenizer.json", str(directory), "put the model's tokenizer there")
+    write(imported, out, "from-hf")
+
+
+def write(imported: Imported, out: Path, title: str) -> None:
+    """Write a model as the checkpoint OUT/checkpoints/step_00000000, and print its notes; ``title`` of the progress.
+
+    Raises:
+        UserError: OUT is not empty, or the tensors are not those of the recipe's model.
+    """
+    from mmoe.checkpoint import layout, stream
+
+    final, partial = layout.folder(out, 0), _partial(out)
+    _check_room(out, partial)
     for note in imported.notes:
-        print(note)
+        print(one_line(note))
     with stream.alone(partial):
         _check_room(out, partial)  # again: another process may have made the checkpoint meanwhile
-        _save(imported, partial)
+        _save(imported, partial, title)
         stream.publish(partial, final)
         layout.point_to(final)
+
+
+def _partial(out: Path) -> Path:
+    from mmoe.checkpoint import layout
+
+    final = layout.folder(out, 0)
+    return final.with_name(f".{final.name}.part")
 
 
 def _check_room(out: Path, partial: Path) -> None:
@@ -128,7 +169,7 @@ def _check_room(out: Path, partial: Path) -> None:
         raise UserError("is not an empty directory", str(out), "name another one")
 
 
-def _save(imported: Imported, folder: Path) -> None:
+def _save(imported: Imported, folder: Path, title: str) -> None:
     from mmoe.checkpoint import layout, shards, stream
     from mmoe.checkpoint.load import blank, weights
     from mmoe.parallel import state
@@ -141,7 +182,7 @@ def _save(imported: Imported, folder: Path) -> None:
         imported.state, {name: Spec(place.tensor.shape, place.tensor.dtype) for name, place in places.items()}
     )
     plan = shards.plan(places, source, "state", FILE)
-    with progress("from-hf", sum(file.nbytes for file in plan.files)) as advance:
+    with progress(title, sum(file.nbytes for file in plan.files)) as advance:
         written = stream.write(folder, plan.files, advance)
     shards.write_index(folder / "state", network, plan)
     (folder / "progress.json").write_text("{}\n")
@@ -168,15 +209,6 @@ class _Filled(Tensors):
 
     def fingerprint(self) -> str | None:
         return self.found.fingerprint()
-
-
-def _config(directory: Path) -> dict[str, Any]:
-    try:
-        return reading.json_object(reading.text(directory / "config.json", LARGEST_CONFIG))
-    except FileNotFoundError:
-        raise UserError("no config.json", str(directory), "name a Hugging Face model directory") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"unreadable config.json: {error}", str(directory), "export the model again") from None
 
 
 def _plausible(model: Model, tensors: Tensors, where: str) -> None:

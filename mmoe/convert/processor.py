@@ -13,7 +13,7 @@ from mmoe import reading
 from mmoe.convert.families.llava import strategy
 from mmoe.data.pixels import MEAN, Fit, Interpolation
 from mmoe.errors import UserError
-from mmoe.recipe.model import ViT
+from mmoe.recipe.model import Encoder, ViT
 from mmoe.recipe.tokens import BOS, IMAGE, SPECIAL
 
 RESAMPLE: dict[Interpolation, int] = {"triangular": 2, "cubic": 3}
@@ -33,7 +33,7 @@ class Settings(NamedTuple):
     notes: list[str]
 
 
-def image_processor(encoder: ViT, fit: Fit, interpolation: Interpolation) -> tuple[dict[str, Any], list[str]]:
+def image_processor(encoder: Encoder, fit: Fit, interpolation: Interpolation) -> tuple[dict[str, Any], list[str]]:
     """The ``preprocessor_config.json`` of what training does to pictures, and notes on where it differs."""
     square = {"height": encoder.image_size, "width": encoder.image_size}
     fields = {

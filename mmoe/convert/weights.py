@@ -22,6 +22,8 @@ from mmoe.checkpoint.tensors import Spec, Tensors, fill
 from mmoe.errors import UserError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+OTHERS = {"F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+"""Of buffers that stand beside weights in published files, and are not read."""
 ORDER = tuple(DTYPES.values())
 """safetensors puts tensors of the same dtype together, in this order (its Dtype, the largest first)."""
 INDEX = "model.safetensors.index.json"
@@ -37,14 +39,22 @@ class _Where(NamedTuple):
 class Weights(Tensors):
     """The tensors in a directory's own ``*.safetensors``; links are followed, as in the hub's cache."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, buffers: bool = False) -> None:
         """
+        Args:
+            directory: of the files.
+            buffers: tensors of other dtypes than weights have may be among them.
+
         Raises:
             UserError: there are no files, one is damaged, a tensor is in two of them or of a dtype that is not read.
         """
+        self.dtypes = DTYPES | OTHERS if buffers else DTYPES
         files = sorted(directory.glob("*.safetensors"))
         if not files:
-            raise UserError("no .safetensors files", str(directory), "name a Hugging Face model directory")
+            pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt"))
+            fix = "pickles are not read: load and save it once with transformers, which writes .safetensors"
+            fix = fix if pickled else "name a Hugging Face model directory"
+            raise UserError("no .safetensors files", str(directory), fix)
         self.specs: dict[str, Spec] = {}
         self.where: dict[str, _Where] = {}
         self.known = hashlib.sha256()
@@ -63,12 +73,12 @@ class Weights(Tensors):
             raise UserError(f"unreadable: {error}", str(file), "copy or export the file again") from None
         offset = 8 + length
         for name, (dtype, shape) in found.items():
-            if dtype not in DTYPES:
+            if dtype not in self.dtypes:
                 kind = f"torch.int{dtype[1:]}" if dtype.startswith("I") else dtype
                 raise UserError(f"tensor {name} is {kind}", str(file), "export it in fp32, bf16 or fp16")
             if name in self.specs:
                 raise UserError(f"tensor {name} is in another file too", str(file), "leave one of the files")
-            self.specs[name] = Spec(torch.Size(shape), DTYPES[dtype])
+            self.specs[name] = Spec(torch.Size(shape), self.dtypes[dtype])
             self.where[name] = _Where(file, offset)
             offset += self.specs[name].nbytes
 

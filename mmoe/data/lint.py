@@ -52,7 +52,7 @@ def lint(path: Path) -> list[Problem]:
     tokenizer = _find_tokenizer(path, str(index["tokenizer"]))
     count = token_counter(load_tokenizer(tokenizer)) if tokenizer else None
     answers: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
-    firsts: dict[str, Counter[bool]] = defaultdict(Counter)
+    orders: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
     for number in range(len(index["key"])):
         key = index["key"][number].decode()
         try:
@@ -79,8 +79,8 @@ def lint(path: Path) -> list[Problem]:
                 answers[branch["task"], len(branch["choices"])][place] += 1
                 named = _named(branch)
                 if len(named) > 1 and branch["answer"] in named:
-                    firsts[branch["task"]][named[0] == branch["answer"]] += 1
-    return findings + list(_balance(answers, firsts))
+                    orders[branch["task"], len(named)][named.index(branch["answer"])] += 1
+    return findings + list(_balance(answers, orders))
 
 
 def _files(path: Path, card: dict[str, Any]) -> Iterator[Problem]:
@@ -208,18 +208,22 @@ def _images(sample: Sample) -> Iterator[str]:
             yield f"image {number}: {error}"
 
 
-def _balance(answers: dict[tuple[str, int], Counter[int]], firsts: dict[str, Counter[bool]]) -> Iterator[Problem]:
-    """Tasks in which one answer, or the option named first, is right more often than chance allows (5 σ, and 2%)."""
+def _balance(
+    answers: dict[tuple[str, int], Counter[int]], orders: dict[tuple[str, int], Counter[int]]
+) -> Iterator[Problem]:
+    """Tasks in which one answer, or a place in the prompt, is right more often than chance allows (5 σ, and 2%)."""
+    ordered = {task for task, _ in orders}
     for (task, choices), counter in answers.items():
-        # Two choices that stand in the prompt are checked by their order there: their list has no meaning.
-        if task not in firsts:
+        # Choices that stand in the prompt are checked by their order there: their list has no meaning.
+        if task not in ordered:
             share, samples = max(counter.values()) / counter.total(), counter.total()
             if share > _allowed(1 / choices, samples):
                 yield Problem(task, f"one of {choices} answers is right in {share:.0%} of {samples} questions")
-    for task, counter in firsts.items():
-        share, samples = counter[True] / counter.total(), counter.total()
-        if max(share, 1 - share) > _allowed(0.5, samples):
-            yield Problem(task, f"the option named first is right in {share:.0%} of {samples} questions")
+    for (task, named), counter in orders.items():
+        (place, right), samples = counter.most_common(1)[0], counter.total()
+        if right / samples > _allowed(1 / named, samples):
+            which = "first" if place == 0 else "last" if place == named - 1 else f"as number {place + 1}"
+            yield Problem(task, f"the option named {which} is right in {right / samples:.0%} of {samples} questions")
 
 
 def _allowed(chance: float, samples: int) -> float:

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
-from mmoe.evaluate.history import History
+from mmoe.evaluate.history import History, seen
 
 INK, MUTED, RULE, PAPER = "#1b2733", "#66788a", "#d9dfe5", "#ffffff"
 BLUE, AMBER, GREEN, RED = "#2a6f97", "#c98a1b", "#2d7a4b", "#b23a48"
@@ -57,22 +57,41 @@ def smooth(values: NDArray[np.float64], span: int) -> NDArray[np.float64]:
 
 
 def _line(axes: Axes, run: History, name: str, color: str, label: str | None = None) -> None:
-    """The numbers themselves, pale, below their running mean."""
-    values = run.column(name)
-    axes.plot(run.steps, values, color=color, linewidth=0.6, alpha=0.3)
-    axes.plot(run.steps, smooth(values, max(1, len(values) // 50)), color=color, linewidth=1.6, label=label)
+    """The numbers themselves, pale, below their running mean, stage by stage."""
+    values, steps, span = run.column(name), run.steps, max(1, len(run.rows) // 50)
+    for rows in run.parts():
+        axes.plot(steps[rows], values[rows], color=color, linewidth=0.6, alpha=0.3)
+        axes.plot(steps[rows], smooth(values[rows], span), color=color, linewidth=1.6, label=label)
+    over_steps(axes, run)
+
+
+def over_steps(axes: Axes, run: History) -> None:
+    """The horizontal axis of a drawing over all steps: a line where a stage begins, and the stages' names."""
+    steps = run.steps
+    if run.stages:
+        axes.margins(y=0.12)  # room for the names
+    for rows, (_, name) in zip(run.parts(), run.stages, strict=False):
+        first = 0.0 if not rows.start else float(steps[rows.start - 1])
+        if first:
+            axes.axvline(first, color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)), zorder=1.5)
+        place = {"xycoords": axes.get_xaxis_transform(), "xytext": (3, -2), "textcoords": "offset points"}
+        axes.annotate(name, (first, 1.0), color=MUTED, fontsize=8, va="top", **place)
     axes.set_xlabel("step")
-    axes.set_xlim(0, float(run.steps[-1]))
+    axes.set_xlim(0, float(steps[-1]))
 
 
 def draw_loss(axes: Axes, run: History) -> None:
     _line(axes, run, "loss", BLUE)
+    scale_of_losses(axes, float(np.nanmin(run.column("loss"))), float(np.nanmax(run.column("loss"))))
+    axes.set_title("Training loss, nats per answer token")
+
+
+def scale_of_losses(axes: Axes, low: float, high: float) -> None:
+    """A logarithmic axis with round numbers between ``low`` and ``high``."""
     axes.set_yscale("log")
-    low, high = float(np.nanmin(run.column("loss"))), float(np.nanmax(run.column("loss")))
     ticks = [tick for tick in (0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5, 8, 12) if low * 0.9 < tick < high * 1.1]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_title("Training loss, nats per answer token")
 
 
 def draw_gradient(axes: Axes, run: History) -> None:
@@ -82,8 +101,10 @@ def draw_gradient(axes: Axes, run: History) -> None:
 
 
 def draw_rate(axes: Axes, run: History) -> None:
-    axes.plot(run.steps, run.column("lr"), color=BLUE, linewidth=1.6)
-    axes.set(xlabel="step", xlim=(0, float(run.steps[-1])), ylim=(0, None))
+    for rows in run.parts():
+        axes.plot(run.steps[rows], run.column("lr")[rows], color=BLUE, linewidth=1.6)
+    over_steps(axes, run)
+    axes.set_ylim(0, None)
     axes.ticklabel_format(axis="y", scilimits=(0, 0))
     axes.set_title("Learning rate")
 
@@ -157,7 +178,7 @@ def draw_load(axes: Axes, run: History) -> None:
 
 def draw_accuracy(axes: Axes, run: History) -> None:
     """A line a task; for each evaluation its accuracy with the 95% interval, chance and majority beside it."""
-    shown = {name: result for name, result in run.evaluations.items() if not result["blank"]}
+    shown = {name: result for name, result in run.evaluations.items() if seen(result) == "shown"}
     tasks = sorted({task for result in shown.values() for task in result["tasks"]}, reverse=True)
     axes.set_title("Accuracy by task, with 95% intervals")
     if not tasks:
@@ -191,6 +212,26 @@ def draw_accuracy(axes: Axes, run: History) -> None:
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
+
+
+def draw_vision(axes: Axes, on: dict[str, Any], off: dict[str, Any], title: str) -> None:
+    """Bars a task: with pictures, without any, and guessing; the first two with their 95% intervals."""
+    tasks = [task for task in on["tasks"] if task in off["tasks"]]
+    places = np.arange(len(tasks))
+    for offset, result, color, label in ((-0.27, on, BLUE, "vision on"), (0.0, off, AMBER, "vision off")):
+        rows = [result["tasks"][task] for task in tasks]
+        shares = np.array([row["accuracy"] for row in rows])
+        ends = np.array([[row["low"] for row in rows], [row["high"] for row in rows]])
+        bars = {"yerr": np.abs(ends - shares), "ecolor": INK, "error_kw": {"elinewidth": 0.8}}
+        axes.bar(places + offset, shares, 0.25, color=color, label=label, **bars)
+    axes.bar(places + 0.27, [on["tasks"][task]["chance"] for task in tasks], 0.25, color=RULE, label="chance")
+    axes.set_xticks(places, [task.replace("_", " / ") for task in tasks], color=INK)
+    axes.set(ylim=(0, 1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(visible=False, axis="x")
+    axes.tick_params(axis="x", length=0)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncol=3)
+    axes.set_title(title)
 
 
 def _least(result: dict[str, Any]) -> int:

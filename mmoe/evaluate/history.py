@@ -1,7 +1,7 @@
 """What a run directory says about its run, read for the report."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from mmoe.errors import UserError
 from mmoe.evaluate.goodput import Goodput, account
 from mmoe.recipe import Recipe, load_recipe
 from mmoe.recipe.model import MoE
+
+TOLD = {"shown": "", "blank": "blank images", "none": "no images"}
+"""What a model saw of an evaluation's pictures, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +27,13 @@ class History:
     skipped: list[str]
     """The bad samples that training met, named with the reason."""
     evaluations: dict[str, dict[str, Any]]
-    """By file name without suffix: what `mmoe evaluate --json` wrote."""
+    """By file name without suffix: what `mmoe evaluate --json` wrote of the suites that ask questions."""
+    losses: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The same of the suite ``loss``."""
     goodput: Goodput | None = None
     """None for a run without events.jsonl."""
+    stages: tuple[tuple[int, str], ...] = ()
+    """Of a run of several stages: the rows before each, and its name."""
 
     def column(self, name: str) -> NDArray[np.float64]:
         """``[steps]``; NaN where a step has no such number."""
@@ -35,6 +42,11 @@ class History:
     @property
     def steps(self) -> NDArray[np.float64]:
         return self.column("step")
+
+    def parts(self) -> list[slice]:
+        """The rows of each stage; all of them, where there is one."""
+        begins = [first for first, _ in self.stages] or [0]
+        return [slice(*ends) for ends in zip(begins, [*begins[1:], len(self.rows)], strict=True)]
 
     def loads(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Steps ``[t]`` at which the expert load was written, and the loads ``[t, layers, N + Z]``."""
@@ -50,11 +62,28 @@ class History:
         assert self.recipe.model.moe is not None
         return self.recipe.model.moe
 
+    def vision(self) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+        """Evaluations of the same questions with pictures and without any: the name of the first, and both."""
+        shown = {name: result for name, result in self.evaluations.items() if seen(result) == "shown"}
+        none = [result for result in self.evaluations.values() if seen(result) == "none"]
+        asked = ("suite", "data", "samples")
+        return [
+            (name, on, off)
+            for name, on in shown.items()
+            for off in none
+            if all(on.get(key) == off.get(key) for key in asked)
+        ]
+
     def settled_active_experts(self) -> float:
         """Mean active experts per token over the last fifth of the steps; NaN without steps."""
         values = self.column("active_experts_mean")
         tail = values[len(values) - max(1, len(values) // 5) :]
         return float(np.nanmean(tail)) if np.isfinite(tail).any() else float("nan")
+
+
+def seen(result: dict[str, Any]) -> str:
+    """What the model saw of an evaluation's pictures: ``shown``, ``blank`` or ``none``."""
+    return result.get("images", "blank" if result["blank"] else "shown")
 
 
 def read(run: Path) -> History:
@@ -70,12 +99,7 @@ def read(run: Path) -> History:
     rows = _lines(run / "metrics.jsonl")
     if not rows:
         raise UserError("no step has been taken yet", str(run / "metrics.jsonl"), "train first")
-    evaluations = {}
-    for path in sorted((run / "evaluation").glob("*.json")):
-        try:
-            evaluations[path.stem] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError("not a JSON file", str(path), "evaluate again") from None
+    results = read_results(run / "evaluation")
     path = run / "skipped.jsonl"
     skipped = [f"step {line['step']}: {line['sample']}" for line in _lines(path)] if path.is_file() else []
     journal = run / "events.jsonl"
@@ -84,7 +108,26 @@ def read(run: Path) -> History:
         goodput = account(events, rows, (run / "metrics.jsonl").stat().st_mtime)
     except (KeyError, TypeError) as error:
         raise UserError(f"not what training writes: {error}", str(journal), "remove the line") from None
-    return History(recipe=recipe, rows=rows, skipped=skipped, evaluations=evaluations, goodput=goodput)
+    evaluations, losses = (
+        {name: result for name, result in results.items() if (result.get("suite") == "loss") is wanted}
+        for wanted in (False, True)
+    )
+    return History(recipe=recipe, rows=rows, skipped=skipped, evaluations=evaluations, losses=losses, goodput=goodput)
+
+
+def read_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """What `mmoe evaluate --json` wrote into a folder, by file name without suffix.
+
+    Raises:
+        UserError: a file is no JSON.
+    """
+    results = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            results[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError("not a JSON file", str(path), "evaluate again") from None
+    return results
 
 
 def _event(line: str) -> dict[str, Any] | None:

@@ -1,6 +1,5 @@
 """`mmoe report DIR`: the run as one page, report.html, and as one picture, report.png."""
 
-import base64
 import html
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -9,38 +8,11 @@ from typing import Any
 
 from mmoe.evaluate import figures
 from mmoe.evaluate.goodput import Goodput
-from mmoe.evaluate.history import History, read
+from mmoe.evaluate.history import TOLD, History, read, seen
+from mmoe.evaluate.page import drawing, opening
 from mmoe.recipe import dump_recipe
 
 EXAMPLES = 16
-
-_STYLE = """
-:root { --ink: #1b2733; --muted: #66788a; --rule: #d9dfe5; --green: #2d7a4b; --red: #b23a48; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 2rem 4rem; max-width: 75rem; color: var(--ink); background: #fff;
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-h1 { margin: 0; font-size: 1.9rem; letter-spacing: -0.01em; }
-h2 { margin: 2.75rem 0 0.75rem; padding-top: 1rem; border-top: 1px solid var(--rule); font-size: 1.15rem; }
-p { max-width: 46rem; } .muted { color: var(--muted); }
-.facts { display: flex; flex-wrap: wrap; gap: 0.5rem 2.5rem; margin: 1.5rem 0 0; }
-.facts div { min-width: 6rem; } .facts dt { color: var(--muted); font-size: 0.8rem; }
-.facts dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
-.panels { display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem 2rem; }
-.panels img { display: block; width: 100%; min-width: 0; } .wide { grid-column: 1 / 3; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.4rem 0.9rem 0.4rem 0; border-bottom: 1px solid var(--rule); text-align: right;
-  white-space: nowrap; }
-th { color: var(--muted); font-weight: 500; font-size: 0.85rem; }
-th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; }
-.examples { display: grid; grid-template-columns: 1fr 1fr 1fr 1fr; gap: 1.5rem; }
-@media (max-width: 50rem) { .panels, .examples { grid-template-columns: 1fr; } .wide { grid-column: auto; } }
-.examples figure { margin: 0; } .examples img { height: 9rem; max-width: 100%; object-fit: contain;
-  object-position: left; image-rendering: pixelated; }
-figcaption { font-size: 0.9rem; line-height: 1.35; } figcaption span { display: block; }
-.right { color: var(--green); font-weight: 600; } .wrong { color: var(--red); font-weight: 600; }
-pre { padding: 1rem; overflow-x: auto; border: 1px solid var(--rule); font-size: 0.8rem; line-height: 1.45; }
-"""
 
 _HALF, _WIDE = ("half", 5.8, 3.1), ("wide", 12.0, 3.9)
 _PANELS = [
@@ -67,7 +39,7 @@ def write(run: Path) -> None:
     """
     history = read(run)
     examples = _examples(history)
-    facts = _facts(history)
+    facts = describe(history)
     line = "   ·   ".join(f"{value} {name}" for name, value in facts.items())
     (run / "report.png").write_bytes(figures.summary(history, history.recipe.name, line, examples))
     (run / "report.html").write_text("\n".join(_page(history, facts, examples)), encoding="utf-8")
@@ -75,16 +47,20 @@ def write(run: Path) -> None:
 
 
 def _order(history: History) -> list[str]:
-    """The evaluations: with pictures before blank ones, `test` before the others."""
-    return sorted(history.evaluations, key=lambda name: (history.evaluations[name]["blank"], name != "test", name))
+    """The evaluations: with pictures before those without, `test` before the others."""
+    return sorted(
+        history.evaluations, key=lambda name: (seen(history.evaluations[name]) != "shown", name != "test", name)
+    )
 
 
 def _examples(history: History) -> list[dict[str, Any]]:
-    seen = [history.evaluations[name] for name in _order(history) if not history.evaluations[name]["blank"]]
-    return next((result["examples"][:EXAMPLES] for result in seen if result["examples"]), [])
+    results = [history.evaluations[name] for name in _order(history)]
+    shown = [result["examples"][:EXAMPLES] for result in results if seen(result) == "shown"]
+    return next(filter(None, shown), [])
 
 
-def _facts(history: History) -> dict[str, str]:
+def describe(history: History) -> dict[str, str]:
+    """The facts on top of a page: each value under its name."""
     samples, tokens = history.column("samples").sum(), history.column("tokens").sum()
     seconds = history.column("seconds").sum()
     minutes, rest = divmod(round(float(seconds)), 60)
@@ -105,24 +81,20 @@ def _facts(history: History) -> dict[str, str]:
 
 
 def _page(history: History, facts: dict[str, str], examples: list[dict[str, Any]]) -> Iterator[str]:
-    name, description = html.escape(history.recipe.name), html.escape(history.recipe.description)
-    yield f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{name}</title>'
-    yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    yield f"<style>{_STYLE}</style>\n</head>\n<body>"
-    yield f'<h1>{name}</h1>\n<p class="muted">{description}</p>'
-    yield '<dl class="facts">'
-    yield from (f"<div><dt>{html.escape(fact)}</dt><dd>{value}</dd></div>" for fact, value in facts.items())
-    yield '</dl>\n<h2>Curves</h2>\n<div class="panels">'
+    yield from opening(history.recipe.name, history.recipe.description, facts)
+    yield '<h2>Curves</h2>\n<div class="panels">'
     routed = history.recipe.model.moe is not None
     for draw, (kind, width, height) in (panel for panel in _PANELS if routed or panel[0] not in _OF_EXPERTS):
-        # A file of its own: inline, the identifiers of one drawing would be those of the next.
-        drawing = base64.b64encode(figures.svg(draw, history, width, height)).decode()
-        yield f'<img class="{kind}" alt="{draw.__name__}" src="data:image/svg+xml;base64,{drawing}">'
+        yield drawing(kind, draw.__name__, figures.svg(draw, history, width, height))
     yield "</div>"
     if history.goodput:
         yield from _goodput(history.goodput)
     for split in _order(history):
         yield from _table(split, history.evaluations[split])
+    for split, on, off in history.vision():
+        yield from vision(split, on, off, history)
+    if history.losses:
+        yield from _losses(history.losses)
     yield "<h2>Answers</h2>"
     yield '<p class="muted">Of each task in turn the first question about a picture not yet shown; none is chosen.</p>'
     yield '<div class="examples">'
@@ -155,7 +127,8 @@ def _goodput(goodput: Goodput) -> Iterator[str]:
 
 
 def _table(split: str, result: dict[str, Any]) -> Iterator[str]:
-    title = f"{split}{' (blank images)' if result['blank'] else ''}"
+    told = TOLD[seen(result)]
+    title = f"{split} ({told})" if told else split
     yield f'<h2>Accuracy on {html.escape(title)}</h2>\n<div class="scroll"><table>'
     names = ("task", "n", "accuracy", "95% interval", "chance", "majority", "majority answer")
     yield f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>"
@@ -163,6 +136,33 @@ def _table(split: str, result: dict[str, Any]) -> Iterator[str]:
         interval = f"{row['low']:.1%} – {row['high']:.1%}"
         shares = [f"{row['accuracy']:.1%}", interval, f"{row['chance']:.1%}", f"{row['majority']:.1%}"]
         cells = [task.replace("_", " / "), f"{row['n']:,}", *shares, row["majority_answer"]]
+        yield f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
+    yield "</table></div>"
+
+
+def vision(split: str, on: dict[str, Any], off: dict[str, Any], history: History) -> Iterator[str]:
+    """The figure of an evaluation with pictures and without any, and each task's difference."""
+    yield f'<h2>Vision on and off: {html.escape(split)}</h2>\n<div class="panels">'
+    title = "Accuracy with pictures, without any, and by chance"
+    panel = figures.svg(lambda axes, _: figures.draw_vision(axes, on, off, title), history, 12.0, 3.9)
+    yield drawing("wide", "draw_vision", panel)
+    yield "</div>\n<ul>"
+    for task in (task for task in on["tasks"] if task in off["tasks"]):
+        shares = [result["tasks"][task]["accuracy"] for result in (on, off)]
+        points = 100 * (shares[0] - shares[1])
+        name = html.escape(task.replace("_", " / "))
+        yield f"<li>{name}: {shares[0]:.1%} with, {shares[1]:.1%} without: {points:+.1f} points</li>"
+    yield "</ul>"
+
+
+def _losses(losses: dict[str, dict[str, Any]]) -> Iterator[str]:
+    yield '<h2>Held-out loss, nats per token</h2>\n<div class="scroll"><table>'
+    yield "<tr><th>data</th><th>tokens</th><th>loss</th><th>by task</th></tr>"
+    for name, result in losses.items():
+        told = TOLD[seen(result)]
+        title = f"{name} ({told})" if told else name
+        tasks = ", ".join(f"{task.replace('_', ' / ')} {row['loss']:.3f}" for task, row in result["tasks"].items())
+        cells = [title, f"{result['tokens']:,}", f"{result['loss']:.4f}", tasks]
         yield f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
     yield "</table></div>"
 
@@ -179,7 +179,8 @@ def _example(example: dict[str, Any]) -> str:
 
 
 def _skipped(history: History) -> Iterator[str]:
-    asked = sorted({reason for result in history.evaluations.values() for reason in result["skipped"]})
+    results = (*history.evaluations.values(), *history.losses.values())
+    asked = sorted({reason for result in results for reason in result["skipped"]})
     for where, reasons in (("In training", history.skipped), ("In evaluation", asked)):
         yield f"<p>{where}: {len(reasons) or 'none'}.</p>"
         yield f"<ul>{''.join(f'<li>{html.escape(reason)}</li>' for reason in reasons)}</ul>" if reasons else ""

@@ -5,36 +5,23 @@ after the question's prompt; where one choice begins another one (`` 1``, `` 12`
 Nothing is selected: every question of every sample counts, and every task is reported.
 """
 
-import base64
-import io
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from PIL import Image
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from mmoe.data.batch import Illustrated, batches_from_documents, illustrate
 from mmoe.data.decoders import build
-from mmoe.data.document import BadSample, with_system_prompt
-from mmoe.data.pixels import open_image, to_rgb
+from mmoe.data.document import BadSample
 from mmoe.data.source import Encoded, Source
 from mmoe.errors import UserError
-from mmoe.evaluate.statistics import majority_share, wilson_interval
+from mmoe.evaluate.asked import Images, Question, as_seen, examples, heading, progress, show, summarise, table
 from mmoe.recipe.schema import Recipe
 from mmoe.recipe.tokens import EOS
-
-EXAMPLES = 16
-THUMBNAIL = 192
-"""Longest side of one picture of an example, pixels; several stand side by side."""
 
 
 class Model(Protocol):
@@ -48,23 +35,6 @@ class Model(Protocol):
     def forward_batch(self, batch: dict[str, Any]) -> Tensor:
         """The batch of docs/architecture.md → logits, fp32 ``[b, s, V]``."""
         ...
-
-
-@dataclass(eq=False)
-class Question:
-    """One question and, once it is scored, a log-probability for each of its choices."""
-
-    key: str
-    task: str
-    prompt: str
-    answer: str
-    choices: list[str]
-    scores: dict[int, float] = field(default_factory=dict)
-
-    @property
-    def given(self) -> str:
-        """The likeliest choice; the first of equals."""
-        return self.choices[max(self.scores, key=lambda choice: (self.scores[choice], -choice))]
 
 
 @dataclass(frozen=True)
@@ -169,50 +139,33 @@ def _enter_scores(batch: dict[str, Any], logits: Tensor, probes: dict[str, list[
 
 
 @torch.no_grad()
-def answer(
-    model: Model, source: Source, *, blank: bool = False, limit: int | None = None, system_prompt: str = ""
-) -> dict[str, Any]:
-    """Ask every question of a data set and count.
+def measure(
+    model: Model, made: Iterable[tuple[Illustrated, list[Probe]]], *, sequence_length: int, blank: bool = False
+) -> list[str]:
+    """Enter the scores of documents from :func:`documents` into their questions.
 
     Args:
         model: see :class:`Model`.
-        source: the data set.
+        made: the documents, each with a name of its own.
+        sequence_length: tokens of a pack; no document is longer.
         blank: put a uniform grey picture in the place of every image.
-        limit: only the first so many samples.
-        system_prompt: a text in front of every sample, as a mixture's.
 
     Returns:
-        ``samples``, ``skipped`` (the bad samples, named with the reason), ``tasks`` (see :func:`summarise`) and
-        ``examples``: of each task in turn the first question about a picture not yet shown, with the picture as PNG
-        in base64.
+        the documents with a bad image, named with the reason.
     """
-    asked: list[Question] = []
     skipped: list[str] = []
     probes: dict[str, list[Probe]] = {}
-    count = min(len(source), limit or len(source))
 
     def stream() -> Iterator[Illustrated]:
-        console = Console(stderr=True)
-        for number in track(range(count), "evaluating", console=console, disable=not console.is_terminal):
-            key = source.key(number)
-            try:
-                sample = source.read(number)
-                sample = replace(sample, record=with_system_prompt(sample.record, system_prompt))
-                here = questions(sample.record, key)
-                made = list(documents(sample, here, model, key))
-            except BadSample as error:
-                skipped.append(f"{key}: {error}")
-                continue
-            asked.extend(here)
-            for document, measured in made:
-                probes[document.document.key] = measured
-                yield document
+        for document, measured in made:
+            probes[document.document.key] = measured
+            yield document
 
     data = model.recipe.data
     batches = batches_from_documents(
         stream(),
         decoder=build(data, model.image_sizes),
-        sequence_length=data.sequence_length,
+        sequence_length=sequence_length,
         packs=model.recipe.train.micro_batch,
         images_per_pack=data.images_per_pack,
     )
@@ -222,100 +175,57 @@ def answer(
             for pixels in batch["images"].values():
                 pixels.zero_()
         _enter_scores(batch, model.forward_batch(batch), probes)
+    return skipped
+
+
+def answer(
+    model: Model,
+    source: Source,
+    *,
+    images: Images = "shown",
+    limit: int | None = None,
+    system_prompt: str = "",
+) -> dict[str, Any]:
+    """Ask every question of a data set and count.
+
+    Args:
+        model: see :class:`Model`.
+        source: the data set.
+        images: what the model sees of the pictures.
+        limit: only the first so many samples.
+        system_prompt: a text in front of every sample, as a mixture's.
+
+    Returns:
+        ``samples``, ``skipped`` (the bad samples, named with the reason), ``tasks`` (see :func:`summarise`) and
+        ``examples`` (see :func:`examples`).
+    """
+    asked: list[Question] = []
+    bad: list[str] = []
+    count = min(len(source), limit or len(source))
+
+    def made() -> Iterator[tuple[Illustrated, list[Probe]]]:
+        for number in progress(range(count)):
+            key = source.key(number)
+            try:
+                sample = source.read(number)
+                here = questions(sample.record, key)
+                cut = list(documents(as_seen(sample, images, system_prompt), here, model, key))
+            except BadSample as error:
+                bad.append(f"{key}: {error}")
+                continue
+            asked.extend(here)
+            yield from cut
+
+    length = model.recipe.data.sequence_length
+    skipped = measure(model, made(), sequence_length=length, blank=images == "blank")
     answered = [question for question in asked if len(question.scores) == len(question.choices)]
+    numbers = {source.key(number): number for number in range(len(source))}
     return {
         "samples": count,
-        "skipped": skipped,
+        "skipped": bad + skipped,
         "tasks": summarise(answered),
-        "examples": _examples(answered, source),
+        "examples": examples(answered, lambda key: source.read(numbers[key]).images),
     }
-
-
-def summarise(answered: Sequence[Question]) -> dict[str, dict[str, Any]]:
-    """Per task: ``n``, ``correct``, ``accuracy``, its 95% interval from ``low`` to ``high``, ``chance``, ``majority``.
-
-    ``majority`` is what the best constant answer scores: always the same text, or, where the choices differ between
-    questions, always the choice in the same position; ``majority_answer`` says which.
-    """
-    tasks: dict[str, dict[str, Any]] = {}
-    for task in sorted({question.task for question in answered}):
-        mine = [question for question in answered if question.task == task]
-        n, correct = len(mine), sum(question.given == question.answer for question in mine)
-        low, high = wilson_interval(correct, n)
-        texts = [question.answer for question in mine]
-        places = [question.choices.index(question.answer) for question in mine]
-        by_text, by_place = majority_share(texts), majority_share(places)
-        fixed = len({tuple(question.choices) for question in mine}) == 1
-        constant = (
-            repr(max(sorted(set(texts)), key=texts.count).strip())
-            if fixed or by_text >= by_place
-            else f"choice {max(sorted(set(places)), key=places.count) + 1}"
-        )
-        tasks[task] = {
-            "n": n,
-            "correct": correct,
-            "accuracy": correct / n,
-            "low": low,
-            "high": high,
-            "chance": sum(1 / len(question.choices) for question in mine) / n,
-            "majority": by_text if fixed else max(by_text, by_place),
-            "majority_answer": constant,
-        }
-    return tasks
-
-
-def _examples(answered: Sequence[Question], source: Source) -> list[dict[str, Any]]:
-    numbers = {source.key(number): number for number in range(len(source))}
-    queues = {
-        task: [question for question in answered if question.task == task]
-        for task in sorted({q.task for q in answered})
-    }
-    shown: list[dict[str, Any]] = []
-    used: set[str] = set()
-    while any(queues.values()) and len(shown) < EXAMPLES:
-        for queue in queues.values():
-            while queue and queue[0].key in used:
-                queue.pop(0)
-            images = source.read(numbers[queue[0].key]).images if queue else ()
-            if queue and images and len(shown) < EXAMPLES:
-                used.add(queue[0].key)
-                shown.append(_example(queue[0], images))
-            del queue[:1]
-    return shown
-
-
-def _example(question: Question, images: Sequence[bytes]) -> dict[str, Any]:
-    pictures = [to_rgb(open_image(image)) for image in images]
-    for one in pictures:
-        one.thumbnail((THUMBNAIL, THUMBNAIL))
-    gap = 4 * (len(pictures) > 1)
-    size = (sum(one.width + gap for one in pictures) - gap, max(one.height for one in pictures))
-    picture = Image.new("RGB", size, "white")
-    for number, one in enumerate(pictures):
-        picture.paste(one, (sum(before.width + gap for before in pictures[:number]), 0))
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return {
-        "sample": question.key,
-        "task": question.task,
-        "prompt": question.prompt,
-        "choices": question.choices,
-        "answer": question.given,
-        "truth": question.answer,
-        "png": base64.b64encode(file.getvalue()).decode(),
-    }
-
-
-def table(result: dict[str, Any]) -> Table:
-    """The result as a table, every task a row; shares in percent."""
-    made = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("task", "n", "accuracy", "95% interval", "chance", "majority", "majority answer"):
-        made.add_column(name, justify="left" if name in ("task", "majority answer") else "right", no_wrap=True)
-    for task, row in result["tasks"].items():
-        interval = f"{row['low']:.1%} – {row['high']:.1%}"
-        shares = [f"{row[name]:.1%}" for name in ("chance", "majority")]
-        made.add_row(task, str(row["n"]), f"{row['accuracy']:.1%}", interval, *shares, row["majority_answer"])
-    return made
 
 
 def run(
@@ -323,7 +233,7 @@ def run(
     data: Path,
     out: Path | None,
     *,
-    blank: bool = False,
+    images: Images = "shown",
     limit: int | None = None,
     system_prompt: str = "",
 ) -> None:
@@ -335,15 +245,8 @@ def run(
     import mmoe
 
     source = Source(data, f"{data.parent.name}/{data.name}")
-    result = {"suite": "scenes", "checkpoint": str(checkpoint), "data": str(data), "blank": blank}
-    result |= {"system_prompt": system_prompt} if system_prompt else {}
-    result |= answer(mmoe.load(checkpoint), source, blank=blank, limit=limit, system_prompt=system_prompt)
+    result = heading("scenes", checkpoint, data, images, system_prompt)
+    result |= answer(mmoe.load(checkpoint), source, images=images, limit=limit, system_prompt=system_prompt)
     if not result["tasks"]:
         raise UserError("no sample asks a question with choices", str(data), "give a split of the scenes data set")
-    print(f"{data}{', blank images' if blank else ''}: {result['samples']} samples")
-    Console().print(table(result))
-    for reason in result["skipped"]:
-        print(f"skipped: {reason}")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    show(result, out, table(result))

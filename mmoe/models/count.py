@@ -1,12 +1,10 @@
 """How many parameters a recipe's model has, and how many of them a token uses, without building the language model."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from mmoe.models.connectors import build_connector
-from mmoe.models.encoders import build_encoder
+from mmoe.models.vision import build_vision
 from mmoe.recipe.model import Llama, Longcat, Model
 
 
@@ -78,12 +76,7 @@ def count(model: Model) -> Count:
 def vision_modules(model: Model) -> dict[str, torch.nn.Module]:
     """The encoders and the connector by their names in the model, without storage."""
     with torch.device("meta"):
-        modules: dict[str, Any] = {f"encoders.{e.name}": build_encoder(e) for e in model.encoders}
-        if model.connector is not None:
-            parts = list(modules.values())
-            channels, grids = [part.channels for part in parts], [part.grid for part in parts]
-            modules["connector"] = build_connector(model.connector, channels, grids, model.backbone.hidden_size)
-    return modules
+        return dict(build_vision(model))
 
 
 def describe(model: Model) -> str:

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from mmoe.layers.config import LanguageConfig, make_config
 from mmoe.layers.initialise import initialise
-from mmoe.models.connectors import SVAConnector, build_connector
+from mmoe.models.connectors import MLPConnector, SVAConnector
 from mmoe.models.connectors.sampler import Sampler, numbered, samplers
 from mmoe.models.connectors.sva import Seen
-from mmoe.models.encoders import build_encoder
 from mmoe.models.encoders_parallel import Encoders, shard
 from mmoe.models.language import LanguageModel
+from mmoe.models.vision import build_vision
 from mmoe.parallel import engine
 from mmoe.parallel.collectives import sum_gradient
 from mmoe.recipe.model import SVA
@@ -41,11 +41,12 @@ class MultimodalModel(MegatronModule):
         self.shape = shape = recipe.model
         self.encoders, self.connector = Encoders(), None
         if self.pre_process:
-            self.encoders.update({encoder.name: build_encoder(encoder) for encoder in shape.encoders})
-            if shape.connector is not None:
-                parts: list[Any] = list(self.encoders.values())
-                channels, grids = [part.channels for part in parts], [part.grid for part in parts]
-                self.connector = build_connector(shape.connector, channels, grids, config.hidden_size)
+            for name, module in build_vision(shape):
+                if isinstance(module, MLPConnector | SVAConnector):
+                    self.connector = module
+                else:
+                    self.encoders[name.removeprefix("encoders.")] = module
+            if self.connector is not None:
                 for parameter in self.connector.inside.parameters() if self.connector.inside else ():
                     # Sequence-parallel ranks have queries of their own: their gradients are summed.
                     setattr(parameter, "sequence_parallel", config.sequence_parallel)

@@ -101,7 +101,14 @@ def _wanted(recipe: Recipe, first: str | None) -> int:
     return names.index(first) if first else 0
 
 
+def final(recipe: Recipe, out: Path) -> Path | None:
+    """The last checkpoint of a run, of its last stage where it has any, if it has come to its end."""
+    if recipe.stages:
+        return _complete(recipe, len(recipe.stages) - 1, out)
+    newest = files.newest(out)
+    return newest if newest == files.folder(out, recipe.train.steps) else None
+
+
 def _complete(recipe: Recipe, number: int, out: Path) -> Path | None:
     """The last checkpoint of a stage, if it has come to its end."""
-    newest = files.newest(folder(recipe, number, out))
-    return newest if newest is not None and newest.name == f"step_{recipe.stages[number].train.steps:08d}" else None
+    return final(recipe.stages[number], folder(recipe, number, out))

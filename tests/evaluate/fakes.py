@@ -64,12 +64,12 @@ class FakeModel:
         self.images.append(pixels.clone())
         bright = iter(pixels.mean((1, 2, 3)).tolist())
         logits = torch.zeros(*tokens.shape, self.tokenizer.get_vocab_size())
-        for row in range(tokens.shape[0]):
-            for number in range(1, int(document[row].max()) + 1):
-                places = (document[row] == number).nonzero().flatten().tolist()
-                brightness = next(bright) if any(tokens[row, p] == 3 for p in places) else 0.0
-                self.branches += int(branch[row, places].max())
+        for row, (ids, of, within) in enumerate(zip(tokens.tolist(), document.tolist(), branch.tolist(), strict=True)):
+            for number in range(1, max(of) + 1):
+                places = [p for p, here in enumerate(of) if here == number]
+                brightness = next(bright) if any(ids[p] == 3 for p in places) else 0.0
+                self.branches += max(within[p] for p in places)
                 for place in places:
-                    seen = [p for p in places if p <= place and branch[row, p] in (0, branch[row, place])]
-                    logits[row, place] = self.after(tokens[row, seen].tolist(), brightness)
+                    seen = [ids[p] for p in places if p <= place and within[p] in (0, within[place])]
+                    logits[row, place] = self.after(seen, brightness)
         return logits

@@ -7,10 +7,18 @@ from pathlib import Path
 
 import pytest
 import sets
+import torch
 import training
 from fakes import png
 
+import mmoe
+from mmoe.checkpoint.load import begin
+from mmoe.data.cv_bench import SUFFIX
 from mmoe.data.shards import Sample
+from mmoe.data.source import Source
+from mmoe.evaluate.cv_bench import MAX_TOKENS
+from mmoe.evaluate.loss import measure
+from mmoe.recipe import load_recipe
 
 COLOURS = {" red": (220, 20, 20), " green": (20, 200, 20), " blue": (20, 20, 220), " grey": (120, 120, 120)}
 PROGRAM = "import json, sys; from mmoe import cli; sys.exit(max(cli.main(c) for c in json.loads(sys.argv[1])))"
@@ -50,9 +58,12 @@ def test_a_checkpoint_is_evaluated_exported_asked_and_reported(trained: tuple[Pa
     (tmp_path / "red.png").write_bytes(png(COLOURS[" red"]))
     ask = ["--prompt", "which colour ?", "--image", *[str(tmp_path / "red.png")] * 2, "--max-tokens", "7"]
     evaluate = ["evaluate", checkpoint, "--suite", "scenes", "--data", str(data), "--json"]
+    loss = ["evaluate", checkpoint, "--suite", "loss", "--data", str(data), "--json"]
     done = run_commands(
         [*evaluate, str(out / "test.json")],
         [*evaluate, str(out / "blank.json"), "--blank", "--limit", "8"],
+        [*loss, str(out / "loss.json")],
+        ["evaluate", "-", *loss[2:], str(tmp_path / "first.json"), "--as", str(run / "recipe.toml"), "--blank"],
         ["convert", "to-hf", checkpoint, hf],
         ["generate", checkpoint, *ask],
         ["generate", hf, *ask],
@@ -67,6 +78,14 @@ def test_a_checkpoint_is_evaluated_exported_asked_and_reported(trained: tuple[Pa
     assert (seen["n"], seen["chance"], seen["majority"]) == (12, 0.25, 0.25)
     # Without the picture every answer is the same, and each colour is the truth of a quarter.
     assert (blank["n"], blank["correct"]) == (8, 2)
+    loss, first = (json.loads(path.read_text()) for path in (out / "loss.json", tmp_path / "first.json"))
+    assert (loss["suite"], loss["checkpoint"], loss["blank"]) == ("loss", checkpoint, False)
+    answers = [sample.record["branches"][0]["answer"] for sample in samples()]
+    ends = sum(len(ids.ids) + 1 for ids in sets.tokenizer(data.parent).encode_batch(answers, add_special_tokens=False))
+    assert loss["tokens"] == first["tokens"] == loss["tasks"]["colour"]["tokens"] == ends
+    assert (first["checkpoint"], first["as"], first["blank"]) == ("-", str(run / "recipe.toml"), True)
+    assert loss["loss"] < first["loss"]
+    assert f"{loss['loss']:.4f}" in Path(page).read_text()
     marker = tmp_path / "marker"
     for source in Path(hf).glob("*.py"):
         source.write_text(f"open({str(marker)!r}, 'w')")
@@ -75,14 +94,57 @@ def test_a_checkpoint_is_evaluated_exported_asked_and_reported(trained: tuple[Pa
     assert not marker.exists()  # the directory's own code is for others, who trust it
 
 
+def test_cv_bench_asks_a_real_checkpoint_as_generate_does(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    """An untrained model's words are no option, and an example shows them."""
+    _, run = trained
+    checkpoint, out = str(run / "checkpoints" / "step_00000002"), tmp_path / "out.json"
+    picture = tmp_path / "red.png"
+    picture.write_bytes(png(COLOURS[" red"]))
+    prompt = "which colour ?\n(A) red\n(B) blue"
+    row = {"type": "2D", "task": "Colour", "source": "made", "choices": ["red", "blue"], "answer": "(A)"}
+    row |= {"prompt": prompt, "filename": picture.name}
+    longer = row | {"prompt": f"which is the colour ?{prompt}"}
+    (tmp_path / "test_2d.jsonl").write_text("\n".join(map(json.dumps, (row, longer))))
+    shown = ["--image", str(picture)]
+    ask = ["--prompt", f"{prompt}\n{SUFFIX}", "--max-tokens", str(MAX_TOKENS)]
+    evaluate = ["evaluate", checkpoint, "--suite", "cv_bench", "--data", str(tmp_path), "--json", str(out)]
+    done = run_commands(
+        [*evaluate, "--no-images", "--blank"],
+        evaluate,
+        ["generate", checkpoint, *ask, *shown],
+    )
+    assert done.returncode == 2
+    assert "not allowed with argument" in done.stderr
+    assert "0.0%" in done.stdout
+    said = json.loads(out.read_text())["examples"][0]["answer"]
+    assert said == f"“{done.stdout.rstrip().splitlines()[-1]}”"
+
+
 def test_what_cannot_be_loaded_or_evaluated_is_a_user_error(trained: tuple[Path, Path], tmp_path: Path) -> None:
     data, run = trained
     checkpoint = str(run / "checkpoints" / "step_00000002")
     for command, what in [
         (["evaluate", str(tmp_path / "none"), "--suite", "scenes", "--data", str(data)], "no checkpoint"),
         (["evaluate", checkpoint, "--suite", "scenes", "--data", str(tmp_path / "x" / "y")], "the data set is missing"),
+        (["evaluate", "-", "--suite", "scenes", "--data", str(data), "--as", "quickstart"], "--as is of the suite"),
         (["generate", checkpoint, "--prompt", "a" * 5000], "are more than the model's"),
     ]:
         done = run_commands(command)
         assert done.returncode == 2
         assert what in done.stderr.splitlines()[-1]
+
+
+def test_a_stage_of_the_same_model_begins_where_the_one_before_ended(trained: tuple[Path, Path]) -> None:
+    """Every weight and what the controller remembers are handed over bit for bit, and the loss is the same number."""
+    data, run = trained
+    checkpoint, source = run / "checkpoints" / "step_00000002", Source(data, "made/colours")
+    frozen = load_recipe(run / "recipe.toml", ['train.frozen=["encoders"]', "train.seed=7", "optimizer.lr=0.1"])
+    assert frozen.train.frozen == ("encoders",)
+    ended, begun, fresh = mmoe.load(checkpoint), begin(frozen, checkpoint), begin(frozen, None)
+    before, after, new = (dict(one.network.state_dict()) for one in (ended, begun, fresh))
+    tensors = [name for name, value in before.items() if torch.is_tensor(value)]
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in tensors)
+    assert not all(torch.equal(before[name], new[name]) for name in tensors)
+    assert measure(ended, source) == measure(begun, source)
+    assert measure(fresh, source)["loss"] != measure(begun, source)["loss"]

@@ -126,6 +126,30 @@ def test_the_picture_has_its_size_and_no_part_is_empty(run: Path) -> None:
     assert (picture[630:750, 815:1000] < 200).sum() > 100
 
 
+def test_vision_on_and_off_stand_side_by_side(run: Path) -> None:
+    """Only evaluations of the same questions are compared."""
+    (run / "evaluation").mkdir()
+    about = {"suite": "cv_bench", "data": "cv/test", "samples": 60}
+    low, high = wilson_interval(12, 60)
+    made = {
+        "cv": evaluation(blank=False) | about | {"images": "shown"},
+        "cv-off": evaluation(blank=False) | about | {"images": "none"},
+        "cv-blank": evaluation(blank=True) | about | {"images": "blank"},
+        "other-off": evaluation(blank=False) | about | {"images": "none", "data": "cv/heldout"},
+    }
+    made["cv-off"]["tasks"]["caption"] |= {"correct": 12, "accuracy": 0.2, "low": low, "high": high}
+    for name, result in made.items():
+        (run / "evaluation" / f"{name}.json").write_text(json.dumps(result))
+    report.write(run)
+    page = (run / "report.html").read_text()
+    assert page.count('alt="draw_vision"') == page.count("Vision on and off: ") == 1
+    assert "<li>caption: 50.0% with, 20.0% without: +30.0 points</li>" in page
+    assert "<li>left / right: 50.0% with, 50.0% without: +0.0 points</li>" in page
+    assert "Accuracy on cv-off (no images)<" in page
+    titles = [page.index(f"Accuracy on {title}<") for title in ("cv", "cv-blank (blank images)", "cv-off (no images)")]
+    assert titles == sorted(titles)
+
+
 def test_a_run_without_evaluations_says_so(run: Path) -> None:
     report.write(run)
     assert (run / "report.png").stat().st_size > 10_000

@@ -16,7 +16,8 @@ from mmoe.data.document import BadSample
 from mmoe.data.source import Encoded
 from mmoe.errors import UserError
 from mmoe.evaluate import scenes
-from mmoe.evaluate.scenes import Question, answer, questions, summarise
+from mmoe.evaluate.asked import THUMBNAIL, Question, summarise
+from mmoe.evaluate.scenes import answer, questions
 
 COUNT = ("count", " how many zebra ?", " 1", [" 1", " 2", " 3"])
 NAME = ("name", " how many ?", " zebra", [" zebra", " frog", " daffodil"])
@@ -109,10 +110,22 @@ def test_blank_images_are_grey_and_the_answers_no_longer_depend_on_them(tmp_path
     seen = answer(model, FakeSource(samples))
     assert all(bool((images != 0).any()) for images in model.images)
     model.images.clear()
-    blank = answer(model, FakeSource(samples), blank=True)
+    blank = answer(model, FakeSource(samples), images="blank")
     assert all(torch.count_nonzero(images) == 0 for images in model.images)
     assert blank["tasks"]["count"]["accuracy"] in (0.0, 1.0)
     assert seen["tasks"]["count"]["accuracy"] not in (0.0, 1.0)
+
+
+def test_without_images_the_prompts_stand_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, found = FakeModel(), asked(monkeypatch)
+    result = answer(model, FakeSource([sample(COUNT), sample(COUNT, red=20)]), images="none")
+    assert result["tasks"]["count"]["n"] == 2
+    assert not sum(images.numel() for images in model.images)
+    model.image_tokens = 0
+    for question in found:
+        expected = [direct(model, question, choice, 0.0, with_end=False) for choice in question.choices]
+        assert [question.scores[i] for i in range(3)] == pytest.approx(expected, abs=1e-4)
+    assert result["examples"][0]["png"]  # shown to the reader all the same
 
 
 def test_limit_takes_the_first_samples(tmp_path: Path) -> None:
@@ -151,7 +164,7 @@ def test_examples_take_the_tasks_in_turn_and_each_picture_once(tmp_path: Path) -
     assert [example["sample"] for example in shown] == [f"fake/test/{i}" for i in range(16)]
     picture = Image.open(io.BytesIO(base64.b64decode(shown[5]["png"])))
     assert picture.getpixel((0, 0)) == (5, 90, 30)
-    assert max(picture.size) <= scenes.THUMBNAIL
+    assert max(picture.size) <= THUMBNAIL
 
 
 def test_run_writes_every_number_and_prints_every_task(
@@ -159,11 +172,12 @@ def test_run_writes_every_number_and_prints_every_task(
 ) -> None:
     monkeypatch.setitem(vars(mmoe), "load", lambda path: FakeModel())
     monkeypatch.setattr(scenes, "Source", lambda path, name: FakeSource([sample(COUNT, NAME)]))
-    scenes.run(tmp_path / "step", tmp_path / "test", tmp_path / "new" / "out.json", blank=True)
+    scenes.run(tmp_path / "step", tmp_path / "test", tmp_path / "new" / "out.json", images="blank")
     written = json.loads((tmp_path / "new" / "out.json").read_text())
-    assert set(written) == {"suite", "checkpoint", "data", "blank", "samples", "skipped", "tasks", "examples"}
+    about = {"suite", "checkpoint", "data", "blank", "images"}
+    assert set(written) == about | {"samples", "skipped", "tasks", "examples"}
     assert set(written["tasks"]) == {"count", "name"}
-    assert written["blank"] is True
+    assert (written["blank"], written["images"]) == (True, "blank")
     printed = capsys.readouterr().out
     assert "count" in printed
     assert "name" in printed

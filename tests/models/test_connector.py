@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmoe.convert.families import cambrian
-from mmoe.convert.mapping import Table
 from mmoe.models.connectors import MLPConnector, SVAConnector, build_connector
 from mmoe.models.connectors import sva as module
 from mmoe.models.connectors.maps import MapLinear, resize, unpadded
@@ -50,7 +49,7 @@ def released_names(config: SVA, connector: SVAConnector) -> dict[str, Tensor]:
     backbone = Llama(
         type="llama", vocab_size=8, hidden_size=HIDDEN, layers=2, heads=2, ffn_hidden_size=8, kv_heads=1, head_dim=4
     )
-    table = Table(cambrian.connector(Model(backbone=backbone, encoders=encoders, connector=config)))
+    table = cambrian.connector(Model(backbone=backbone, encoders=encoders, connector=config))
     return table.write({f"connector.{name}": tensor for name, tensor in connector.state_dict().items()})
 
 

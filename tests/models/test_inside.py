@@ -11,7 +11,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmoe.checkpoint.load import weights
 from mmoe.convert.families import cambrian, llama
-from mmoe.convert.mapping import Table
 from mmoe.models.multimodal import build
 from mmoe.parallel import engine
 from mmoe.recipe.model import SVA, Inside, Model, ViT
@@ -56,7 +55,7 @@ def test_against_hooks_on_the_released_arithmetic(places):
         llama.table(MODEL.backbone).write({k: v for k, v in state.items() if k.startswith("language.")})
     )
     connector = {k: v.double() for k, v in state.items() if k.startswith("connector.")}
-    released = Table(cambrian.connector(MODEL)).write(connector)
+    released = cambrian.connector(MODEL).write(connector)
     maps = [encoder.double()(pictures.double()) for encoder in ours.encoders.values()]
     settings = {"grid": 2, "sides": (2,), "layers": 1, "heads": 2, "scale": 8**-0.5, "joint": True, "masked": True}
     images = [

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmoe.checkpoint.tensors import Rows, Tensors, View, lazy
 from mmoe.convert.families.encoder import (
     LEARNED,
     VIT_DEFAULTS,
@@ -143,7 +144,7 @@ _THEIR_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
 _BLOCK = re.compile(r"encoder\.layers\.(\d+)\.(.+)")
 
 
-def from_open_clip(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+def from_open_clip(tensors: Mapping[str, Tensor], where: str) -> Tensors:
     """The tower of an OpenCLIP or OpenAI CLIP ViT, its tensors without ``visual.`` → those of ``CLIPVisionModel``.
 
     The projection into the space of the texts, ``proj``, is no part of that model and left aside.
@@ -151,25 +152,25 @@ def from_open_clip(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tenso
     Raises:
         UserError: a tensor that such a tower has not, or that is no query, key and value in one.
     """
-    named: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    source = lazy(tensors)
+    named: dict[str, Rows] = {}
+    for name, spec in source.specs.items():
         found = _THEIR_BLOCK.fullmatch(name)
         block, inner = (f"encoder.layers.{found[1]}.", found[2]) if found else ("", name)
         module, _, leaf = inner.rpartition(".")
         if inner in ("attn.in_proj_weight", "attn.in_proj_bias"):
-            if tensor.dim() == 0 or tensor.shape[0] % 3:
-                what = f"tensor {name} is {list(tensor.shape)}"
+            if not spec.shape or spec.shape[0] % 3:
+                what = f"tensor {name} is {list(spec.shape)}"
                 raise UserError(what, where, "query, key and value are three equal parts of it")
-            leaf = inner.removeprefix("attn.in_proj_")
-            parts = zip(THREE, tensor.chunk(3), strict=True)
-            named |= {f"{block}self_attn.{part}.{leaf}": rows for part, rows in parts}
+            leaf, rows = inner.removeprefix("attn.in_proj_"), spec.shape[0] // 3
+            named |= {f"{block}self_attn.{part}.{leaf}": Rows(name, i * rows, rows) for i, part in enumerate(THREE)}
         elif inner in OPEN_CLIP:
-            named[f"{block}{OPEN_CLIP[inner]}"] = tensor
+            named[f"{block}{OPEN_CLIP[inner]}"] = Rows(name)
         elif module in OPEN_CLIP:
-            named[f"{block}{OPEN_CLIP[module]}.{leaf}"] = tensor
+            named[f"{block}{OPEN_CLIP[module]}.{leaf}"] = Rows(name)
         elif name != "proj":
             raise UserError(f"has unread tensor {name}", where, "only the ViTs of OpenCLIP that CLIP has are read")
-    return named
+    return View(source, named)
 
 
 def to_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

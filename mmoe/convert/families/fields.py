@@ -1,8 +1,57 @@
-"""What the language models' ``config.json`` have in common."""
+"""What every ``config.json`` has in common, and what those of language models have."""
 
+import dataclasses
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
+from mmoe import reading
 from mmoe.errors import UserError
+
+LARGEST_CONFIG = 1 << 24
+"""Bytes."""
+
+
+def read_config(directory: Path, name: str = "config.json") -> dict[str, Any]:
+    """The object in a directory's ``config.json``.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    try:
+        return reading.json_object(reading.text(directory / name, LARGEST_CONFIG))
+    except FileNotFoundError:
+        raise UserError(f"no {name}", str(directory), "name a Hugging Face model directory") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"unreadable {name}: {error}", str(directory), "export the model again") from None
+
+
+def check_same(
+    theirs: Any, ours: Any, path: str, where: str, *, free: Collection[str] = (), names: Mapping[str, str] | None = None
+) -> None:
+    """Raises :class:`UserError` where two tables of a recipe differ; it names the field on both sides.
+
+    Args:
+        theirs: what a directory's configuration tells of.
+        ours: the recipe's.
+        path: of ``ours`` in the recipe.
+        where: the configuration.
+        free: fields that may differ.
+        names: their names of our fields, where they differ.
+    """
+    if type(theirs) is not type(ours):
+        what = f"it is a {theirs.type}, {path}.type is {getattr(ours, 'type', None)!r} by the recipe"
+        raise UserError(what, where, "give a part of that type")
+    for field in dataclasses.fields(ours):
+        found, wanted = getattr(theirs, field.name), getattr(ours, field.name)
+        if field.name not in free and found != wanted:
+            there = (names or {}).get(field.name, field.name)
+            what = f"{there} is {_shown(found)}, {path}.{field.name} is {_shown(wanted)} by the recipe"
+            raise UserError(what, where, "give a part that fits, or change the recipe: see --set")
+
+
+def _shown(value: Any) -> str:
+    return str(list(value)) if isinstance(value, tuple) else repr(value)
 
 
 def rope_of(config: dict[str, Any], where: str) -> dict[str, Any]:

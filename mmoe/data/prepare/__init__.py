@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmoe.data.prepare.catalogue import Catalogue, card_hash, load_card, load_catalogue
+from mmoe.data.prepare.choices import CHOICES_VERSION, ChoiceMaker, write_files
 from mmoe.data.prepare.compose import load_sprites
 from mmoe.data.prepare.package import fetch_stamps
 from mmoe.data.prepare.parallel import build
@@ -34,15 +35,15 @@ def run(name: str, out: Path, options: argparse.Namespace) -> None:
     """Prepare the data sets called ``name`` under the data root ``out``.
 
     Args:
-        name: ``"stamps"`` or ``"scenes"``.
+        name: ``"stamps"``, ``"scenes"`` or ``"cv_bench"``.
         out: data root; gets ``NAME/SPLIT/`` and ``tokenizer.json``.
         options: as :func:`add_arguments` defines them.
 
     Raises:
         UserError: an unknown name, an impossible option, or the source cannot be had.
     """
-    if name not in ("stamps", "scenes"):
-        raise UserError(f"nothing is known of a data set called {name!r}", "", "prepare stamps or scenes")
+    if name not in ("stamps", "scenes", "cv_bench"):
+        raise UserError(f"nothing is known of a data set called {name!r}", "", "prepare stamps, scenes or cv_bench")
     for option, least in (("train", 1), ("test", 1), ("size", 16), ("workers", 1)):
         if getattr(options, option) < least:
             raise UserError(f"--{option} must be at least {least}", f"--{option} {getattr(options, option)}")
@@ -51,7 +52,7 @@ def run(name: str, out: Path, options: argparse.Namespace) -> None:
     if name == "stamps":
         prepare_stamps(catalogue, out, workers=options.workers)
     else:
-        prepare_scenes(
+        (prepare_scenes if name == "scenes" else prepare_cv_bench)(
             catalogue,
             out,
             train=options.train,
@@ -142,6 +143,41 @@ def prepare_scenes(
         sprites = load_sprites(catalogue, held_out=held_out, side=size)
         maker = SceneMaker(split, seed, size, kinds, sprites, catalogue.plurals, catalogue.card["license"])
         _report(description, build(out / description.name, description, maker, path, workers=workers))
+
+
+def prepare_cv_bench(
+    catalogue: Catalogue, out: Path, *, train: int, test: int, size: int, seed: int, workers: int
+) -> None:
+    """Make ``cv_bench/train``, a data set, and ``cv_bench/test`` and ``cv_bench/heldout`` in CV-Bench's own layout.
+
+    The arguments are those of :func:`prepare_scenes`; ``test`` counts questions.
+    """
+    path = write_tokenizer(catalogue, out)
+    for split, samples, held_out in (("train", train, False), ("test", test, False), ("heldout", test, True)):
+        description = Description(
+            name=f"cv_bench/{split}",
+            source=catalogue.card["name"],
+            license=catalogue.card["license"],
+            samples=samples,
+            samples_per_shard=SAMPLES_PER_SHARD,
+            tokenizer=tokenizer_hash(path),
+            recipe={
+                "version": CHOICES_VERSION,
+                "scenes": SCENES_VERSION,
+                "card": card_hash(catalogue.card),
+                "seed": seed,
+                "size": size,
+            },
+        )
+        sprites = load_sprites(catalogue, held_out=held_out, side=size)
+        scenes = SceneMaker(f"cv_bench/{split}", seed, size, {}, sprites, catalogue.plurals, catalogue.card["license"])
+        maker, folder = ChoiceMaker(scenes), out / description.name
+        made = (
+            build(folder, description, maker, path, workers=workers)
+            if split == "train"
+            else write_files(folder, description, maker)
+        )
+        _report(description, made)
 
 
 def _report(description: Description, made: bool) -> None:

@@ -105,19 +105,37 @@ class SceneMaker:
         )
         number += 1
         # Counts of one class are asked only where every count is possible: the total then says nothing about them.
-        counted = number >= MOST_OF_ONE
-        others = rng.sample([other for other in labels if other != labels[label]], 2)
-        own = wanted if counted else 0
-        crowd = [labels[label]] * own + [rng.choice(others) for _ in range(number - own)]
+        return self.count_scene(rng, number, labels[label], wanted if number >= MOST_OF_ONE else None)
+
+    def count_scene(self, rng: random.Random, number: int, label: str, wanted: int | None) -> Scene:
+        """``number`` things, ``wanted`` of them of class ``label``; None: there are none, and it is not asked."""
+        others = rng.sample([other for other in self.sprites if other != label], 2)
+        own = wanted or 0
+        crowd = [label] * own + [rng.choice(others) for _ in range(number - own)]
         rng.shuffle(crowd)
         picture, things = self._crowd(rng, crowd)
         branches = [questions.total(number), questions.describe(things, self.side)]
-        if counted:
-            branches.insert(1, questions.count(self.plurals[labels[label]], own))
+        if wanted is not None:
+            branches.insert(1, questions.count(self.plurals[label], wanted))
         return [picture], [things], branches, []
 
     def _relation(self, rng: random.Random, draw: str, ordinal: int) -> Scene:
-        is_left, left_first, is_above, above_first, near_first, three = digits(stratum(draw, ordinal, 64), *[2] * 6)
+        return self.relation_scene(rng, *digits(stratum(draw, ordinal, 64), *[2] * 6))
+
+    def relation_scene(
+        self,
+        rng: random.Random,
+        is_left: int,
+        left_first: int,
+        is_above: int,
+        above_first: int,
+        near_first: int,
+        three: int,
+    ) -> Scene:
+        """Two or, with ``three``, three things; the bits say which way is asked and whether the answer is named first.
+
+        The branches are left_right, above_below and, of three things, distance.
+        """
         while True:
             picture = background(rng, self.side)
             labels = self._labels(rng, 3 if three else 2)
@@ -145,8 +163,13 @@ class SceneMaker:
         return [picture], [things], [*branches, questions.describe(things, self.side)], []
 
     def _depth(self, rng: random.Random, draw: str, ordinal: int) -> Scene:
-        """Things on the ground: the nearer, the lower their foot, the larger they are, and the later painted."""
-        nearer_first, farther_first, three = digits(stratum(draw, ordinal, 8), 2, 2, 2)
+        return self.depth_scene(rng, *digits(stratum(draw, ordinal, 8), 2, 2, 2))
+
+    def depth_scene(self, rng: random.Random, nearer_first: int, farther_first: int, three: int) -> Scene:
+        """Things on the ground: the nearer, the lower their foot, the larger they are, and the later painted.
+
+        The first branch asks for the nearer of two, the second for the farther.
+        """
         labels = self._labels(rng, 3 if three else 2)
         horizon = rng.uniform(0.2, 0.4)
         picture = landscape(rng, self.side, horizon)

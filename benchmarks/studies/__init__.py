@@ -1,0 +1,1 @@
+"""What `mmoe bench ablations` compares, and how it is told."""

@@ -1,0 +1,163 @@
+"""A sweep over encoder sets: what it plans and refuses, its table from made runs, and a real one of two steps."""
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sets
+import training
+from test_commands import samples
+
+from mmoe import cli
+from mmoe.errors import UserError
+from mmoe.evaluate import sweep
+from mmoe.recipe import load_recipe
+from mmoe.recipe.schema import Recipe
+
+COUNT = {"n": 10, "correct": 7, "accuracy": 0.7, "low": 0.4, "high": 0.9, "chance": 0.25, "majority": 0.3}
+CAPTION = {**COUNT, "accuracy": 0.5, "majority": 0.2}
+
+
+def planned(recipe: Recipe, *asked: str) -> list[str]:
+    return [one.name for one in sweep.plan(recipe, asked, Path("out"))]
+
+
+def test_sets_are_subsets_in_the_recipes_order() -> None:
+    recipe = load_recipe("quickstart")
+    assert planned(recipe, "all") == ["vit", "convnet", "vit+convnet"]
+    assert planned(recipe, "convnet+vit", "vit", "vit+convnet") == ["vit+convnet", "vit"]
+    (one,) = sweep.plan(recipe, ["convnet"], Path("out"))
+    assert one.encoders == ["convnet"]
+    assert dataclasses.replace(one.recipe, model=recipe.model) == recipe
+
+
+def test_what_is_said_of_other_encoders_goes_in_every_stage() -> None:
+    overrides = [
+        'train.frozen=["encoders.vit", "encoders.convnet", "language"]',
+        'optimizer.modules=[{name="encoders.vit", lr=1e-5}, {name="connector", lr=1e-4}]',
+        'stages=[{name="a", train.steps=70}, {name="b", train.frozen=["encoders"]}]',
+    ]
+    (one,) = sweep.plan(load_recipe("quickstart", overrides), ["convnet"], Path("out"))
+    first, second = one.recipe.stages
+    assert first.train.frozen == ("encoders.convnet", "language")
+    assert [module.name for module in first.optimizer.modules] == ["connector"]
+    assert second.train.frozen == ("encoders",)
+    assert [len(stage.model.encoders) for stage in one.recipe.stages] == [1, 1]
+    assert one.last is second
+
+
+def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    recipe, out = load_recipe("quickstart"), tmp_path / "out"
+    cached = load_recipe("quickstart", ['data.features="features"', 'train.frozen=["encoders.vit"]'])
+    encoder = recipe.model.encoders[1]
+    five = tuple(dataclasses.replace(encoder, name=name) for name in "abcde")
+    many = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, encoders=five))
+    for given, asked, what in [
+        (recipe, "vit+clip", r"set 'vit\+clip': there is no encoder 'clip' .*: the recipe's encoders are vit, convnet"),
+        (many, "all", "has 5 encoders, 31 sets of them"),
+        (cached, "all", "set 'convnet' cannot be trained: data.features: no encoder is frozen"),
+    ]:
+        with pytest.raises(UserError, match=what):
+            sweep.sweep(given, [asked], out, [], FakeRunner())
+    with pytest.raises(UserError, match=r"set 'vit': .* \(parallel.expert = 2\)"):
+        sweep.sweep(recipe, ["vit"], out, [], FakeRunner())
+    with pytest.raises(UserError, match="the data set is missing"):
+        sweep.sweep(alone("quickstart"), ["vit"], out, [tmp_path / "no" / "data"], FakeRunner())
+    assert not out.exists()
+
+
+def alone(name: str, *overrides: str) -> Recipe:
+    return load_recipe(name, ["parallel.expert=1", "train.steps=20", "optimizer.warmup_steps=2", *overrides])
+
+
+class FakeRunner:
+    """Writes at once what a run and its evaluation leave."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.failing = failing
+        self.calls: list[str] = []
+
+    def train(self, name: str, recipe: str, out: Path, settings: Sequence[str] = ()) -> None:
+        self.calls.append(f"train {name}")
+        if name == self.failing:
+            raise UserError("a run failed: no room", name, f"see {out}")
+        table = tomllib.loads(Path(recipe).read_text())
+        stages = table.get("stages", [])
+        out = out / f"{len(stages)}-{stages[-1]['name']}" if stages else out
+        steps = table["train"]["steps"]
+        (out / "checkpoints" / f"step_{steps:08d}").mkdir(parents=True)
+        (out / "recipe.toml").write_text(Path(recipe).read_text())
+        losses = [9.0] * (steps - 2) + [1.0, 2.0]
+        rows = [{"loss": loss, "tokens": 1000, "seconds": 0.5} for loss in losses]
+        rows[0]["seconds"] = 100.0
+        (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def evaluate(self, name: str, checkpoint: Path, data: Path, out: Path) -> None:
+        self.calls.append(f"evaluate {name}")
+        out.parent.mkdir(exist_ok=True)
+        result = {"checkpoint": str(checkpoint), "data": str(data), "tasks": {"caption": CAPTION, "count": COUNT}}
+        out.write_text(json.dumps(result))
+
+    def stop(self) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sets.write_set(tmp_path_factory.mktemp("sweep"), "colours", samples())
+
+
+def test_the_table_has_a_row_a_set(colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, runner = alone("quickstart"), FakeRunner(failing="convnet")
+    with pytest.raises(UserError, match=r"^a run failed: no room \(convnet\): see .*/convnet; 1 of 3 sets failed"):
+        sweep.sweep(recipe, ["all"], tmp_path, [colours], runner)
+    assert runner.calls == ["train vit", "evaluate vit", "train convnet", "train vit+convnet", "evaluate vit+convnet"]
+    page = (tmp_path / "sweep.md").read_text()
+    assert page in (said := capsys.readouterr()).out
+    # 116,544 parameters are the encoder's, 128,864 the connector's; half the steps take 0.5 s; the last tenth: 1, 2.
+    assert "| vit | 245,408 | 1,872,032 | 16 | 2,000 | 1.5000 | 60.0% |" in page
+    assert "| vit | 50.0% (40.0% – 90.0%) | 70.0% (40.0% – 90.0%) | 60.0% |" in page
+    assert "| always the same answer | 20.0% | 30.0% | 25.0% |" in page
+    assert "convnet failed: a run failed: no room" in page
+    assert "1 of 3: vit: final loss 1.5000, colours 60.0%" in said.err
+    rows = json.loads((tmp_path / "sweep.json").read_text())["rows"]
+    assert [row["set"] for row in rows] == ["vit", "convnet", "vit+convnet"]
+    assert rows[2]["parameters"] == 2_023_456
+    assert rows[2]["evaluations"]["colours"]["tasks"]["count"] == COUNT
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
+
+    runner = FakeRunner()
+    sweep.sweep(recipe, ["all"], tmp_path, [], runner)
+    assert runner.calls == ["train convnet"], "what is there is not trained again"
+    with pytest.raises(UserError, match=r"set 'vit': .* holds another recipe's run: there `lr = 0.0012`"):
+        sweep.sweep(alone("quickstart", "optimizer.lr=1e-3"), ["vit"], tmp_path, [], runner)
+
+
+def test_of_stages_the_last_is_told(tmp_path: Path) -> None:
+    recipe = alone("quickstart", 'stages=[{name="a", train.steps=30}, {name="b"}]')
+    sweep.sweep(recipe, ["vit"], tmp_path, [], FakeRunner())
+    (row,) = json.loads((tmp_path / "sweep.json").read_text())["rows"]
+    assert (row["run"], row["steps"]) == (str(tmp_path / "vit" / "2-b"), 20)
+
+
+def test_a_real_sweep(colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    recipe = training.write_recipe(colours.parent, sets.write_mixture(colours.parent, colours=1.0))
+    command = ["sweep", str(recipe), "--out", str(tmp_path), "--data", str(colours), "--parallel", "2"]
+    command += ["--encoders", "vit", "vit+convnet", "--set", "train.steps=2"]
+    assert cli.main(command) == 0
+    rows: list[dict[str, Any]] = json.loads((tmp_path / "sweep.json").read_text())["rows"]
+    curves = [training.curve(tmp_path / name) for name in ("vit", "vit+convnet")]
+    assert [row["final_loss"] for row in rows] == [curve[-1]["loss"] for curve in curves]
+    assert curves[0][0]["loss"] != curves[1][0]["loss"], "the sets are one"
+    for row in rows:
+        answers = json.loads((tmp_path / row["set"] / "evaluation" / "colours.json").read_text())
+        assert row["evaluations"]["colours"]["tasks"] == answers["tasks"]
+        assert answers["tasks"]["colour"]["n"] == 12
+
+    written = [(tmp_path / row["set"] / "events.jsonl").stat().st_mtime_ns for row in rows]
+    assert cli.main(command) == 0
+    assert [(tmp_path / row["set"] / "events.jsonl").stat().st_mtime_ns for row in rows] == written
