@@ -45,6 +45,7 @@ def main(out: Path, folder: Path) -> None:
     processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
     one = processor(text="<image>how many zebras ?", images=folder / "picture.png")
     found["one"] = dict(one)
+    found["led"] = dict(processor(text="one word .\n<image>how many zebras ?", images=picture))
     found["one logits"] = model(**one).logits
     found["generated"] = model.generate(**one, max_new_tokens=4, do_sample=False)
     found["beams"] = model.generate(**one, max_new_tokens=3, num_beams=2, do_sample=False)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from mmoe.convert import to_hf
 from mmoe.convert.ship import MODULES
-from mmoe.data.document import tokenize
+from mmoe.data.document import tokenize, with_system_prompt
 from mmoe.data.pixels import preprocess
 from mmoe.data.tokenizer import load_tokenizer
 from mmoe.errors import UserError
@@ -38,12 +38,10 @@ def test_whole_model(exported, foreign):
 
 
 def test_processor_is_the_training_pipeline(exported, foreign, tmp_path):
-    tokens = tokenize(
-        {"prefix": [{"image": 0}], "branches": [{"prompt": "how many zebras ?", "answer": ""}]},
-        load_tokenizer(exported.tokenizer),
-        4,
-    ).tokens[:-1]
-    assert foreign["one"]["input_ids"].tolist() == [tokens.tolist()]
+    record = {"prefix": [{"image": 0}], "branches": [{"prompt": "how many zebras ?", "answer": ""}]}
+    for name, text in (("one", ""), ("led", "one word .\n")):
+        tokens = tokenize(with_system_prompt(record, text), load_tokenizer(exported.tokenizer), 4).tokens[:-1]
+        assert foreign[name]["input_ids"].tolist() == [tokens.tolist()]
     several = foreign["several"]
     pixels = torch.from_numpy(preprocess(_picture(), (32,))[0][32])
     assert several["pixel_values"].shape == (3, 3, 32, 32)
