@@ -191,7 +191,14 @@ def _row(key: str, record: dict[str, Any], file: "_Parquet | _Lines") -> Row:
     if answer not in letters:
         raise BadSample(f"its answer {answer!r} is none of its {len(choices)} choices")
     return Row(
-        key=key, **texts | {"answer": letters.index(answer), "choices": tuple(choices), "image": file.picture(record)}
+        key=key,
+        type=texts["type"],
+        task=texts["task"],
+        source=texts["source"],
+        prompt=texts["prompt"],
+        choices=tuple(choices),
+        answer=letters.index(answer),
+        image=file.picture(record),
     )
 
 

@@ -86,7 +86,8 @@ class ChoiceMaker:
 
     def _relation(self, rng: random.Random, draw: str, ordinal: int) -> Choice:
         across, first_word, named_first, three = digits(stratum(draw, ordinal, 16), 2, 2, 2, 2)
-        scene = self.scenes.relation_scene(rng, *[first_word, named_first] * 2, rng.getrandbits(1), three)
+        near_first = rng.getrandbits(1)
+        scene = self.scenes.relation_scene(rng, first_word, named_first, first_word, named_first, near_first, three)
         branch = scene[2][0 if across else 1]
         a, b = _named(branch)
         asked = (("left", "right") if across else ("above", "below"))[1 - first_word]
@@ -103,8 +104,8 @@ class ChoiceMaker:
 
     def _distance(self, rng: random.Random, draw: str, ordinal: int) -> Choice:
         near_first = stratum(draw, ordinal, 2)
-        bits = [rng.getrandbits(1) for _ in range(4)]
-        scene = self.scenes.relation_scene(rng, *bits, near_first, three=1)
+        left, left_first, above, above_first = (rng.getrandbits(1) for _ in range(4))
+        scene = self.scenes.relation_scene(rng, left, left_first, above, above_first, near_first, 1)
         a, b = _named(scene[2][2])
         (anchor,) = {thing.label for thing in scene[1][0]} - {a, b}
         return Choice(scene, f"Which object is closer to the {anchor}, the {a} or the {b}?", [a, b], 1 - near_first)
