@@ -158,6 +158,7 @@ def run(
     from mmoe.checkpoint.load import begin
 
     source = Source(data, f"{data.parent.name}/{data.name}")
+    model: Any  # the protocol's tokenizer is an attribute, that of a loaded model is made when it is asked for
     if recipe is None:
         model = mmoe.load(checkpoint)
     else:
