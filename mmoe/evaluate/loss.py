@@ -34,11 +34,9 @@ class Model(Protocol):
     """What `mmoe.load` returns, as far as it is needed here."""
 
     recipe: Recipe
+    tokenizer: Tokenizer
     image_tokens: int
     image_sizes: tuple[int, ...]
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
 
     def losses(self, batch: dict[str, Any]) -> Tensor:
         """The batch of docs/architecture.md → losses, fp32 ``[n]``, of the places where ``loss_mask`` is 1."""
@@ -158,7 +156,7 @@ def run(
     from mmoe.checkpoint.load import begin
 
     source = Source(data, f"{data.parent.name}/{data.name}")
-    model: Any  # the protocol's tokenizer is an attribute, that of a loaded model is made when it is asked for
+    model: Any
     if recipe is None:
         model = mmoe.load(checkpoint)
     else:
