@@ -63,10 +63,10 @@ class History:
         return self.recipe.model.moe
 
     def vision(self) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-        """Evaluations of the same questions with pictures and without any: the name of the first, and both."""
+        """Evaluations of one model on the same questions with pictures and without any: the former's name, and both."""
         shown = {name: result for name, result in self.evaluations.items() if seen(result) == "shown"}
         none = [result for result in self.evaluations.values() if seen(result) == "none"]
-        asked = ("suite", "data", "samples")
+        asked = ("suite", "checkpoint", "data", "samples", "system_prompt")
         return [
             (name, on, off)
             for name, on in shown.items()
