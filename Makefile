@@ -36,10 +36,11 @@ quickstart: build ## train a small vision-language MoE from scratch, evaluate, e
 	launch/quickstart.sh
 
 test: build cluster ## checks, the short quickstart and every test that this machine can run
-	@status=0; \
-	$(MAKE) --no-print-directory checks || status=1; \
+	@mkdir -p build; status=0; \
+	$(MAKE) --no-print-directory checks >build/checks.log 2>&1 & checks=$$!; \
 	launch/quickstart.sh --short || status=1; \
-	$(BIN)/python -m pytest || status=1; \
+	wait $$checks || status=1; cat build/checks.log; \
+	$(BIN)/python -m pytest --durations=25 || status=1; \
 	exit $$status
 
 test-full: build cluster ## every test, the long matrices among them
