@@ -8,8 +8,13 @@ from mmoe.errors import UserError
 
 def test_the_shipped_mixtures_are_readable():
     assert load_mixture("quickstart") == (Part(path="scenes/train", weight=1.0),)
-    for name in ("scenes_and_stamps", "cambrian_tiny"):
-        assert {part.path for part in load_mixture(name)} == {"scenes/train", "stamps/train"}
+    assert {part.path for part in load_mixture("scenes_and_stamps")} == {"scenes/train", "stamps/train"}
+    capped = {part.path: (part.cap, bool(part.system_prompt)) for part in load_mixture("cambrian_tiny")}
+    assert capped == {
+        "scenes/train": (16_000, False),
+        "cv_bench/train": (16_000, False),
+        "stamps/train": (None, True),
+    }
 
 
 def test_a_mixture_of_ones_own(tmp_path):
