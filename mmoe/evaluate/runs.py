@@ -6,14 +6,17 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import mmoe
 from mmoe.checkpoint.layout import MANIFEST
 from mmoe.data.shards import INDEX
+from mmoe.data.source import Source
 from mmoe.ending import INTERRUPTED
 from mmoe.errors import Interrupted, UserError
+from mmoe.evaluate.asked import heading
 
 
 class Runner:
@@ -94,16 +97,20 @@ def final_loss(losses: Sequence[float]) -> float:
 
 
 def evaluation(path: Path, checkpoint: Path, data: Path) -> dict[str, Any] | None:
-    """What `mmoe evaluate --json` wrote; None where it is not there, not whole, older than what it is of, or of
-    something else."""
-    sources = (checkpoint / MANIFEST, data / INDEX)
+    """What `mmoe evaluate CHECKPOINT --suite scenes --data DATA --json` wrote; None where it is not there, not whole,
+    older than what it is of, or of something else: without the pictures, of a few samples, of another suite."""
+    sources, wanted = (checkpoint / MANIFEST, data / INDEX), heading("scenes", checkpoint, data, "shown")
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         if any(source.stat().st_mtime > path.stat().st_mtime for source in sources):
             return None
     except (OSError, ValueError):
         return None
-    return result if (result["checkpoint"], result["data"]) == (str(checkpoint), str(data)) else None
+    with closing(Source(data, f"{data.parent.name}/{data.name}")) as source:
+        wanted["samples"] = len(source)
+    if not isinstance(result, dict) or result.get("system_prompt"):
+        return None
+    return result if all(result.get(name) == value for name, value in wanted.items()) else None
 
 
 def mean_accuracy(tasks: Mapping[str, Mapping[str, Any]]) -> float:

@@ -71,6 +71,17 @@ def questions(record: dict[str, Any], key: str) -> list[Question]:
     return found
 
 
+def asks(source: Source) -> bool:
+    """Whether any sample of a data set has a question; no picture is read."""
+    for number in range(len(source)):
+        try:
+            if questions(source.read(number, images=False).record, source.key(number)):
+                return True
+        except BadSample:
+            continue
+    return False
+
+
 def _probes(question: Question, tokenizer: Tokenizer) -> list[tuple[str, int | None, list[int]]]:
     """The branches that score a question: answer text, choice, tokens."""
     ids = [tokenizer.encode(choice, add_special_tokens=False).ids for choice in question.choices]

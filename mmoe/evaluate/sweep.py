@@ -6,6 +6,7 @@ sweep.json and sweep.png (:mod:`mmoe.evaluate.sweep_page`). After Cambrian-1's s
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -13,7 +14,6 @@ import shlex
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,6 +181,7 @@ def sweep(
 def _refuse(planned: Sequence[Planned], data: Sequence[Path], ranks: int) -> None:
     """Raises :class:`UserError` for what would fail only once something is trained."""
     from mmoe.data.source import Source
+    from mmoe.evaluate import scenes
     from mmoe.models.count import vision_modules
     from mmoe.parallel import layout
     from mmoe.train import run, stages
@@ -189,7 +190,9 @@ def _refuse(planned: Sequence[Planned], data: Sequence[Path], ranks: int) -> Non
     if len({*names}) < len(names):
         raise UserError("two data sets have one name", f"--data {' '.join(map(str, data))}", "rename a folder")
     for path in data:
-        Source(path, f"{path.parent.name}/{path.name}").close()
+        with contextlib.closing(Source(path, f"{path.parent.name}/{path.name}")) as source:
+            if not scenes.asks(source):
+                raise UserError("no sample asks a question with choices", str(path), "leave it out")
     for one in planned:
         try:
             for number, stage in enumerate(one.recipe.stages or [one.recipe]):
@@ -204,7 +207,7 @@ def _refuse(planned: Sequence[Planned], data: Sequence[Path], ranks: int) -> Non
             raise UserError(f"set {one.name!r}: {error.what}", error.where, error.fix) from None
 
 
-@contextmanager
+@contextlib.contextmanager
 def _stopping(runner: "Runner") -> Iterator[None]:
     """SIGTERM and SIGINT end what ``runner`` has started, which saves."""
     numbers = (signal.SIGTERM, signal.SIGINT)

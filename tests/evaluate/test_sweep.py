@@ -13,8 +13,10 @@ import training
 from test_commands import samples
 
 from mmoe import cli
+from mmoe.checkpoint.layout import MANIFEST
 from mmoe.errors import UserError
-from mmoe.evaluate import sweep
+from mmoe.evaluate import runs, sweep
+from mmoe.evaluate.asked import heading
 from mmoe.recipe import load_recipe
 from mmoe.recipe.schema import Recipe
 
@@ -67,6 +69,9 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path: Path) ->
         sweep.sweep(recipe, ["vit"], out, [], FakeRunner())
     with pytest.raises(UserError, match="the data set is missing"):
         sweep.sweep(alone("quickstart"), ["vit"], out, [tmp_path / "no" / "data"], FakeRunner())
+    silent = sets.write_set(tmp_path, "silent", sets.varied(2))
+    with pytest.raises(UserError, match="no sample asks a question"):
+        sweep.sweep(alone("quickstart"), ["vit"], out, [silent], FakeRunner())
     assert not out.exists()
 
 
@@ -134,6 +139,19 @@ def test_the_table_has_a_row_a_set(colours: Path, tmp_path: Path, capsys: pytest
     assert runner.calls == ["train convnet"], "what is there is not trained again"
     with pytest.raises(UserError, match=r"set 'vit': .* holds another recipe's run: there `lr = 0.0012`"):
         sweep.sweep(alone("quickstart", "optimizer.lr=1e-3"), ["vit"], tmp_path, [], runner)
+
+
+def test_only_answers_to_every_question_with_pictures_are_taken_for_a_sets(colours: Path, tmp_path: Path) -> None:
+    checkpoint, path = tmp_path / "step", tmp_path / "colours.json"
+    checkpoint.mkdir()
+    (checkpoint / MANIFEST).write_text("{}")
+    whole = heading("scenes", checkpoint, colours, "shown") | {"samples": 12}
+    path.write_text(json.dumps(whole))
+    assert runs.evaluation(path, checkpoint, colours) == whole
+    other = {"suite": "loss", "checkpoint": "other", "images": "blank", "samples": 3, "system_prompt": "say more"}
+    for name, value in other.items():
+        path.write_text(json.dumps(whole | {name: value}))
+        assert runs.evaluation(path, checkpoint, colours) is None, name
 
 
 def test_of_stages_the_last_is_told(tmp_path: Path) -> None:
