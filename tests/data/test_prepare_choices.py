@@ -169,3 +169,10 @@ def test_files_of_another_origin_are_left_alone(catalogue: Any, tmp_path: Path) 
     with pytest.raises(UserError, match="files that were not made here"):
         prepare_cv_bench(catalogue, tmp_path, train=4, test=4, size=32, seed=0, workers=1)
     assert (folder / "test_2d.parquet").read_bytes() == b"somebody's"
+
+
+def test_without_pyarrow_nothing_is_made(catalogue: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match=r"pip install 'mmoe\[cv-bench\]'"):
+        prepare_cv_bench(catalogue, tmp_path / "out", train=4, test=4, size=32, seed=0, workers=1)
+    assert not (tmp_path / "out").exists()

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from mmoe.data import cv_bench
 from mmoe.data.prepare.catalogue import Catalogue, card_hash, load_card, load_catalogue
 from mmoe.data.prepare.choices import CHOICES_VERSION, ChoiceMaker, write_files
 from mmoe.data.prepare.compose import load_sprites
@@ -25,7 +26,8 @@ SAMPLES_PER_SHARD = 2000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `mmoe data prepare NAME OUT`, of which :func:`run` takes the parsed ones."""
     parser.add_argument("--train", type=int, default=48_000, help="scenes to train on (default %(default)s)")
-    parser.add_argument("--test", type=int, default=4_800, help="scenes in each test split (default %(default)s)")
+    text = "scenes, or questions of cv_bench, in each test split (default %(default)s)"
+    parser.add_argument("--test", type=int, default=4_800, help=text)
     parser.add_argument("--size", type=int, default=64, help="side of a scene in pixels (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes (default %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
@@ -151,7 +153,11 @@ def prepare_cv_bench(
     """Make ``cv_bench/train``, a data set, and ``cv_bench/test`` and ``cv_bench/heldout`` in CV-Bench's own layout.
 
     The arguments are those of :func:`prepare_scenes`; ``test`` counts questions.
+
+    Raises:
+        UserError: there is something else in the folder of a split, or pyarrow is not installed.
     """
+    cv_bench.pyarrow()  # missing, it is told before minutes of work
     path = write_tokenizer(catalogue, out)
     for split, samples, held_out in (("train", train, False), ("test", test, False), ("heldout", test, True)):
         description = Description(

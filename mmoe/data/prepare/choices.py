@@ -143,9 +143,8 @@ def write_files(out: Path, description: Description, maker: ChoiceMaker) -> bool
     """Write ``description.samples`` rows, the tasks one after another, unless they are there; False if they were.
 
     Raises:
-        UserError: there is something else at ``out``, or pyarrow is not installed.
+        UserError: there is something else at ``out``.
     """
-    cv_bench.pyarrow()
     paths = {kind: f"{stem}.parquet" for kind, stem in cv_bench.TYPES.items()}
     made = {cv_bench.fingerprint(out / name) for name in paths.values()}
     if made == {description.fingerprint}:
