@@ -45,6 +45,7 @@ newest() { echo "$1/checkpoints/$(< "$1/checkpoints/latest")"; }
 evaluate() {
     local runner=$1 title="evaluate: $2" out=$3 checkpoint=$4 data=$6
     local sources=("$data/index.npz")
+    [[ $5 == cv_bench ]] && sources=("$data"/test_*.parquet)
     [[ $checkpoint == - ]] || sources+=("$checkpoint/manifest.json")
     if up_to_date "$out" "${sources[@]}"; then
         skip "$title"

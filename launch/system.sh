@@ -40,13 +40,19 @@ settings+=("$@")
 
 prepare "$data" "${scenes[@]}"
 choices= # whether a stage's mixture reads questions in CV-Bench's format
-sets=$("$PYTHON_BIN" -c '
+declare -A prompts # by data set (scenes, stamps, …), the system prompt that the last stage trains it with
+mixtures=$("$PYTHON_BIN" -c '
 import sys
+from shlex import quote
 from mmoe.data.mixture import load_mixture
 from mmoe.recipe import load_recipe
 stages = load_recipe(sys.argv[1], sys.argv[2:]).stages
-print(*(part.path for stage in stages for part in load_mixture(stage.data.mixture)))
+mixtures = [load_mixture(stage.data.mixture) for stage in stages]
+print("sets=" + quote(" ".join(part.path for parts in mixtures for part in parts)))
+for part in mixtures[-1]:
+    print("prompts[" + quote(part.path.partition("/")[0]) + "]=" + quote(part.system_prompt))
 ' "$name" "${settings[@]}")
+eval "$mixtures"
 if [[ " $sets" == *" cv_bench/"* ]]; then
     choices=1
     part "data: cv_bench" mmoe data prepare cv_bench "$data" "${scenes[@]}"
@@ -68,6 +74,8 @@ else
 fi
 
 queue=()
+# behind DATASET   sets what puts a sample of it behind its system prompt.
+behind() { behind=(${prompts[$1]:+--system-prompt "${prompts[$1]}"}); }
 later() { queue+=(-- "$@"); } # TITLE COMMAND…
 # What is queued, in as many processes as ranks. Without a terminal they have no progress bars, which would mix.
 run_queue() {
@@ -84,26 +92,31 @@ for folder in "${folders[@]%/}"; do
     stage=${folder##*/} out=$folder/evaluation checkpoint=$(newest "$folder")
     for split in scenes/heldout stamps/heldout; do
         file=loss-${split/\//-}.json
+        behind "${split%/*}"
         evaluate later "$stage begins, loss on $split" "$out/begin/$file" "$before" loss "$data/$split" \
-            --as "$folder/recipe.toml"
-        evaluate later "$stage, loss on $split" "$out/$file" "$checkpoint" loss "$data/$split"
+            --as "$folder/recipe.toml" "${behind[@]}"
+        evaluate later "$stage, loss on $split" "$out/$file" "$checkpoint" loss "$data/$split" "${behind[@]}"
     done
+    behind scenes
     for split in test heldout; do
-        evaluate later "$stage, $split" "$out/$split.json" "$checkpoint" scenes "$data/scenes/$split"
+        evaluate later "$stage, $split" "$out/$split.json" "$checkpoint" scenes "$data/scenes/$split" "${behind[@]}"
     done
     before=$checkpoint
 done
-evaluate later "$stage, test-blank" "$out/test-blank.json" "$checkpoint" scenes "$data/scenes/test" --blank
+evaluate later "$stage, test-blank" "$out/test-blank.json" "$checkpoint" scenes "$data/scenes/test" --blank \
+    "${behind[@]}"
 evaluate later "$stage, loss on scenes/heldout, blank" "$out/loss-scenes-heldout-blank.json" "$checkpoint" loss \
-    "$data/scenes/heldout" --blank
-evaluate later "$stage, test, no images" "$out/test-no-images.json" "$checkpoint" scenes "$data/scenes/test" --no-images
+    "$data/scenes/heldout" --blank "${behind[@]}"
+evaluate later "$stage, test, no images" "$out/test-no-images.json" "$checkpoint" scenes "$data/scenes/test" --no-images \
+    "${behind[@]}"
 if [[ $choices ]]; then
+    behind cv_bench
     for split in test heldout; do
         evaluate later "$stage, CV-Bench's format, $split" "$out/cv-bench-$split.json" "$checkpoint" cv_bench \
-            "$data/cv_bench/$split" --limit 1200
+            "$data/cv_bench/$split" --limit 1200 "${behind[@]}"
     done
     evaluate later "$stage, CV-Bench's format, no images" "$out/cv-bench-no-images.json" "$checkpoint" cv_bench \
-        "$data/cv_bench/test" --limit 1200 --no-images
+        "$data/cv_bench/test" --limit 1200 --no-images "${behind[@]}"
 fi
 ((${#queue[@]} == 0)) || run_queue
 
