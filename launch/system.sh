@@ -77,15 +77,19 @@ queue=()
 # behind DATASET   sets what puts a sample of it behind its system prompt.
 behind() { behind=(${prompts[$1]:+--system-prompt "${prompts[$1]}"}); }
 later() { queue+=(-- "$@"); } # TITLE COMMAND…
+running=()
 # What is queued, in as many processes as ranks. Without a terminal they have no progress bars, which would mix.
 run_queue() {
-    local i one running=() threads=$(($(nproc) / ranks))
+    local i one threads=$(($(nproc) / ranks))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
+    # Background processes ignore Ctrl-C: they end with the script, also where one of them fails.
+    trap 'kill "${running[@]}" 2> /dev/null || true' EXIT
     for ((i = 0; i < ranks; i++)); do
-        { "$PYTHON_BIN" launch/several.py "$i" "$ranks" "${queue[@]}" 2>&1 | cat; } &
+        "$PYTHON_BIN" launch/several.py "$i" "$ranks" "${queue[@]}" 2> >(cat >&2) &
         running+=($!)
     done
     for one in "${running[@]}"; do wait "$one"; done
+    trap - EXIT
 }
 before=- written=()
 for folder in "${folders[@]%/}"; do
