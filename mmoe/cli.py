@@ -111,6 +111,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=int, metavar="N", help=text)
     text = "loss alone: of the model that this recipe begins with, CHECKPOINT handed over to it (-: its first weights)"
     evaluate.add_argument("--as", dest="recipe", metavar="RECIPE", help=text)
+    evaluate.add_argument("--stage", metavar="NAME", help="the stage of RECIPE, where it has any")
     text = "in front of every sample, as a mixture's system_prompt"
     evaluate.add_argument("--system-prompt", default="", metavar="TEXT", help=text)
 
@@ -175,7 +176,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     data = group(commands, "data", "prepare, check and describe data sets")
     example = "data prepare scenes data-cache"
     prepare = command(data, "prepare", _prepare, "make a data set", example)
-    prepare.add_argument("name", metavar="NAME", help="which data set to make")
+    prepare.add_argument("name", metavar="NAME", help="stamps, scenes or cv_bench")
     prepare.add_argument("out", type=Path, metavar="OUT")
     if list(arguments[:2]) == ["data", "prepare"]:
         from mmoe.data.prepare import add_arguments
@@ -250,7 +251,12 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     if options.recipe and options.suite != "loss":
         raise UserError("--as is of the suite loss", f"--suite {options.suite}", "leave it out")
-    suites = {"scenes": scenes.run, "cv_bench": cv_bench.run, "loss": partial(loss.run, recipe=options.recipe)}
+    if options.stage and not options.recipe:
+        raise UserError("--stage is of the recipe that --as names", f"--stage {options.stage}", "leave it out")
+    if options.limit is not None and options.limit < 1:
+        raise UserError("so few samples say nothing", f"--limit {options.limit}", "give at least 1")
+    begins = partial(loss.run, recipe=options.recipe, stage=options.stage)
+    suites = {"scenes": scenes.run, "cv_bench": cv_bench.run, "loss": begins}
     shared = {"images": options.images, "limit": options.limit, "system_prompt": options.system_prompt}
     suites[options.suite](options.checkpoint, options.data, options.json, **shared)
 

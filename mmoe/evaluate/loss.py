@@ -141,12 +141,14 @@ def run(
     limit: int | None = None,
     system_prompt: str = "",
     recipe: str | None = None,
+    stage: str | None = None,
 ) -> None:
     """`mmoe evaluate CHECKPOINT --suite loss`: print the table, write the numbers.
 
     Args:
         recipe: measure the model that a run of this recipe begins with: the checkpoint's weights as they are handed
             over to it, or, where :data:`FIRST` stands in the place of the checkpoint, its first ones.
+        stage: of the recipe, where it has any.
 
     Raises:
         UserError: the checkpoint or the data set is missing or broken, the weights are another model's; see
@@ -160,7 +162,8 @@ def run(
     if recipe is None:
         model = mmoe.load(checkpoint)
     else:
-        model = begin(stages.one(load_recipe(recipe), None), None if str(checkpoint) == FIRST else checkpoint)
-    result = heading("loss", checkpoint, data, images, system_prompt) | ({"as": recipe} if recipe else {})
+        model = begin(stages.one(load_recipe(recipe), stage), None if str(checkpoint) == FIRST else checkpoint)
+    result = heading("loss", checkpoint, data, images, system_prompt)
+    result |= {name: value for name, value in (("as", recipe), ("stage", stage)) if value}
     result |= measure(model, source, images=images, limit=limit, system_prompt=system_prompt)
     show(result, out, table(result))

@@ -12,13 +12,14 @@ import training
 from fakes import png
 
 import mmoe
+from mmoe import cli
 from mmoe.checkpoint.load import begin
 from mmoe.data.cv_bench import SUFFIX
 from mmoe.data.shards import Sample
 from mmoe.data.source import Source
 from mmoe.evaluate.cv_bench import MAX_TOKENS
 from mmoe.evaluate.loss import measure
-from mmoe.recipe import load_recipe
+from mmoe.recipe import dump_recipe, load_recipe
 
 COLOURS = {" red": (220, 20, 20), " green": (20, 200, 20), " blue": (20, 20, 220), " grey": (120, 120, 120)}
 PROGRAM = "import json, sys; from mmoe import cli; sys.exit(max(cli.main(c) for c in json.loads(sys.argv[1])))"
@@ -132,6 +133,28 @@ def test_what_cannot_be_loaded_or_evaluated_is_a_user_error(trained: tuple[Path,
         done = run_commands(command)
         assert done.returncode == 2
         assert what in done.stderr.splitlines()[-1]
+
+
+def test_options_that_say_nothing_are_refused_and_a_stage_is_named(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run = trained
+    overrides = ['stages=[{name="a", train.steps=2}, {name="b", train.steps=3}]']
+    staged, out = tmp_path / "staged.toml", tmp_path / "loss.json"
+    staged.write_text(dump_recipe(load_recipe(run / "recipe.toml", overrides)))
+    loss = ["evaluate", "-", "--suite", "loss", "--data", str(data)]
+    for more, what in [
+        (["--limit", "0"], "so few samples say nothing (--limit 0)"),
+        (["--limit", "-3"], "so few samples say nothing (--limit -3)"),
+        (["--stage", "b"], "--stage is of the recipe that --as names"),
+        (["--as", str(staged)], "one is needed (--stage): the stages are a, b"),
+        (["--as", str(staged), "--stage", "c"], "no stage is called 'c'"),
+    ]:
+        assert cli.main([*loss, *more]) == 2
+        assert what in capsys.readouterr().err
+    assert cli.main([*loss, "--as", str(staged), "--stage", "b", "--limit", "1", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert (found["as"], found["stage"], found["samples"]) == (str(staged), "b", 1)
 
 
 def test_a_stage_of_the_same_model_begins_where_the_one_before_ended(trained: tuple[Path, Path]) -> None:
