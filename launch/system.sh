@@ -40,6 +40,7 @@ settings+=("$@")
 
 prepare "$data" "${scenes[@]}"
 choices= # whether a stage's mixture reads questions in CV-Bench's format
+sets=    # what the stages' mixtures read
 declare -A prompts # by data set (scenes, stamps, …), the system prompt that the last stage trains it with
 mixtures=$("$PYTHON_BIN" -c '
 import sys
