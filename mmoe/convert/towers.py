@@ -103,17 +103,21 @@ def _open_clip(directory: Path, tensors: Tensors, front: str, encoder: AnyEncode
         whole = _table(read_config(directory, OPEN_CLIP_CONFIG), "model_cfg", where)
         config, notes, where = _table(whole, "vision_cfg", where), [], str(directory / OPEN_CLIP_CONFIG)
         width, head, ratio = config.get("width"), config.get("head_width", 64), config.get("mlp_ratio", 4.0)
-        if type(width) is not int or type(head) is not int or head < 1 or not isinstance(ratio, int | float):
+        sizes = type(width) is type(head) is int and isinstance(ratio, int | float)
+        if not sizes or not (0 < width < 2**20 and 0 < head < 2**20 and 0 < ratio < 2**20):
             what = f"width is {width!r}, head_width {head!r}, mlp_ratio {ratio!r}"
             raise UserError(what, where, "the recipe's encoder is a ViT: give one of OpenCLIP's")
+        norms = config.get("norm_kwargs") or {}
         theirs = dataclasses.replace(
             _plain(encoder),
             **{key: config.get(key) for key in ("layers", "width", "patch_size")},
             heads=width // head,
-            mlp_width=int(width * ratio) if ratio < 2**20 else 0,
+            mlp_width=int(width * ratio),
+            norm_eps=norms.get("eps", 1e-5) if isinstance(norms, dict) else norms,
             activation="quick_gelu" if whole.get("quick_gelu") else "gelu",
         )
-        check_same(theirs, _plain(encoder), path, where, free=FREE, names={"heads": "width / head_width"})
+        names = {"heads": "width / head_width", "norm_eps": "norm_kwargs.eps"}
+        check_same(theirs, _plain(encoder), path, where, free=FREE, names=names)
     tower = View(tensors, {name.removeprefix(front): Rows(name) for name in tensors if name.startswith(front)})
     made = _read(vision.table(encoder), from_open_clip(tower, str(directory)), directory)
     aside = {name for name in tensors if not name.startswith(front) or name == f"{front}proj"}

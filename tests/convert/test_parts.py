@@ -274,9 +274,19 @@ def test_open_clip_and_timm(parts: Parts, tmp_path: Path) -> None:
     assert torch.equal(made.state["encoders.vit.position"], wanted)
     state = vision.table(parts.encoder("convnext"), ours="encoders.convnext.").read(disk, "it")
     assert all(torch.equal(made.state[key], state[key]) for key in state)
-    open_clip(tmp_path / "other", head_width=8)
-    with pytest.raises(UserError, match=r"width / head_width is 4, model\.encoders\.0\.heads is 2 by the recipe"):
-        read_parts(recipe, [("encoders.vit", tmp_path / "other")], parts.tokenizer)
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"head_width": 8}, r"width / head_width is 4, model\.encoders\.0\.heads is 2 by the recipe"),
+        (
+            {"norm_kwargs": {"eps": 1e-6}},
+            r"norm_kwargs\.eps is 1e-06, model\.encoders\.0\.norm_eps is 1e-05 by the recipe",
+        ),
+        ({"width": 10**400}, "width is 1000.*give one of OpenCLIP's"),
+        ({"mlp_ratio": float("-inf")}, "mlp_ratio -inf"),
+    ]
+    for number, (change, message) in enumerate(changes):
+        open_clip(tmp_path / f"other{number}", **change)
+        with pytest.raises(UserError, match=message):
+            read_parts(recipe, [("encoders.vit", tmp_path / f"other{number}")], parts.tokenizer)
 
 
 def test_names_out_of_files_are_text(parts: Parts, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -320,7 +330,7 @@ def test_buffers_and_heads_are_left_aside(parts: Parts, tmp_path: Path) -> None:
         ("encoders.dino3", "dino3", {"hidden_size": 64}, {}, r"hidden_size is 64, model\.encoders\.0\.width is 32 by"),
         ("encoders.dino3", "dino3", {"hidden_act": "gelu_pytorch_tanh"}, {}, "hidden_act is 'gelu_tanh', model"),
         ("encoders.dino3", "dino3", {"num_hidden_layers": 10**9}, {}, "num_hidden_layers is 1000000000, model"),
-        ("encoders.dino3", "siglip", {}, {}, r"layer_norm_eps is 1e-06|position is|by the recipe"),
+        ("encoders.dino3", "siglip", {}, {}, "hidden_act is 'gelu_tanh', model"),
         ("encoders.dino3", "convnext", {}, {}, r"it is a convnext, model\.encoders\.0\.type is 'vit'"),
         ("encoders.dino3", "llama", {}, {}, "model_type is 'llama'"),
         ("encoders.dino3", "dino3", {}, {"extra.weight": torch.zeros(1)}, r"has unread tensor extra\.weight"),
