@@ -98,7 +98,7 @@ def _open_clip(directory: Path, tensors: Tensors, front: str, encoder: AnyEncode
     where, module = str(directory), f"encoders.{encoder.name}"
     if not isinstance(encoder, ViT) or vision.family_of(encoder) is not CLIP:
         raise UserError(f"it is a ViT of OpenCLIP, {path} is none by the recipe", where, "give a part that fits")
-    notes = [f"{module}: no {OPEN_CLIP_CONFIG} there: heads and activation are taken to be the recipe's"]
+    notes = [f"{module}: no {OPEN_CLIP_CONFIG} there: heads, activation and epsilon are taken to be the recipe's"]
     if (directory / OPEN_CLIP_CONFIG).is_file():
         whole = _table(read_config(directory, OPEN_CLIP_CONFIG), "model_cfg", where)
         config, notes, where = _table(whole, "vision_cfg", where), [], str(directory / OPEN_CLIP_CONFIG)
@@ -201,14 +201,17 @@ def left_aside(
 
 
 def _statistics(directory: Path, encoder: ViT | ConvNeXt, module: str) -> list[str]:
-    """A note where the directory's pixels are normalised in another way than the recipe's."""
     path = directory / "preprocessor_config.json"
     fields = read_config(directory, path.name) if path.is_file() else {}
-    found = {key: fields.get(f"image_{key}", list(getattr(encoder, key))) for key in ("mean", "std")}
+    return statistics({key: fields.get(f"image_{key}") for key in ("mean", "std")}, encoder, module)
+
+
+def statistics(found: Mapping[str, Any], encoder: AnyEncoder, module: str) -> list[str]:
+    """A note for each of ``mean`` and ``std`` where a part's pixels are normalised in another way than the recipe's."""
     return [
         f"{module}: image_{key} is {value} there, {list(getattr(encoder, key))} by the recipe: pixels will differ"
         for key, value in found.items()
-        if value != list(getattr(encoder, key))
+        if value is not None and value != list(getattr(encoder, key))
     ]
 
 

@@ -225,6 +225,19 @@ def test_modules_of_an_export(parts: Parts, tmp_path: Path) -> None:
     begun = first(recipe)
     for key in made.state:
         assert torch.equal(back.state[key], begun[key] if key.startswith("encoders.clip.") else made.state[key]), key
+    clip, dino = recipe.model.encoders
+    gray = dataclasses.replace(clip, mean=(0.5, 0.5, 0.5))
+    other = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, encoders=(gray, dino)))
+    told = read_parts(other, [("encoders.clip", tmp_path / "hf")], parts.tokenizer).notes
+    assert any(
+        re.match(r"encoders\.clip: image_mean is \[0\.48.*there, \[0\.5, 0\.5, 0\.5\] by the recipe", note)
+        for note in told
+    )
+    turned = parts.recipe("dino3", "clip")  # of the same shapes: places alone tell whose projector is whose
+    with pytest.raises(
+        UserError, match=r"connector is made for the encoders clip, dino3, the recipe's are dino3, clip"
+    ):
+        read_parts(turned, [("connector", tmp_path / "hf")], parts.tokenizer)
     other = dataclasses.replace(recipe.model, connector=dataclasses.replace(SVA, heads=4))
     with pytest.raises(UserError, match=r"heads is 2, model\.connector\.heads is 4 by the recipe"):
         read_parts(dataclasses.replace(recipe, model=other), [("connector", tmp_path / "hf")], parts.tokenizer)
@@ -316,10 +329,13 @@ def test_buffers_and_heads_are_left_aside(parts: Parts, tmp_path: Path) -> None:
     inside = {f"convnext.{name}": tensor for name, tensor in load_file(tower / "model.safetensors").items()}
     save_file(inside | {"classifier.weight": torch.ones(2, 16, dtype=torch.int64)}, tower / "model.safetensors")
     (tower / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3]}))
+    tokens = json.loads((hf / "tokenizer.json").read_text()) | {"normalizer": {"type": "NFC"}}
+    (hf / "tokenizer.json").write_text(json.dumps(tokens))
     made = read_parts(parts.recipe("convnext"), [("encoders.convnext", tower), ("language", hf)])
     assert made.notes[0].startswith("encoders.convnext: image_mean is [0.1, 0.2, 0.3] there, [0.485, 0.456, 0.406] by")
     assert f"encoders.convnext: left aside in {tower}: classifier" in made.notes
     assert f"language: left aside in {hf}: model.layers.*.self_attn.rotary_emb.inv_freq" in made.notes
+    assert "its normalizer is not absent): till they are learned, rows of embedding" in made.notes[-1]
     before = read_parts(parts.recipe("convnext"), [*parts.given("convnext"), ("language", parts["llama"])]).state
     assert all(torch.equal(made.state[key], before[key]) for key in before)
 
