@@ -103,8 +103,12 @@ def _open_clip(directory: Path, tensors: Tensors, front: str, encoder: AnyEncode
         whole = _table(read_config(directory, OPEN_CLIP_CONFIG), "model_cfg", where)
         config, notes, where = _table(whole, "vision_cfg", where), [], str(directory / OPEN_CLIP_CONFIG)
         width, head, ratio = config.get("width"), config.get("head_width", 64), config.get("mlp_ratio", 4.0)
-        sizes = type(width) is type(head) is int and isinstance(ratio, int | float)
-        if not sizes or not (0 < width < 2**20 and 0 < head < 2**20 and 0 < ratio < 2**20):
+        if (
+            type(width) is not int
+            or type(head) is not int
+            or not isinstance(ratio, int | float)
+            or not all(0 < size < 2**20 for size in (width, head, ratio))
+        ):
             what = f"width is {width!r}, head_width {head!r}, mlp_ratio {ratio!r}"
             raise UserError(what, where, "the recipe's encoder is a ViT: give one of OpenCLIP's")
         norms = config.get("norm_kwargs") or {}
