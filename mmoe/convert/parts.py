@@ -19,6 +19,7 @@ from mmoe.convert.families.fields import check_same, read_config
 from mmoe.convert.ingest import Imported, read_hf, write
 from mmoe.convert.towers import Taken, check_dtypes, left_aside, refuse_unknown
 from mmoe.convert.weights import Weights
+from mmoe.data.tokenizer import load_tokenizer
 from mmoe.errors import UserError
 from mmoe.models.count import vision_modules
 from mmoe.parallel import state
@@ -73,7 +74,8 @@ def read_parts(recipe: Recipe, parts: Sequence[tuple[str, Path]], tokenizer: Pat
         seed = f"seed {recipe.train.seed}"
         notes.append(f"{module}: no part is given: the first weights that `mmoe train` begins with ({seed})")
     made = Together(found, repr(sorted((module, str(directory)) for module, directory in given.items())))
-    return Imported(recipe, made, _tokenizer(recipe, given, tokenizer), notes)
+    tokens = _tokenizer(recipe, given, tokenizer)
+    return Imported(recipe, made, tokens, notes + (_foreign(tokens) if LANGUAGE in given else []))
 
 
 def parse(given: Sequence[str]) -> list[tuple[str, Path]]:
@@ -125,6 +127,18 @@ def _tokenizer(recipe: Recipe, given: Mapping[str, Path], named: Path | None) ->
     return found
 
 
+def _foreign(tokenizer: Path) -> list[str]:
+    """A note where a language part comes with a tokenizer that training cannot read."""
+    try:
+        load_tokenizer(tokenizer)
+    except UserError as error:
+        rows = (
+            "till they are learned, rows of embedding and output layer are other tokens', also where stages freeze them"
+        )
+        return [f"{LANGUAGE}: training reads data.tokenizer, not {tokenizer} ({error.what}): {rows}"]
+    return []
+
+
 def _take(model: Model, module: str, directory: Path) -> Taken:
     config = read_config(directory) if (directory / "config.json").is_file() else {}
     kind = config.get("model_type")
@@ -152,6 +166,7 @@ def _of_export(model: Model, module: str, directory: Path) -> Taken:
         assert model.connector is not None
         same_weights = set() if isinstance(model.connector, SVA) else {"grid"}
         check_same(theirs.connector, model.connector, "model.connector", where, free=same_weights)
+        notes += _order([encoder.name for encoder in theirs.encoders], model, where)
         return Taken(Part(imported.state, "connector."), notes)
     index = [f"encoders.{encoder.name}" for encoder in model.encoders].index(module)
     ours, there = model.encoders[index], {encoder.name: encoder for encoder in theirs.encoders}
@@ -159,9 +174,24 @@ def _of_export(model: Model, module: str, directory: Path) -> Taken:
     if found is None:
         raise UserError(f"it has no encoder {ours.name!r}", where, f"its encoders are {', '.join(there)}")
     check_same(found, ours, f"model.encoders.{index}", where, free=towers.PICTURES)
+    notes += towers.statistics({key: list(getattr(found, key)) for key in ("mean", "std")}, ours, module)
     prefix = f"encoders.{found.name}."
     inside = {name.removeprefix(prefix): Rows(name) for name in imported.state if name.startswith(prefix)}
     return towers.placed(View(imported.state, inside), ours, module, False, notes)
+
+
+def _order(theirs: Sequence[str], model: Model, where: str) -> list[str]:
+    """A note where a connector's encoders have other names than the recipe's: its tensors tell one encoder from another
+    by its place alone.
+
+    Raises:
+        UserError: they are the recipe's in another order.
+    """
+    ours = [encoder.name for encoder in model.encoders]
+    told = f"made for the encoders {', '.join(theirs)}, the recipe's are {', '.join(ours)}"
+    if sorted(theirs) == sorted(ours) and list(theirs) != ours:
+        raise UserError(f"its connector is {told}", where, "give the recipe its encoders in that order")
+    return [f"{CONNECTOR}: {told}: one has the place of the other"] if list(theirs) != ours else []
 
 
 def _of_cambrian(model: Model, module: str, directory: Path, config: dict[str, Any]) -> Taken:
@@ -172,7 +202,8 @@ def _of_cambrian(model: Model, module: str, directory: Path, config: dict[str, A
         return _language(model, directory, rest, {**config, "model_type": "llama"})
     cambrian.check(config, model, where)
     check_dtypes(own := View(tensors, {name: Rows(name) for name in tensors if name in of_connector}), directory)
-    return Taken(cambrian.connector(model).read(own, str(directory)), [])
+    towers_there = [str(tower).removeprefix(f"{cambrian.ENCODERS}/") for tower in config["mm_vision_tower_aux_list"]]
+    return Taken(cambrian.connector(model).read(own, str(directory)), _order(towers_there, model, where))
 
 
 def _language(model: Model, directory: Path, tensors: Tensors, config: dict[str, Any]) -> Taken:

@@ -98,22 +98,30 @@ def _open_clip(directory: Path, tensors: Tensors, front: str, encoder: AnyEncode
     where, module = str(directory), f"encoders.{encoder.name}"
     if not isinstance(encoder, ViT) or vision.family_of(encoder) is not CLIP:
         raise UserError(f"it is a ViT of OpenCLIP, {path} is none by the recipe", where, "give a part that fits")
-    notes = [f"{module}: no {OPEN_CLIP_CONFIG} there: heads and activation are taken to be the recipe's"]
+    notes = [f"{module}: no {OPEN_CLIP_CONFIG} there: heads, activation and epsilon are taken to be the recipe's"]
     if (directory / OPEN_CLIP_CONFIG).is_file():
         whole = _table(read_config(directory, OPEN_CLIP_CONFIG), "model_cfg", where)
         config, notes, where = _table(whole, "vision_cfg", where), [], str(directory / OPEN_CLIP_CONFIG)
         width, head, ratio = config.get("width"), config.get("head_width", 64), config.get("mlp_ratio", 4.0)
-        if type(width) is not int or type(head) is not int or head < 1 or not isinstance(ratio, int | float):
+        if (
+            type(width) is not int
+            or type(head) is not int
+            or not isinstance(ratio, int | float)
+            or not all(0 < size < 2**20 for size in (width, head, ratio))
+        ):
             what = f"width is {width!r}, head_width {head!r}, mlp_ratio {ratio!r}"
             raise UserError(what, where, "the recipe's encoder is a ViT: give one of OpenCLIP's")
+        norms = config.get("norm_kwargs") or {}
         theirs = dataclasses.replace(
             _plain(encoder),
             **{key: config.get(key) for key in ("layers", "width", "patch_size")},
             heads=width // head,
-            mlp_width=int(width * ratio) if ratio < 2**20 else 0,
+            mlp_width=int(width * ratio),
+            norm_eps=norms.get("eps", 1e-5) if isinstance(norms, dict) else norms,
             activation="quick_gelu" if whole.get("quick_gelu") else "gelu",
         )
-        check_same(theirs, _plain(encoder), path, where, free=FREE, names={"heads": "width / head_width"})
+        names = {"heads": "width / head_width", "norm_eps": "norm_kwargs.eps"}
+        check_same(theirs, _plain(encoder), path, where, free=FREE, names=names)
     tower = View(tensors, {name.removeprefix(front): Rows(name) for name in tensors if name.startswith(front)})
     made = _read(vision.table(encoder), from_open_clip(tower, str(directory)), directory)
     aside = {name for name in tensors if not name.startswith(front) or name == f"{front}proj"}
@@ -197,14 +205,17 @@ def left_aside(
 
 
 def _statistics(directory: Path, encoder: ViT | ConvNeXt, module: str) -> list[str]:
-    """A note where the directory's pixels are normalised in another way than the recipe's."""
     path = directory / "preprocessor_config.json"
     fields = read_config(directory, path.name) if path.is_file() else {}
-    found = {key: fields.get(f"image_{key}", list(getattr(encoder, key))) for key in ("mean", "std")}
+    return statistics({key: fields.get(f"image_{key}") for key in ("mean", "std")}, encoder, module)
+
+
+def statistics(found: Mapping[str, Any], encoder: AnyEncoder, module: str) -> list[str]:
+    """A note for each of ``mean`` and ``std`` where a part's pixels are normalised in another way than the recipe's."""
     return [
         f"{module}: image_{key} is {value} there, {list(getattr(encoder, key))} by the recipe: pixels will differ"
         for key, value in found.items()
-        if value != list(getattr(encoder, key))
+        if value is not None and value != list(getattr(encoder, key))
     ]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ MOST_STAGES = 30
 """Of a ConvNet: no image has 2**30 pixels a side."""
 WIDTH_UNIT = 8
 """Of a ConvNet's widths."""
+_MODULE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 Problem = tuple[str, str, str]
 
@@ -198,6 +200,9 @@ def model_problems(model: Model) -> Iterator[Problem]:
         path = f"model.encoders.{index}"
         if encoder.name in names:
             yield f"{path}.name", f"{encoder.name!r} names two encoders", "give each its own name"
+        if not _MODULE_NAME.fullmatch(encoder.name):
+            what = f"{encoder.name!r} is no name of a module"
+            yield f"{path}.name", what, "its weights and its folder are called so: take letters, digits, _ and -"
         names.add(encoder.name)
         found = list(_encoder(path, encoder))
         yield from found

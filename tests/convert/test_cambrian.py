@@ -197,6 +197,14 @@ def test_a_released_directory_and_its_encoders(made: Made, tmp_path: Path) -> No
     given = [(f"encoders.{name}", made.hf / "encoders" / name) for name in ("clip", "convnext")]
     imported = read_parts(RECIPE, [("connector", hf), ("language", hf), *given])
     assert imported.notes == []
+    config = json.loads((hf / "config.json").read_text()) | {
+        "mm_vision_tower_aux_list": ["openai/clip", "convnext-XXL"]
+    }
+    (hf / "config.json").write_text(json.dumps(config))
+    (note,) = read_parts(RECIPE, [("connector", hf), *given], made.tokenizer).notes[:1]
+    assert note.startswith(
+        "connector: made for the encoders openai/clip, convnext-XXL, the recipe's are clip, convnext"
+    )
     assert imported.tokenizer == hf / "tokenizer.json"
     assert all(torch.equal(imported.state[name], tensor) for name, tensor in made.state.items())
 

@@ -225,6 +225,19 @@ def test_modules_of_an_export(parts: Parts, tmp_path: Path) -> None:
     begun = first(recipe)
     for key in made.state:
         assert torch.equal(back.state[key], begun[key] if key.startswith("encoders.clip.") else made.state[key]), key
+    clip, dino = recipe.model.encoders
+    gray = dataclasses.replace(clip, mean=(0.5, 0.5, 0.5))
+    other = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, encoders=(gray, dino)))
+    told = read_parts(other, [("encoders.clip", tmp_path / "hf")], parts.tokenizer).notes
+    assert any(
+        re.match(r"encoders\.clip: image_mean is \[0\.48.*there, \[0\.5, 0\.5, 0\.5\] by the recipe", note)
+        for note in told
+    )
+    turned = parts.recipe("dino3", "clip")  # of the same shapes: places alone tell whose projector is whose
+    with pytest.raises(
+        UserError, match=r"connector is made for the encoders clip, dino3, the recipe's are dino3, clip"
+    ):
+        read_parts(turned, [("connector", tmp_path / "hf")], parts.tokenizer)
     other = dataclasses.replace(recipe.model, connector=dataclasses.replace(SVA, heads=4))
     with pytest.raises(UserError, match=r"heads is 2, model\.connector\.heads is 4 by the recipe"):
         read_parts(dataclasses.replace(recipe, model=other), [("connector", tmp_path / "hf")], parts.tokenizer)
@@ -274,9 +287,19 @@ def test_open_clip_and_timm(parts: Parts, tmp_path: Path) -> None:
     assert torch.equal(made.state["encoders.vit.position"], wanted)
     state = vision.table(parts.encoder("convnext"), ours="encoders.convnext.").read(disk, "it")
     assert all(torch.equal(made.state[key], state[key]) for key in state)
-    open_clip(tmp_path / "other", head_width=8)
-    with pytest.raises(UserError, match=r"width / head_width is 4, model\.encoders\.0\.heads is 2 by the recipe"):
-        read_parts(recipe, [("encoders.vit", tmp_path / "other")], parts.tokenizer)
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"head_width": 8}, r"width / head_width is 4, model\.encoders\.0\.heads is 2 by the recipe"),
+        (
+            {"norm_kwargs": {"eps": 1e-6}},
+            r"norm_kwargs\.eps is 1e-06, model\.encoders\.0\.norm_eps is 1e-05 by the recipe",
+        ),
+        ({"width": 10**400}, "width is 1000.*give one of OpenCLIP's"),
+        ({"mlp_ratio": float("-inf")}, "mlp_ratio -inf"),
+    ]
+    for number, (change, message) in enumerate(changes):
+        open_clip(tmp_path / f"other{number}", **change)
+        with pytest.raises(UserError, match=message):
+            read_parts(recipe, [("encoders.vit", tmp_path / f"other{number}")], parts.tokenizer)
 
 
 def test_names_out_of_files_are_text(parts: Parts, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -306,10 +329,13 @@ def test_buffers_and_heads_are_left_aside(parts: Parts, tmp_path: Path) -> None:
     inside = {f"convnext.{name}": tensor for name, tensor in load_file(tower / "model.safetensors").items()}
     save_file(inside | {"classifier.weight": torch.ones(2, 16, dtype=torch.int64)}, tower / "model.safetensors")
     (tower / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3]}))
+    tokens = json.loads((hf / "tokenizer.json").read_text()) | {"normalizer": {"type": "NFC"}}
+    (hf / "tokenizer.json").write_text(json.dumps(tokens))
     made = read_parts(parts.recipe("convnext"), [("encoders.convnext", tower), ("language", hf)])
     assert made.notes[0].startswith("encoders.convnext: image_mean is [0.1, 0.2, 0.3] there, [0.485, 0.456, 0.406] by")
     assert f"encoders.convnext: left aside in {tower}: classifier" in made.notes
     assert f"language: left aside in {hf}: model.layers.*.self_attn.rotary_emb.inv_freq" in made.notes
+    assert "its normalizer is not absent): till they are learned, rows of embedding" in made.notes[-1]
     before = read_parts(parts.recipe("convnext"), [*parts.given("convnext"), ("language", parts["llama"])]).state
     assert all(torch.equal(made.state[key], before[key]) for key in before)
 
@@ -320,7 +346,7 @@ def test_buffers_and_heads_are_left_aside(parts: Parts, tmp_path: Path) -> None:
         ("encoders.dino3", "dino3", {"hidden_size": 64}, {}, r"hidden_size is 64, model\.encoders\.0\.width is 32 by"),
         ("encoders.dino3", "dino3", {"hidden_act": "gelu_pytorch_tanh"}, {}, "hidden_act is 'gelu_tanh', model"),
         ("encoders.dino3", "dino3", {"num_hidden_layers": 10**9}, {}, "num_hidden_layers is 1000000000, model"),
-        ("encoders.dino3", "siglip", {}, {}, r"layer_norm_eps is 1e-06|position is|by the recipe"),
+        ("encoders.dino3", "siglip", {}, {}, "hidden_act is 'gelu_tanh', model"),
         ("encoders.dino3", "convnext", {}, {}, r"it is a convnext, model\.encoders\.0\.type is 'vit'"),
         ("encoders.dino3", "llama", {}, {}, "model_type is 'llama'"),
         ("encoders.dino3", "dino3", {}, {"extra.weight": torch.zeros(1)}, r"has unread tensor extra\.weight"),
