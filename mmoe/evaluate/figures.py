@@ -3,7 +3,7 @@
 import base64
 import io
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -176,6 +176,21 @@ def draw_load(axes: Axes, run: History) -> None:
     bar.outline.set_visible(False)  # type: ignore[operator]
 
 
+def name_tasks(axes: Axes, handles: Sequence[Line2D], tasks: Sequence[str]) -> None:
+    """The legend, and the axes of shares over tasks, of a figure that also marks chance and majority."""
+    handles = [
+        *handles,
+        Line2D([], [], color=MUTED, marker="|", linestyle="", markersize=9, label="chance"),
+        Line2D([], [], color=INK, marker="D", linestyle="", markersize=4.5, markerfacecolor=PAPER, label="majority"),
+    ]
+    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.09), ncol=len(handles))
+    axes.set_yticks(range(len(tasks)), [task.replace("_", " / ") for task in tasks], color=INK)
+    axes.set(xlim=(0, 1), ylim=(-0.6, len(tasks) - 0.4))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+
+
 def draw_accuracy(axes: Axes, run: History) -> None:
     """A line a task; for each evaluation its accuracy with the 95% interval, chance and majority beside it."""
     shown = {name: result for name, result in run.evaluations.items() if seen(result) == "shown"}
@@ -202,16 +217,7 @@ def draw_accuracy(axes: Axes, run: History) -> None:
         Line2D([], [], color=color, marker="o", linewidth=3.2, label=f"{name}, n ≥ {_least(shown[name])}")
         for name, color in colors.items()
     ]
-    handles += [
-        Line2D([], [], color=MUTED, marker="|", linestyle="", markersize=9, label="chance"),
-        Line2D([], [], color=INK, marker="D", linestyle="", markersize=4.5, markerfacecolor=PAPER, label="majority"),
-    ]
-    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.09), ncol=len(handles))
-    axes.set_yticks(range(len(tasks)), [task.replace("_", " / ") for task in tasks], color=INK)
-    axes.set(xlim=(0, 1), ylim=(-0.6, len(tasks) - 0.4))
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.grid(visible=False, axis="y")
-    axes.tick_params(axis="y", length=0)
+    name_tasks(axes, handles, tasks)
 
 
 def draw_vision(axes: Axes, on: dict[str, Any], off: dict[str, Any], title: str) -> None:

@@ -12,10 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
 
 from mmoe.evaluate import figures
-from mmoe.evaluate.figures import AMBER, BLUE, GREEN, INK, MUTED, PAPER, RED, RULE
+from mmoe.evaluate.figures import AMBER, BLUE, GREEN, INK, MUTED, PAPER, RED, RULE, name_tasks
 from mmoe.evaluate.history import History
 from mmoe.evaluate.stages import Whole
 
@@ -107,16 +106,7 @@ def draw_accuracy(axes: Axes, whole: Whole, name: str) -> None:
         Line2D([], [], color=color, marker="o", linestyle="", markersize=7, label=stage.name)
         for color, stage in zip(colors, whole.stages, strict=True)
     ]
-    handles += [
-        Line2D([], [], color=MUTED, marker="|", linestyle="", markersize=9, label="chance"),
-        Line2D([], [], color=INK, marker="D", linestyle="", markersize=4.5, markerfacecolor=PAPER, label="majority"),
-    ]
-    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.09), ncol=len(handles))
-    axes.set_yticks(range(len(tasks)), [task.replace("_", " / ") for task in tasks], color=INK)
-    axes.set(xlim=(0, 1), ylim=(-0.6, len(tasks) - 0.4))
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.grid(visible=False, axis="y")
-    axes.tick_params(axis="y", length=0)
+    name_tasks(axes, handles, tasks)
 
 
 def draw_asked(axes: Axes, asked: Asked, names: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ import argparse
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mmoe.data import cv_bench
 from mmoe.data.prepare.catalogue import Catalogue, card_hash, load_card, load_catalogue
@@ -89,21 +90,26 @@ def _texts(catalogue: Catalogue) -> Iterator[str]:
     yield from captions
 
 
+def _describe(catalogue: Catalogue, tokenizer: Path, name: str, samples: int, recipe: dict[str, Any]) -> Description:
+    return Description(
+        name=name,
+        source=catalogue.card["name"],
+        license=catalogue.card["license"],
+        samples=samples,
+        samples_per_shard=SAMPLES_PER_SHARD,
+        tokenizer=tokenizer_hash(tokenizer),
+        recipe=recipe,
+    )
+
+
 def prepare_stamps(catalogue: Catalogue, out: Path, *, workers: int) -> None:
     """Make ``stamps/train`` and ``stamps/heldout`` under the data root ``out``."""
     path = write_tokenizer(catalogue, out)
     for split, held_out in (("train", False), ("heldout", True)):
         found, skipped = usable(catalogue, held_out=held_out)
         members = tuple(part for stamp in found for part in parts(stamp))
-        description = Description(
-            name=f"stamps/{split}",
-            source=catalogue.card["name"],
-            license=catalogue.card["license"],
-            samples=len(members),
-            samples_per_shard=SAMPLES_PER_SHARD,
-            tokenizer=tokenizer_hash(path),
-            recipe={"version": STAMPS_VERSION, "card": card_hash(catalogue.card)},
-        )
+        made_with = {"version": STAMPS_VERSION, "card": card_hash(catalogue.card)}
+        description = _describe(catalogue, path, f"stamps/{split}", len(members), made_with)
         maker = StampMaker(catalogue.root, members, catalogue.card["license"])
         _report(description, build(out / description.name, description, maker, path, workers=workers, skipped=skipped))
         if skipped:
@@ -127,21 +133,9 @@ def prepare_scenes(
     path = write_tokenizer(catalogue, out)
     splits = (("train", train, TRAIN, False), ("test", test, TEST, False), ("heldout", test, HELD_OUT, True))
     for split, samples, kinds, held_out in splits:
-        description = Description(
-            name=f"scenes/{split}",
-            source=catalogue.card["name"],
-            license=catalogue.card["license"],
-            samples=samples,
-            samples_per_shard=SAMPLES_PER_SHARD,
-            tokenizer=tokenizer_hash(path),
-            recipe={
-                "version": SCENES_VERSION,
-                "card": card_hash(catalogue.card),
-                "seed": seed,
-                "size": size,
-                **{f"kind_{kind}": number for kind, number in kinds.items()},
-            },
-        )
+        kind = {f"kind_{kind}": number for kind, number in kinds.items()}
+        made_with = {"version": SCENES_VERSION, "card": card_hash(catalogue.card), "seed": seed, "size": size, **kind}
+        description = _describe(catalogue, path, f"scenes/{split}", samples, made_with)
         sprites = load_sprites(catalogue, held_out=held_out, side=size)
         maker = SceneMaker(split, seed, size, kinds, sprites, catalogue.plurals, catalogue.card["license"])
         _report(description, build(out / description.name, description, maker, path, workers=workers))
@@ -160,21 +154,9 @@ def prepare_cv_bench(
     cv_bench.pyarrow()  # missing, it is told before minutes of work
     path = write_tokenizer(catalogue, out)
     for split, samples, held_out in (("train", train, False), ("test", test, False), ("heldout", test, True)):
-        description = Description(
-            name=f"cv_bench/{split}",
-            source=catalogue.card["name"],
-            license=catalogue.card["license"],
-            samples=samples,
-            samples_per_shard=SAMPLES_PER_SHARD,
-            tokenizer=tokenizer_hash(path),
-            recipe={
-                "version": CHOICES_VERSION,
-                "scenes": SCENES_VERSION,
-                "card": card_hash(catalogue.card),
-                "seed": seed,
-                "size": size,
-            },
-        )
+        versions = {"version": CHOICES_VERSION, "scenes": SCENES_VERSION, "card": card_hash(catalogue.card)}
+        made_with = {**versions, "seed": seed, "size": size}
+        description = _describe(catalogue, path, f"cv_bench/{split}", samples, made_with)
         sprites = load_sprites(catalogue, held_out=held_out, side=size)
         scenes = SceneMaker(f"cv_bench/{split}", seed, size, {}, sprites, catalogue.plurals, catalogue.card["license"])
         maker, folder = ChoiceMaker(scenes), out / description.name
