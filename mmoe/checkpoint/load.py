@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -16,7 +15,7 @@ from mmoe import reading
 from mmoe.checkpoint import layout
 from mmoe.checkpoint.shards import Shards
 from mmoe.data.batch import to_device
-from mmoe.data.tokenizer import load_tokenizer
+from mmoe.data.tokenizer import Vocabulary, load_tokenizer
 from mmoe.errors import UserError
 from mmoe.layers.router import CONTROLLER_STATE
 from mmoe.models.encoders.vit import ViT, resize_position
@@ -74,13 +73,13 @@ class Loaded:
         self.image_tokens, self.image_sizes = recipe.model.image_tokens, recipe.model.image_sizes
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """Read only where texts are: an imported model may bring one that is not ours, and converts all the same.
+    def tokenizer(self) -> Vocabulary:
+        """Read only where texts are: an imported model may bring one of another kind, and converts all the same.
 
         Raises:
-            UserError: it is not of our kind.
+            UserError: see :func:`mmoe.data.tokenizer.load_tokenizer`.
         """
-        return load_tokenizer(self.tokenizer_path)
+        return load_tokenizer(self.tokenizer_path, self.recipe.model.special)
 
     @torch.no_grad()
     def forward_batch(self, batch: dict[str, Any]) -> Tensor:

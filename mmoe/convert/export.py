@@ -16,6 +16,7 @@ from mmoe.checkpoint.tensors import Part, Rows, Tensors, View, lazy
 from mmoe.convert import processor, towers
 from mmoe.convert.families import cambrian, llava, multimodal
 from mmoe.convert.families import language as language_family
+from mmoe.convert.families.fields import token_ids
 from mmoe.convert.ship import ship
 from mmoe.convert.weights import INDEX, SHARD, plan
 from mmoe.errors import UserError
@@ -23,10 +24,8 @@ from mmoe.progress import progress
 from mmoe.recipe.load import dump_recipe
 from mmoe.recipe.model import Model, ViT
 from mmoe.recipe.schema import Recipe
-from mmoe.recipe.tokens import BOS, EOS, IMAGE, PAD, SPECIAL
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TOKEN_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 RECIPE = "mmoe_recipe.toml"
 
 Format = Literal["auto", "llava", "cambrian", "mmoe"]
@@ -72,7 +71,7 @@ def to_hf(
     recipe, found, tokenizer = (load or state_dict)(checkpoint)
     language_family.check_expressible(recipe.model)
     state, wanted, model = lazy(found), DTYPES[dtype] if dtype else None, recipe.model
-    tokens = processor.read_tokenizer(tokenizer)
+    tokens = processor.with_image(processor.read_tokenizer(tokenizer, model.special))
     kind = _kind(recipe, form, tokens)
     folders = _folders(model, state, wanted, kind)
     files: list[stream.File] = []
@@ -113,11 +112,10 @@ def _kind(recipe: Recipe, form: Format, tokens: processor.Tokens) -> Kind | None
         return None
     if form == "mmoe" or next(llava.problems(recipe.model), None):
         return "mmoe"
-    size = recipe.model.backbone.vocab_size
-    if tokens.image is not None and tokens.image < size:
+    if tokens.knows_image:
         return "llava"
     if form == "llava":
-        what = f"its {SPECIAL[IMAGE]} is {tokens.image}, of {size} tokens"
+        what = f"it has no token {tokens.special.image}, which stands for a picture"
         raise UserError(what, "tokenizer.json", "give a tokenizer with that token, or take --format mmoe")
     return "mmoe"
 
@@ -189,12 +187,11 @@ def _describe(
 def _describe_llava(out: Path, recipe: Recipe, tokens: processor.Tokens, dtype: str) -> list[str]:
     model, encoder = recipe.model, recipe.model.encoders[0]
     assert isinstance(encoder, ViT)
-    assert tokens.image is not None
-    _write_json(out / "config.json", llava.to_config(model, dtype, tokens.image) | TOKEN_IDS)
+    _write_json(out / "config.json", llava.to_config(model, dtype))
     _write_tokenizer(out, tokens, processor.with_bos(tokens), model.backbone.max_position)
     fields, notes = processor.image_processor(encoder, recipe.data.fit, recipe.data.interpolation)
     _write_json(out / "preprocessor_config.json", fields)
-    _write_json(out / "processor_config.json", processor.processor(encoder))
+    _write_json(out / "processor_config.json", processor.processor(encoder, tokens.names[-1]))
     return notes
 
 
@@ -230,9 +227,9 @@ def _whole_config(recipe: Recipe, language: dict[str, Any], dtype: str) -> dict[
         "text_config": language,
         "encoders": [dataclasses.asdict(encoder) for encoder in model.encoders],
         "connector": dataclasses.asdict(model.connector),
-        "image_token_id": IMAGE,
+        "image_token_id": model.special.image,
         "tie_word_embeddings": False,
-        **TOKEN_IDS,
+        **token_ids(model.special),
     }
 
 
@@ -241,16 +238,14 @@ def _write_tokenizer(out: Path, tokens: processor.Tokens, data: bytes, longest: 
     (out / "tokenizer.json").write_bytes(data)
     fields = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": tokens.names[PAD],
-        "bos_token": tokens.names[BOS],
-        "eos_token": tokens.names[EOS],
-        "extra_special_tokens": [SPECIAL[IMAGE]],
+        **dict(zip(("pad_token", "bos_token", "eos_token"), tokens.names, strict=False)),
+        "extra_special_tokens": [tokens.names[-1]],
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         "model_max_length": longest,
     }
     _write_json(out / "tokenizer_config.json", fields)
-    _write_json(out / "generation_config.json", TOKEN_IDS)
+    _write_json(out / "generation_config.json", token_ids(tokens.special))
 
 
 def _write_processor(out: Path, recipe: Recipe) -> None:
@@ -267,9 +262,14 @@ def _write_processor(out: Path, recipe: Recipe) -> None:
         "auto_map": maps,
     }
     _write_json(out / "preprocessor_config.json", image | {"processor_class": "MmoeProcessor"})
-    tokens = recipe.model.image_tokens
     _write_json(
-        out / "processor_config.json", {"processor_class": "MmoeProcessor", "auto_map": maps, "image_tokens": tokens}
+        out / "processor_config.json",
+        {
+            "processor_class": "MmoeProcessor",
+            "auto_map": maps,
+            "image_tokens": recipe.model.image_tokens,
+            "image_token_id": recipe.model.special.image,
+        },
     )
 
 

@@ -11,7 +11,7 @@ from mmoe.checkpoint.tensors import Rows, Spec, Tensors, Together, View, read_as
 from mmoe.convert import processor, towers
 from mmoe.convert.export import RECIPE
 from mmoe.convert.families import cambrian, language, llava, longcat, multimodal
-from mmoe.convert.families.fields import read_config
+from mmoe.convert.families.fields import read_config, read_special
 from mmoe.convert.weights import Weights
 from mmoe.ending import one_line
 from mmoe.errors import UserError
@@ -20,7 +20,6 @@ from mmoe.recipe.checks import model_problems, problems
 from mmoe.recipe.load import dump_recipe, load_recipe
 from mmoe.recipe.model import MTP, Model, ViT
 from mmoe.recipe.schema import Data, Optimizer, Precision, Recipe, Train
-from mmoe.recipe.tokens import IMAGE
 
 FILE = 5 << 30
 """Bytes of a file of a checkpoint's tensors."""
@@ -65,6 +64,7 @@ def read_hf(directory: Path) -> Imported:
     else:
         backbone, moe = language.from_config(config, where)
         model = Model(backbone=backbone, moe=moe, mtp=mtp)
+    model = dataclasses.replace(model, special=read_special(config, where))
     _plausible(model, tensors, where)
     if kind == "llava":
         table = llava.table(model, llava.layout(tensors), fused=fused)
@@ -77,7 +77,7 @@ def read_hf(directory: Path) -> Imported:
     else:
         ours = _recipe(directory, model, tensors)
         if kind == "llava":
-            ours, more = _as_processed(ours, directory, config)
+            ours, more = _as_processed(ours, directory)
             notes += more
     return Imported(ours, table.read(tensors, str(directory)), directory / "tokenizer.json", notes)
 
@@ -105,20 +105,17 @@ def _read_cambrian(directory: Path, config: dict[str, Any], tensors: Tensors, ou
     return Imported(ours, Together(states), directory / "tokenizer.json", [])
 
 
-def _as_processed(recipe: Recipe, directory: Path, config: dict[str, Any]) -> tuple[Recipe, list[str]]:
+def _as_processed(recipe: Recipe, directory: Path) -> tuple[Recipe, list[str]]:
     """``recipe`` with what the directory's image processor does, and notes on what that leaves out."""
-    token, notes = config.get("image_token_index", config.get("image_token_id", llava.IMAGE_TOKEN)), []
-    if token != IMAGE:
-        notes = [f"images stand at token {token} there; here at token {IMAGE}, as which no text is read"]
     found = processor.read_image_processor(directory)
     if found is None:
-        return recipe, notes
+        return recipe, []
     statistics = {"mean": found.mean, "std": found.std}
     (encoder,) = recipe.model.encoders
     encoder = dataclasses.replace(encoder, **{key: value for key, value in statistics.items() if value})
     data = dataclasses.replace(recipe.data, fit=found.fit, interpolation=found.interpolation)
     model = dataclasses.replace(recipe.model, encoders=(encoder,))
-    return dataclasses.replace(recipe, model=model, data=data), notes + found.notes
+    return dataclasses.replace(recipe, model=model, data=data), found.notes
 
 
 def from_hf(directory: Path, out: Path) -> None:
@@ -187,7 +184,7 @@ def _save(imported: Imported, folder: Path, title: str) -> None:
     shards.write_index(folder / "state", network, plan)
     (folder / "progress.json").write_text("{}\n")
     (folder / "recipe.toml").write_text(dump_recipe(imported.recipe))
-    tokens = processor.read_tokenizer(imported.tokenizer)
+    tokens = processor.read_tokenizer(imported.tokenizer, imported.recipe.model.special)
     (folder / "tokenizer.json").write_bytes(processor.without_bos(tokens))
     known = {path: {"bytes": size, "sha256": checksum} for path, (size, checksum) in written.items()}
     layout.write_manifest(folder, known, without=(stream.JOURNAL,))

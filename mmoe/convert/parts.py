@@ -75,7 +75,7 @@ def read_parts(recipe: Recipe, parts: Sequence[tuple[str, Path]], tokenizer: Pat
         notes.append(f"{module}: no part is given: the first weights that `mmoe train` begins with ({seed})")
     made = Together(found, repr(sorted((module, str(directory)) for module, directory in given.items())))
     tokens = _tokenizer(recipe, given, tokenizer)
-    return Imported(recipe, made, tokens, notes + (_foreign(tokens) if LANGUAGE in given else []))
+    return Imported(recipe, made, tokens, notes + (_foreign(tokens, recipe.model) if LANGUAGE in given else []))
 
 
 def parse(given: Sequence[str]) -> list[tuple[str, Path]]:
@@ -127,15 +127,13 @@ def _tokenizer(recipe: Recipe, given: Mapping[str, Path], named: Path | None) ->
     return found
 
 
-def _foreign(tokenizer: Path) -> list[str]:
+def _foreign(tokenizer: Path, model: Model) -> list[str]:
     """A note where a language part comes with a tokenizer that training cannot read."""
     try:
-        load_tokenizer(tokenizer)
+        load_tokenizer(tokenizer, model.special)
     except UserError as error:
-        rows = (
-            "till they are learned, rows of embedding and output layer are other tokens', also where stages freeze them"
-        )
-        return [f"{LANGUAGE}: training reads data.tokenizer, not {tokenizer} ({error.what}): {rows}"]
+        why = f"{error.what}: {error.fix}" if error.fix else error.what
+        return [f"{LANGUAGE}: {tokenizer} is none that this recipe trains with ({why})"]
     return []
 
 

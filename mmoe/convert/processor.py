@@ -13,8 +13,8 @@ from mmoe import reading
 from mmoe.convert.families.llava import strategy
 from mmoe.data.pixels import MEAN, Fit, Interpolation
 from mmoe.errors import UserError
-from mmoe.recipe.model import Encoder, ViT
-from mmoe.recipe.tokens import BOS, IMAGE, SPECIAL
+from mmoe.recipe.model import Encoder, Special, ViT
+from mmoe.recipe.tokens import IMAGE, SPECIAL
 
 RESAMPLE: dict[Interpolation, int] = {"triangular": 2, "cubic": 3}
 """Pillow's numbers of the filters."""
@@ -59,11 +59,11 @@ def image_processor(encoder: Encoder, fit: Fit, interpolation: Interpolation) ->
     return fields, notes
 
 
-def processor(encoder: ViT) -> dict[str, Any]:
-    """The ``processor_config.json``."""
+def processor(encoder: ViT, image: str) -> dict[str, Any]:
+    """The ``processor_config.json``; ``image`` is the name of the token that stands for a picture."""
     return {
         "processor_class": "LlavaProcessor",
-        "image_token": SPECIAL[IMAGE],
+        "image_token": image,
         "patch_size": encoder.patch_size,
         "num_additional_image_tokens": int(encoder.class_token),
         "vision_feature_select_strategy": strategy(encoder),
@@ -127,15 +127,19 @@ def _statistics(value: Any, key: str, where: str) -> tuple[float, ...] | None:
 
 
 class Tokens(NamedTuple):
-    """Of a tokenizer: its file, and what it calls the tokens that ours numbers PAD, BOS and EOS."""
+    """Of a tokenizer: its file, and what it calls a model's special tokens."""
 
     data: bytes
+    special: Special
     names: tuple[str, ...]
-    image: int | None
-    """The number of ``<image>``."""
+    """In the order of :class:`Special`'s fields."""
+    size: int
+    """Tokens that the file has; 0 where it cannot be parsed."""
+    knows_image: bool
+    """Whether that of a picture is among them."""
 
 
-def read_tokenizer(path: Path) -> Tokens:
+def read_tokenizer(path: Path, special: Special) -> Tokens:
     """Of any kind: what cannot be parsed goes along with a model all the same, and is taken to have our names.
 
     Raises:
@@ -148,28 +152,46 @@ def read_tokenizer(path: Path) -> Tokens:
     try:
         tokenizer = Tokenizer.from_str(data.decode())
     except Exception:  # tokenizers raises bare Exception for whatever is wrong with the file
-        return Tokens(data, SPECIAL[:IMAGE], None)
-    names = tuple(tokenizer.id_to_token(number) or SPECIAL[number] for number in range(IMAGE))
-    return Tokens(data, names, tokenizer.token_to_id(SPECIAL[IMAGE]))
+        return Tokens(data, special, SPECIAL, 0, False)
+    names = [tokenizer.id_to_token(number) for number in _numbers(special)]
+    given = (name or ours for name, ours in zip(names, SPECIAL, strict=True))
+    return Tokens(data, special, tuple(given), tokenizer.get_vocab_size(), names[-1] is not None)
+
+
+def _numbers(special: Special) -> tuple[int, ...]:
+    return special.pad, special.bos, special.eos, special.image
+
+
+def with_image(tokens: Tokens) -> Tokens:
+    """A tokenizer that ends right before the token of a picture gets that one, called :data:`IMAGE`."""
+    number = tokens.special.image
+    if tokens.knows_image or tokens.size != number:
+        return tokens
+    parts = json.loads(tokens.data)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    parts["added_tokens"] = [*parts.get("added_tokens", []), {"id": number, "content": IMAGE, **flags, "special": True}]
+    data = json.dumps(parts, indent=2, ensure_ascii=False).encode()
+    return tokens._replace(data=data, size=number + 1, knows_image=True)
 
 
 def with_bos(tokens: Tokens) -> bytes:
     """The tokenizer that puts its ``<bos>`` in front of a text; one that has a post-processor stays as it is."""
-    return _NONE.sub(lambda found: found[1] + _template(tokens.names[BOS]), tokens.data, count=1)
+    return _NONE.sub(lambda found: found[1] + _template(tokens), tokens.data, count=1)
 
 
 def without_bos(tokens: Tokens) -> bytes:
     """The tokenizer that :func:`with_bos` made this one of, byte for byte."""
-    return tokens.data.replace(_template(tokens.names[BOS]), b"null", 1)
+    return tokens.data.replace(_template(tokens), b"null", 1)
 
 
-def _template(bos: str) -> bytes:
+def _template(tokens: Tokens) -> bytes:
+    bos, number = tokens.names[1], tokens.special.bos
     front = {"SpecialToken": {"id": bos, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     fields = {
         "type": "TemplateProcessing",
         "single": [front, first],
         "pair": [front, first, second],
-        "special_tokens": {bos: {"id": bos, "ids": [BOS], "tokens": [bos]}},
+        "special_tokens": {bos: {"id": bos, "ids": [number], "tokens": [bos]}},
     }
     return json.dumps(fields).encode()

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from mmoe.data.decoders import Decoded, Decoder
 from mmoe.data.document import BadSample, Document, tokenize
 from mmoe.data.features import Cached
 from mmoe.data.pack import assemble
 from mmoe.data.source import Encoded
+from mmoe.data.tokenizer import Vocabulary
 from mmoe.errors import UserError
 
 Batch = dict[str, Any]
@@ -30,7 +30,7 @@ class Illustrated:
     """Why the sample is bad, where that is known before decoding; the document then holds its place."""
 
 
-def illustrate(sample: Encoded, tokenizer: Tokenizer, image_tokens: int, key: str) -> Illustrated:
+def illustrate(sample: Encoded, tokenizer: Vocabulary, image_tokens: int, key: str) -> Illustrated:
     """The document of a sample as it was read.
 
     Raises:

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
-from mmoe.recipe.tokens import BOS, EOS, IMAGE, PAD
+from mmoe.data.tokenizer import Vocabulary
+from mmoe.recipe.model import Special
 
 
 class BadSample(Exception):
@@ -39,10 +39,10 @@ class Document:
         return replace(self, labels=np.zeros_like(self.labels), loss_mask=np.zeros_like(self.loss_mask))
 
 
-def blank(key: str, length: int) -> Document:
+def blank(key: str, length: int, special: Special) -> Document:
     """Holds the place of a sample that cannot even be read: ``<bos>`` and padding, nothing to learn, no images."""
-    tokens = np.full(length, PAD, np.int64)
-    tokens[:1] = BOS
+    tokens = np.full(length, special.pad, np.int64)
+    tokens[:1] = special.bos
     return Document(
         key=key,
         tokens=tokens,
@@ -67,14 +67,16 @@ def _field(part: Any, name: str, kind: type, where: str) -> Any:
     return value
 
 
-def _encode(tokenizer: Tokenizer, text: str, where: str) -> list[int]:
+def _encode(tokenizer: Vocabulary, text: str, where: str) -> list[int]:
     try:
-        return tokenizer.encode(text, add_special_tokens=False).ids
+        return tokenizer.encode(text)
     except (UnicodeError, TypeError):  # half of a surrogate pair, which JSON lets through
         raise BadSample(f"{where} is no Unicode text") from None
+    except ValueError as error:
+        raise BadSample(f"{where}: {error}") from None
 
 
-def tokenize(sample: dict[str, Any], tokenizer: Tokenizer, image_tokens: int, *, key: str = "") -> Document:
+def tokenize(sample: dict[str, Any], tokenizer: Vocabulary, image_tokens: int, *, key: str = "") -> Document:
     """Lays out ``<bos>``, the prefix (``image_tokens`` × ``<image>`` for an image), then for each branch its prompt,
     its answer and ``<eos>``.
 
@@ -90,14 +92,15 @@ def tokenize(sample: dict[str, Any], tokenizer: Tokenizer, image_tokens: int, *,
     Raises:
         BadSample: the sample does not have the form it should.
     """
-    tokens, loss, images = [BOS], [0.0], []
+    special = tokenizer.special
+    tokens, loss, images = [special.bos], [0.0], []
     prefix, branches = _field(sample, "prefix", list, "sample"), sample.get("branches", [])
     if not isinstance(branches, list):
         raise BadSample("'branches' is no list")
     for i, part in enumerate(prefix):
         if isinstance(part, dict) and "image" in part:
             images.append(_field(part, "image", int, f"prefix[{i}]"))
-            ids, learn = [IMAGE] * image_tokens, False
+            ids, learn = [special.image] * image_tokens, False
         else:
             ids = _encode(tokenizer, _field(part, "text", str, f"prefix[{i}]"), f"prefix[{i}]")
             learn = part.get("loss") is True
@@ -108,7 +111,7 @@ def tokenize(sample: dict[str, Any], tokenizer: Tokenizer, image_tokens: int, *,
     for i, part in enumerate(branches, 1):
         where = f"branches[{i - 1}]"
         prompt = _encode(tokenizer, _field(part, "prompt", str, where), where)
-        answer = [*_encode(tokenizer, _field(part, "answer", str, where), where), EOS]
+        answer = [*_encode(tokenizer, _field(part, "answer", str, where), where), special.eos]
         if not prompt:
             raise BadSample(f"{where} has an empty prompt")
         tokens += prompt + answer
@@ -119,7 +122,7 @@ def tokenize(sample: dict[str, Any], tokenizer: Tokenizer, image_tokens: int, *,
     # A token is predicted at the place before it; a branch's first token has no loss, so none crosses a branch.
     mask = np.array([*loss[1:], 0.0], np.float32)
     ids = np.array(tokens, np.int64)
-    following = np.append(ids[1:], PAD)
+    following = np.append(ids[1:], 0)
     return Document(
         key=key,
         tokens=ids,

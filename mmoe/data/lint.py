@@ -16,7 +16,7 @@ from mmoe.data.document import BadSample
 from mmoe.data.index import problems, read_arrays, read_sample
 from mmoe.data.pixels import BadImage, open_image
 from mmoe.data.shards import INDEX, Sample, read_card, shard_name, text_tokens, token_counter
-from mmoe.data.tokenizer import load_tokenizer, tokenizer_hash
+from mmoe.data.tokenizer import read_tokenizer, tokenizer_hash
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def lint(path: Path) -> list[Problem]:
     if findings:
         return findings
     tokenizer = _find_tokenizer(path, str(index["tokenizer"]))
-    count = token_counter(load_tokenizer(tokenizer)) if tokenizer else None
+    count = token_counter(read_tokenizer(tokenizer)) if tokenizer else None
     answers: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
     orders: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
     for number in range(len(index["key"])):
@@ -70,6 +70,9 @@ def lint(path: Path) -> list[Problem]:
             counted = text_tokens(sample.record, count) if count else wanted
         except (UnicodeError, TypeError):  # half of a surrogate pair, which JSON lets through
             findings.append(Problem(key, "a text is no Unicode"))
+            continue
+        except ValueError as error:
+            findings.append(Problem(key, f"a text: {error}"))
             continue
         if counted != wanted:
             findings.append(Problem(key, f"token counts {wanted}, found {counted}"))

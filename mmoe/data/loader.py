@@ -17,9 +17,11 @@ from mmoe.data.mixture import load_mixture
 from mmoe.data.order import Order
 from mmoe.data.pack import Planner, Slot
 from mmoe.data.source import Source
-from mmoe.data.tokenizer import load_tokenizer, tokenizer_hash
+from mmoe.data.tokenizer import Vocabulary, load_tokenizer, tokenizer_hash
 from mmoe.errors import UserError
+from mmoe.recipe.model import Special
 from mmoe.recipe.schema import Data
+from mmoe.recipe.tokens import OURS
 
 
 class Position(NamedTuple):
@@ -64,6 +66,7 @@ class Loader:
         state: where to go on, from :meth:`state`; at any number of ranks.
         device: where images are decoded and lie, see :func:`mmoe.data.decoders.build`.
         features: encoders whose features come from ``data.features``, with what those have to be made of.
+        special: the recipe's ``model.special``.
 
     Raises:
         UserError: the mixture, a data set or the tokenizer is missing or does not fit the others, or the state belongs
@@ -84,6 +87,7 @@ class Loader:
         state: dict[str, Any] | None = None,
         device: Literal["cpu", "mixed"] = "cpu",
         features: Mapping[str, Parts] | None = None,
+        special: Special = OURS,
     ) -> None:
         if global_batch % (micro_batch * ranks):
             raise UserError(
@@ -104,7 +108,7 @@ class Loader:
         self._first_pack = rank * self.micro_batches * micro_batch
         root, parts = Path(data.root), load_mixture(data.mixture)
         self._sources = [Source(root / part.path, part.path) for part in parts]
-        self._tokenizer = _tokenizer(root / data.tokenizer, self._sources)
+        self._tokenizer = _tokenizer(root / data.tokenizer, special, self._sources)
         self._prompts = [part.system_prompt for part in parts]
         names, sizes = [part.path for part in parts], [len(source) for source in self._sources]
         sized = list(zip(parts, sizes, strict=True))
@@ -112,7 +116,7 @@ class Loader:
         self._planner = Planner(
             Order(names, sizes, shares, seed, epochs),
             [
-                source.lengths(image_tokens, len(self._tokenizer.encode(prompt, add_special_tokens=False).ids))
+                source.lengths(image_tokens, len(self._tokenizer.encode(prompt)))
                 for source, prompt in zip(self._sources, self._prompts, strict=True)
             ],
             sequence_length=data.sequence_length,
@@ -248,7 +252,7 @@ class Loader:
             if actual != planned:
                 raise BadSample(f"it has {actual} tokens and images, but the index says {planned}")
         except BadSample as error:
-            return Illustrated(document=blank(key, planned[0]), problem=str(error))
+            return Illustrated(document=blank(key, planned[0], self._tokenizer.special), problem=str(error))
         return replace(item, first=(slot[0], source.image_range(number).start))
 
     def _too_long(self, slot: Slot) -> str:
@@ -260,8 +264,8 @@ class Loader:
         )
 
 
-def _tokenizer(path: Path, sources: list[Source]):
-    tokenizer, digest = load_tokenizer(path), tokenizer_hash(path)
+def _tokenizer(path: Path, special: Special, sources: list[Source]) -> Vocabulary:
+    tokenizer, digest = load_tokenizer(path, special), tokenizer_hash(path)
     for source in sources:
         if source.tokenizer != digest:
             raise UserError(

@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from mmoe import reading
 from mmoe.data.shipped import shipped
 from mmoe.errors import UserError
-from mmoe.recipe.tokens import IMAGE, SPECIAL
+from mmoe.recipe.tokens import IMAGE
 
 LARGEST = 1 << 18
 """Bytes of a mixture's file."""
@@ -92,7 +92,7 @@ def _part(source: object, name: str, in_epochs: bool) -> Part:
         raise UserError(f"cap of {path!r} is {cap!r}", name, "give the most samples of an epoch, 1 or more")
     if prompt is not None and (not isinstance(prompt, str) or not prompt):
         raise UserError(f"system_prompt of {path!r} is {prompt!r}", name, "give a text, or leave the key out")
-    if prompt and SPECIAL[IMAGE] in prompt:
-        what = f"system_prompt of {path!r} holds {SPECIAL[IMAGE]}, which an exported processor takes for a picture"
+    if prompt and IMAGE in prompt:
+        what = f"system_prompt of {path!r} holds {IMAGE}, which an exported processor takes for a picture"
         raise UserError(what, name, "leave it out")
     return Part(path=path, weight=float(weight), in_epochs=in_epochs, cap=cap, system_prompt=prompt or "")

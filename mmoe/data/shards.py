@@ -15,6 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from mmoe import reading
+from mmoe.data.tokenizer import encode
 from mmoe.errors import UserError
 
 FORMAT = 1
@@ -278,7 +279,7 @@ def token_counter(tokenizer: Tokenizer) -> Callable[[str], int]:
 
     def count(text: str) -> int:
         if text not in known:
-            known[text] = len(tokenizer.encode(text, add_special_tokens=False).ids)
+            known[text] = len(encode(tokenizer, text))
         return known[text]
 
     return count

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmoe import reading
 from mmoe.data.pixels import BadImage, open_image, preprocess, to_rgb
 from mmoe.errors import UserError
-from mmoe.recipe.tokens import BOS, EOS, IMAGE
+from mmoe.recipe.tokens import IMAGE
 
 PROCESSOR = "processor_config.json"
 INDEX, ADAPTER = "model.safetensors.index.json", "adapter_config.json"
@@ -54,7 +54,7 @@ def generate(
     """
     if temperature < 0 or max_tokens < 1:
         raise UserError("temperature must be 0 or more and max-tokens 1 or more", "", "correct the option")
-    if "<image>" in prompt + system_prompt:
+    if IMAGE in prompt + system_prompt:
         raise UserError("the prompt holds <image>", "", "name the pictures with --image; they stand before the prompt")
     if not path.is_dir():
         raise UserError("no such checkpoint or export", str(path), "`mmoe train` and `mmoe convert to-hf` make one")
@@ -106,8 +106,8 @@ def _from_checkpoint(
         side: torch.from_numpy(np.stack([view[side] for view, _ in views])) for side in model.image_sizes if views
     }
     sizes = torch.tensor([size for _, size in views])
-    front, prompt = (model.tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
-    ids = [BOS, *front, *[IMAGE] * (model.image_tokens * len(pictures)), *prompt]
+    (front, prompt), special = map(model.tokenizer.encode, texts), model.tokenizer.special
+    ids = [special.bos, *front, *[special.image] * (model.image_tokens * len(pictures)), *prompt]
     start, limit = len(ids), model.recipe.model.backbone.max_position
     if start + max_tokens > limit:
         what = f"{start} tokens of prompt and {max_tokens} new ones are more than the model's {limit} positions"
@@ -116,7 +116,7 @@ def _from_checkpoint(
     while len(ids) < start + max_tokens:
         logits = model.logits(torch.tensor([ids]), *((images, sizes) if views else ()))[0, -1].cpu()
         token = next_token(logits, temperature, generator)
-        if token == EOS:
+        if token == special.eos:
             break
         ids.append(token)
     return model.tokenizer.decode(ids[start:]).strip()
@@ -163,7 +163,10 @@ def _from_export(
     kind: Any = getattr(transformers, architecture, None)
     if architecture in LANGUAGE_MODELS:
         processor: Any = transformers.PreTrainedTokenizerFast.from_pretrained(path)
-        ids = [BOS, *(token for text in texts for token in processor.encode(text, add_special_tokens=False))]
+        ids = [
+            processor.bos_token_id,
+            *(token for text in texts for token in processor.encode(text, add_special_tokens=False)),
+        ]
         inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
     elif architecture == "LlavaForConditionalGeneration":
         try:
@@ -179,16 +182,18 @@ def _from_export(
         from mmoe.convert.hf.processing_mmoe import MmoeImageProcessor, MmoeProcessor
 
         try:
-            tokens = int(reading.json_object(reading.text(path / PROCESSOR, 1 << 20))["image_tokens"])
+            fields = reading.json_object(reading.text(path / PROCESSOR, 1 << 20))
+            tokens, image = int(fields["image_tokens"]), int(fields["image_token_id"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"unreadable {PROCESSOR}: {error}", str(path), "export the model again") from None
         processor = MmoeProcessor(
             MmoeImageProcessor.from_pretrained(path),
             transformers.PreTrainedTokenizerFast.from_pretrained(path),
             image_tokens=tokens,
+            image_token_id=image,
         )
         with _told():
-            inputs = dict(processor(text=texts[0] + "<image>" * len(pictures) + texts[1], images=pictures))
+            inputs = dict(processor(text=texts[0] + IMAGE * len(pictures) + texts[1], images=pictures))
         kind = MmoeForConditionalGeneration
     model = kind.from_pretrained(path, use_safetensors=True).eval()
     torch.manual_seed(seed)

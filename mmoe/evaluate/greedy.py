@@ -9,7 +9,6 @@ from torch import Tensor
 from mmoe.data.batch import Illustrated, collate, pictures
 from mmoe.data.decoders import Decoder
 from mmoe.evaluate.scenes import Model
-from mmoe.recipe.tokens import EOS
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ def answers(
     owner = torch.tensor([row for row, prompt in enumerate(prompts) for _ in prompt.document.images], dtype=torch.long)
     start = length.clone()
     ended = torch.tensor([bool(problem) for problem in problems])
+    eos = model.tokenizer.special.eos
     for _ in range(max_tokens):
         active = (~ended).nonzero().flatten()
         if not len(active):
@@ -58,8 +58,8 @@ def answers(
         place = length[active] - 1
         logits = model.forward_batch(_part(batch, active, owner, int(length[active].max())))
         token = logits[torch.arange(len(active), device=logits.device), place.to(logits.device)].argmax(-1).cpu()
-        ended[active] = token == EOS
-        row, token, place = (part[token != EOS] for part in (active, token, place))
+        ended[active] = token == eos
+        row, token, place = (part[token != eos] for part in (active, token, place))
         batch["tokens"][row, place + 1] = token
         batch["position"][row, place + 1] = batch["position"][row, place] + 1
         for name in ("document", "branch"):

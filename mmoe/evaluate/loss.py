@@ -11,13 +11,13 @@ from typing import Any, Protocol
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from mmoe.data.batch import Illustrated, batches_from_documents, illustrate
 from mmoe.data.decoders import build
 from mmoe.data.document import BadSample
 from mmoe.data.source import Source
+from mmoe.data.tokenizer import Vocabulary
 from mmoe.errors import UserError
 from mmoe.evaluate.asked import Images, as_seen, heading, progress, show
 from mmoe.recipe import load_recipe
@@ -34,7 +34,7 @@ class Model(Protocol):
     """What `mmoe.load` returns, as far as it is needed here."""
 
     recipe: Recipe
-    tokenizer: Tokenizer
+    tokenizer: Vocabulary
     image_tokens: int
     image_sizes: tuple[int, ...]
 

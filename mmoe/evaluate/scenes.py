@@ -11,24 +11,23 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from mmoe.data.batch import Illustrated, batches_from_documents, illustrate
 from mmoe.data.decoders import build
 from mmoe.data.document import BadSample
 from mmoe.data.source import Encoded, Source
+from mmoe.data.tokenizer import Vocabulary
 from mmoe.errors import UserError
 from mmoe.evaluate.asked import Images, Question, as_seen, examples, heading, progress, show, summarise, table
 from mmoe.recipe.schema import Recipe
-from mmoe.recipe.tokens import EOS
 
 
 class Model(Protocol):
     """What `mmoe.load` returns, as far as it is needed here."""
 
     recipe: Recipe
-    tokenizer: Tokenizer
+    tokenizer: Vocabulary
     image_tokens: int
     image_sizes: tuple[int, ...]
 
@@ -82,14 +81,14 @@ def asks(source: Source) -> bool:
     return False
 
 
-def _probes(question: Question, tokenizer: Tokenizer) -> list[tuple[str, int | None, list[int]]]:
+def _probes(question: Question, tokenizer: Vocabulary) -> list[tuple[str, int | None, list[int]]]:
     """The branches that score a question: answer text, choice, tokens."""
-    ids = [tokenizer.encode(choice, add_special_tokens=False).ids for choice in question.choices]
+    ids = [tokenizer.encode(choice) for choice in question.choices]
     if all(len(tokens) == 1 for tokens in ids):
         # A token's probability depends on what stands before it alone: one branch holds all the choices' scores.
         return [(question.choices[0], None, [tokens[0] for tokens in ids])]
     begins = any(a is not b and b[: len(a)] == a for a in ids for b in ids)
-    end = [EOS] if begins else []
+    end = [tokenizer.special.eos] if begins else []
     return [(text, i, tokens + end) for i, (text, tokens) in enumerate(zip(question.choices, ids, strict=True))]
 
 
@@ -118,9 +117,9 @@ def documents(
         ), probes
 
     for question in asked:
-        prompt = len(model.tokenizer.encode(question.prompt, add_special_tokens=False).ids)
+        prompt = len(model.tokenizer.encode(question.prompt))
         for answer, choice, tokens in _probes(question, model.tokenizer):
-            here = prompt + 1 + len(model.tokenizer.encode(answer, add_special_tokens=False).ids)
+            here = prompt + 1 + len(model.tokenizer.encode(answer))
             if branches and length + here > limit:
                 yield made()
                 branches, probes, length, part = [], [], start, part + 1

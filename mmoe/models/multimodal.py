@@ -19,7 +19,6 @@ from mmoe.parallel import engine
 from mmoe.parallel.collectives import sum_gradient
 from mmoe.recipe.model import SVA
 from mmoe.recipe.schema import Recipe
-from mmoe.recipe.tokens import IMAGE
 
 
 class MultimodalModel(MegatronModule):
@@ -67,10 +66,10 @@ class MultimodalModel(MegatronModule):
             for name, encoder in self.encoders.items()
         ]
 
-    def _splice(self, tokens: Tensor, rows: Tensor | None) -> Tensor:
+    def _splice(self, tokens: Tensor, places: Tensor, rows: Tensor | None) -> Tensor:
         """Embeddings [s / context ranks, b, D] with the connector's ``rows`` [n, tokens of an image, D] in the <image>
-        places, in order over the batch; ``tokens`` are whole packs, int64 [b, s]."""
-        mine, places = self.language.mine(tokens.size(1), tokens.device), tokens == IMAGE
+        ``places``, in order over the batch; ``tokens`` are whole packs, int64 [b, s]."""
+        mine = self.language.mine(tokens.size(1), tokens.device)
         hidden = self.language.embed(tokens[:, mine])
         if rows is None:
             return hidden
@@ -87,19 +86,21 @@ class MultimodalModel(MegatronModule):
         if not self.pre_process:
             return self.language(None, batch)
         tokens, connector = batch["tokens"], self.connector
+        # Behind a pack's last document stands 0, which may be the number of <image>.
+        places = (tokens == self.shape.special.image) & (batch["document"] > 0)
         if connector is None or not (images := len(batch["original_sizes"])):
-            return self.language(self._splice(tokens, None), batch)
+            return self.language(self._splice(tokens, places, None), batch)
         features = self._features(batch, self.config.params_dtype)
-        each, there = connector.tokens, int((tokens == IMAGE).sum())
+        each, there = connector.tokens, int(places.sum())
         if there != images * each:
             raise ValueError(f"{there} <image> tokens for {images} images of {each}")
         if not isinstance(connector, SVAConnector):
-            return self.language(self._splice(tokens, connector(features, batch["original_sizes"])), batch)
+            return self.language(self._splice(tokens, places, connector(features, batch["original_sizes"])), batch)
         seen = connector.see(features, batch["original_sizes"])
-        hidden = self._splice(tokens, connector.rows(seen))
-        return self.language(hidden, batch, self._samplers(connector, seen, tokens))
+        hidden = self._splice(tokens, places, connector.rows(seen))
+        return self.language(hidden, batch, self._samplers(connector, seen, places))
 
-    def _samplers(self, connector: SVAConnector, seen: Seen, tokens: Tensor) -> dict[int, Sampler]:
+    def _samplers(self, connector: SVAConnector, seen: Seen, places: Tensor) -> dict[int, Sampler]:
         """The connector's layers within the language model, by the layer that they stand behind."""
         if connector.inside is None:
             return {}
@@ -109,8 +110,7 @@ class MultimodalModel(MegatronModule):
         if self.config.sequence_parallel:
             # Each tensor-parallel rank asks for its part of the sequence.
             seen = seen.map(lambda tensor: sum_gradient(tensor, engine.tensor_group()))
-        places = tokens == IMAGE
-        numbers = torch.where(places, numbered(places), -1)[:, self.language.held(tokens.size(1), tokens.device)].t()
+        numbers = torch.where(places, numbered(places), -1)[:, self.language.held(places.size(1), places.device)].t()
         inside = shape.inside
         return samplers(connector.inside, inside.start, inside.stride, seen, numbers, connector.grid, connector.tokens)
 

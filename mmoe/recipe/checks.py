@@ -29,12 +29,16 @@ _MAY_BE_ZERO = {
     "bias_integral_gain",
     "bias_rate",
     "bias_rate_min",
+    "bos",
     "clip_grad",
+    "eos",
     "hidden_z_coefficient",
+    "image",
     "keep_every",
     "keep_last",
     "mean",
     "min_lr",
+    "pad",
     "registers",
     "router_init_std",
     "seed",
@@ -131,7 +135,7 @@ def problems(recipe: Recipe, *, staged: bool = False) -> Iterator[Problem]:
 def hand_over_problems(before: Model, after: Model) -> Iterator[Problem]:
     """Why the weights of ``before``, a stage's model, are not those of ``after``, the next one's: all that may change
     is the size of images and of feature maps, as far as no weight's shape hangs on it."""
-    for name in ("backbone", "moe", "mtp"):
+    for name in ("backbone", "special", "moe", "mtp"):
         if getattr(before, name) != getattr(after, name):
             yield f"model.{name}", "it differs from the stage before", "stages train one and the same model"
     plain = [[dataclasses.replace(e, image_size=1, grid=None) for e in model.encoders] for model in (before, after)]
@@ -184,6 +188,7 @@ def model_problems(model: Model) -> Iterator[Problem]:
     backbone, connector = model.backbone, model.connector
     if backbone.vocab_size < 5:
         yield "model.backbone.vocab_size", "smaller than the special tokens and one word", "give at least 5"
+    yield from _special(model)
     match backbone:
         case Longcat():
             yield from _longcat(backbone, model.moe)
@@ -212,6 +217,18 @@ def model_problems(model: Model) -> Iterator[Problem]:
                     what = f"{side} does not divide the grid of encoder {encoder.name!r}, {encoder_grid(encoder)}"
                     fix = f"give a divisor, or set {path}.grid: its features are resized to that"
                     yield f"model.connector.{key}", what, fix
+
+
+def _special(model: Model) -> Iterator[Problem]:
+    special, size = dataclasses.asdict(model.special), model.backbone.vocab_size
+    image = special.pop("image") if model.connector is not None else None
+    for name, number in {**special, "image": image}.items():
+        if number is not None and number >= size:
+            what = f"{number} is none of model.backbone.vocab_size = {size} tokens"
+            yield f"model.special.{name}", what, "lower it, or raise the size: new rows are the mean of the others"
+    if image in special.values():
+        name = next(name for name, number in special.items() if number == image)
+        yield "model.special.image", f"{image} is also {name}", "images need a token of their own"
 
 
 def _longcat(backbone: Longcat, moe: MoE | None) -> Iterator[Problem]:

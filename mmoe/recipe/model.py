@@ -1,7 +1,7 @@
 """The tables of a recipe that say what the model is; an exported model ships this file."""
 
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -254,8 +254,24 @@ AnyConnector = SVA | MLP | Linear
 
 
 @dataclass(frozen=True, kw_only=True)
+class Special:
+    """Numbers of the special tokens in the tokenizer; the defaults are those of `mmoe data prepare`'s own."""
+
+    pad: int = 0
+    """What an export pads shorter texts with, and what fills the place of a sample that cannot be read."""
+    bos: int = 1
+    """Begins every document."""
+    eos: int = 2
+    """Ends every answer."""
+    image: int = 3
+    """Stands where the connector's rows go. A special token, or the first number behind the tokenizer's last: nothing
+    that a text is read as. Its own embedding is not used, but has to be there."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Model:
     backbone: AnyBackbone
+    special: Special = field(default_factory=Special)
     moe: MoE | None = None
     """Of a LongCat backbone."""
     mtp: MTP | None = None

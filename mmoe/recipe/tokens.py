@@ -1,4 +1,8 @@
-"""The special tokens that every tokenizer of ours begins with, and that batches, models and exports go by."""
+"""Names of the special tokens that a tokenizer trained here begins with, in the order of :class:`Special`'s fields."""
 
-PAD, BOS, EOS, IMAGE = range(4)
+from mmoe.recipe.model import Special
+
+OURS = Special()
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<image>")
+IMAGE = SPECIAL[-1]
+"""What stands for a picture in a text that an exported processor reads, whatever the tokenizer calls its token."""

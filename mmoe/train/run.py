@@ -21,7 +21,7 @@ from mmoe.checkpoint.load import hand_over
 from mmoe.checkpoint.load import resume as load_checkpoint
 from mmoe.checkpoint.save import Saved, Saver
 from mmoe.data.loader import Loader
-from mmoe.data.tokenizer import load_tokenizer
+from mmoe.data.tokenizer import load_tokenizer, same_tokens
 from mmoe.ending import say
 from mmoe.errors import Interrupted, RankLost, UserError
 from mmoe.models.multimodal import build_stages
@@ -86,12 +86,24 @@ def _claim(out: Path) -> Any:
 
 
 def _fits(recipe: Recipe) -> None:
-    """Raises :class:`UserError` where the tokenizer has more tokens than the model."""
+    """Raises :class:`UserError` where the tokenizer has more tokens than the model, or others for ``model.special``."""
     path = Path(recipe.data.root) / recipe.data.tokenizer
-    size = load_tokenizer(path).get_vocab_size()
+    size = load_tokenizer(path, recipe.model.special).size
     if size > recipe.model.backbone.vocab_size:
         what = f"{path} has {size} tokens, the model only {recipe.model.backbone.vocab_size}"
         raise UserError(what, "model.backbone.vocab_size", f"set it to {size} or more")
+
+
+def _tell_of_tokens(recipe: Recipe, initial: Path) -> None:
+    """A warning where the checkpoint to begin with learned other tokens than the data are read as."""
+    mine, theirs = Path(recipe.data.root) / recipe.data.tokenizer, initial / "tokenizer.json"
+    try:
+        differ = not same_tokens(mine, theirs)
+    except UserError:
+        differ = True
+    if differ:
+        what = f"{theirs} reads texts as other tokens than {mine}, which this run trains with"
+        say(f"mmoe: warning: {what}: what the weights know of tokens is of other ones")
 
 
 class _StopRequest:
@@ -202,6 +214,8 @@ def _train(recipe: Recipe, out: Path, resume: bool, initial: Path | None, stop: 
     if start is not None:
         progress = load_checkpoint(start, stepper.wrapped, stepper.optimizer)
     _fits(recipe)
+    if here.first and start is None and initial is not None:
+        _tell_of_tokens(recipe, initial)
     features = encode.expected(recipe, models)
     loader = Loader(
         recipe.data,
@@ -215,6 +229,7 @@ def _train(recipe: Recipe, out: Path, resume: bool, initial: Path | None, stop: 
         state=progress["data"],
         device="mixed" if cpu_platform.device().type == "cuda" else "cpu",
         features=features,
+        special=recipe.model.special,
     )
     if here.first:
         (out / ".recipe.tmp").write_text(dump_recipe(recipe))

@@ -27,7 +27,7 @@ from mmoe.models.multimodal import build
 from mmoe.parallel import engine
 from mmoe.recipe import model as tables
 from mmoe.recipe.schema import Parallel, Recipe
-from mmoe.recipe.tokens import IMAGE
+from mmoe.recipe.tokens import OURS
 
 LLAMA = tables.Llama(
     type="llama",
@@ -135,7 +135,7 @@ def released(hf: Path, ids: Tensor, images: dict[int, Tensor], sizes: Tensor) ->
         released_sva.image(connector, [[part[i] for part in parts] for parts in maps], grids, size.tolist(), **settings)
         for i, size in enumerate(sizes)
     ]
-    places = (ids == IMAGE).nonzero().view(len(sizes), -1, 2)
+    places = (ids == OURS.image).nonzero().view(len(sizes), -1, 2)
     embeddings = llama.get_input_embeddings()(ids)
     for (row, begin), image in zip(places[:, 0].tolist(), made, strict=True):
         embeddings[row, begin : begin + side * (side + 1)] = image["rows"]
@@ -156,7 +156,7 @@ def released(hf: Path, ids: Tensor, images: dict[int, Tensor], sizes: Tensor) ->
 
 
 def test_logits(made: Made) -> None:
-    picture = [IMAGE] * MODEL.image_tokens
+    picture = [OURS.image] * MODEL.image_tokens
     ids = torch.tensor([[1, *picture, 40, 50, 60], [1, 70, 80, *picture, 90]])
     generator = torch.Generator().manual_seed(2)
     images = {side: torch.randn(2, 3, side, side, generator=generator) for side in MODEL.image_sizes}

@@ -21,7 +21,7 @@ from mmoe.data.pixels import preprocess
 from mmoe.data.tokenizer import load_tokenizer, train_tokenizer
 from mmoe.errors import UserError
 from mmoe.evaluate.generate import generate
-from mmoe.recipe.model import MLP, Model
+from mmoe.recipe.model import MLP, Model, Special
 
 TOWER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 CLIP = transformers.CLIPVisionConfig(**TOWER, intermediate_size=48)
@@ -246,8 +246,9 @@ def test_configurations_as_published(one, tmp_path):
     statistics = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     (tmp_path / "hf/preprocessor_config.json").write_text(json.dumps(published | statistics))
     imported, plain = read_hf(tmp_path / "hf"), read_hf(one.hf).recipe.model
-    assert imported.notes == ["images stand at token 299 there; here at token 3, as which no text is read"]
+    assert imported.notes == []
     recipe = imported.recipe
+    assert recipe.model.special == Special(pad=0, bos=1, eos=2, image=299)
     assert (recipe.data.fit, recipe.data.interpolation) == ("crop", "cubic")
     (encoder,) = recipe.model.encoders
     assert (encoder.mean, encoder.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
@@ -275,12 +276,13 @@ def test_settings_of_pictures_that_cannot_be(one, tmp_path, settings, message):
 
 
 def test_a_tokenizer_of_another_kind_names_its_own_tokens(one, tmp_path):
-    """As Llama's, with <image> behind the vocabulary, as published."""
+    """As Llama's, which ends right before the token of a picture."""
     words = {"<unk>": 0, "<s>": 1, "</s>": 2, "<0x00>": 3, "how": 4}
-    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
-    tokenizer.add_special_tokens(["<image>"])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    imported = read_hf(one.hf)
+    Tokenizer(models.WordLevel(words, "<unk>")).save(str(tmp_path / "tokenizer.json"))
+    shutil.copytree(one.hf, tmp_path / "published")
+    config = json.loads((one.hf / "config.json").read_text()) | {"image_token_index": 5}
+    (tmp_path / "published/config.json").write_text(json.dumps(config))
+    imported = read_hf(tmp_path / "published")
     given = (imported.recipe, imported.state, tmp_path / "tokenizer.json")
     to_hf(tmp_path, tmp_path / "hf", load=lambda _: given)
     assert transformers.AutoConfig.from_pretrained(tmp_path / "hf").image_token_id == 5
@@ -353,10 +355,10 @@ def test_formats(one, tokenizer, tmp_path):
 def test_a_tokenizer_without_the_image_token(one, tmp_path):
     """Is refused before anything is written, or the export has its own code."""
     plain = tmp_path / "tokenizer.json"
-    Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, "<unk>")).save(str(plain))
+    Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1}, "<unk>")).save(str(plain))
     imported = read_hf(one.hf)
     given = {"load": lambda _: (imported.recipe, imported.state, plain)}
-    with pytest.raises(UserError, match="its <image> is None, of 300 tokens"):
+    with pytest.raises(UserError, match="it has no token 3, which stands for a picture"):
         to_hf(tmp_path, tmp_path / "hf", form="llava", **given)
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
     to_hf(tmp_path, tmp_path / "hf", **given)

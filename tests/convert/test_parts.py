@@ -244,13 +244,13 @@ def test_buffers_and_heads_are_left_aside(parts: Parts, tmp_path: Path) -> None:
     inside = {f"convnext.{name}": tensor for name, tensor in load_file(tower / "model.safetensors").items()}
     save_file(inside | {"classifier.weight": torch.ones(2, 16, dtype=torch.int64)}, tower / "model.safetensors")
     (tower / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3]}))
-    tokens = json.loads((hf / "tokenizer.json").read_text()) | {"normalizer": {"type": "NFC"}}
+    tokens = json.loads((hf / "tokenizer.json").read_text()) | {"normalizer": {"type": "Lowercase"}}
     (hf / "tokenizer.json").write_text(json.dumps(tokens))
     made = read_parts(parts.recipe("convnext"), [("encoders.convnext", tower), ("language", hf)])
     assert made.notes[0].startswith("encoders.convnext: image_mean is [0.1, 0.2, 0.3] there, [0.485, 0.456, 0.406] by")
     assert f"encoders.convnext: left aside in {tower}: classifier" in made.notes
     assert f"language: left aside in {hf}: model.layers.*.self_attn.rotary_emb.inv_freq" in made.notes
-    assert "its normalizer is not absent): till they are learned, rows of embedding" in made.notes[-1]
+    assert "with (no tokenizer to train with: its normalizer has a Lowercase: take" in made.notes[-1]
     before = read_parts(parts.recipe("convnext"), [*parts.given("convnext"), ("language", parts["llama"])]).state
     assert all(torch.equal(made.state[key], before[key]) for key in before)
 

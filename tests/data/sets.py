@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 from pictures import encode, picture
-from tokenizers import Tokenizer
 
 from mmoe.data.shards import DatasetWriter, Description, Sample, shard_name, token_counter, write_shard
-from mmoe.data.tokenizer import load_tokenizer, tokenizer_hash, train_tokenizer
+from mmoe.data.tokenizer import Vocabulary, load_tokenizer, read_tokenizer, tokenizer_hash, train_tokenizer
 
 TEXTS = ["how many zebras ?", " 1", " 2", " 3", "where is the pig ?", " left", " right", "a text alone ."]
 
@@ -40,7 +39,7 @@ def varied(count: int, seed: int = 0) -> list[Sample]:
     return samples
 
 
-def tokenizer(root: Path) -> Tokenizer:
+def tokenizer(root: Path) -> Vocabulary:
     """The data root's tokenizer; trained and saved where there is none."""
     path = root / "tokenizer.json"
     if not path.exists():
@@ -51,7 +50,10 @@ def tokenizer(root: Path) -> Tokenizer:
 
 def write_set(root: Path, name: str, samples: Sequence[Sample], per_shard: int = 10) -> Path:
     """Writes the data set ``root/name``."""
-    count = token_counter(tokenizer(root))
+    path = root / "tokenizer.json"
+    if not path.exists():
+        tokenizer(root)
+    count = token_counter(read_tokenizer(path))
     description = Description(
         name, "made", "CC0-1.0", len(samples), per_shard, tokenizer_hash(root / "tokenizer.json"), {}
     )

@@ -11,6 +11,7 @@ from mmoe.data.decoders.threads import ThreadDecoder
 from mmoe.data.document import BadSample, blank
 from mmoe.data.source import Encoded
 from mmoe.errors import UserError
+from mmoe.recipe.tokens import OURS
 
 SIZE, IMAGE_TOKENS = 8, 2
 
@@ -61,7 +62,7 @@ def test_an_image_that_is_shown_twice_makes_a_bad_sample(tok, shown):
 def test_one_bad_image_blanks_all_of_its_document_and_nothing_else(tok, decoder):
     good, bad = item(tok, "good", 2), item(tok, "bad", 3)
     bad = Illustrated(document=bad.document, images=(bad.images[0], b"", bad.images[2]))
-    unread = Illustrated(document=blank("unread", 5), problem="it is gone")
+    unread = Illustrated(document=blank("unread", 5, OURS), problem="it is gone")
     packs = [[good, bad], [unread]]
     batch, problems = collate(packs, 128, decoder(pictures(packs)))
     assert problems == ["", "image 1: empty image", "it is gone"]

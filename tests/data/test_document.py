@@ -6,7 +6,7 @@ from sets import tokenizer
 
 from mmoe.data.document import BadSample, blank, tokenize
 from mmoe.data.shards import text_tokens, token_counter
-from mmoe.recipe.tokens import BOS, EOS, IMAGE
+from mmoe.recipe.tokens import OURS
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +15,7 @@ def tok(tmp_path_factory):
 
 
 def ids(tok, text: str) -> list[int]:
-    return tok.encode(text).ids
+    return tok.encode(text)
 
 
 SAMPLE = {
@@ -28,8 +28,8 @@ def test_layout(tok):
     document = tokenize(SAMPLE, tok, 2, key="k")
     text, first, second = ids(tok, "a text"), ids(tok, "how many zebras ?"), ids(tok, "where ?")
     three, left = ids(tok, " 3"), ids(tok, " left")
-    prefix = [BOS, IMAGE, IMAGE, *text, IMAGE, IMAGE]
-    a, b = [*first, *three, EOS], [*second, *left, EOS]
+    prefix = [OURS.bos, OURS.image, OURS.image, *text, OURS.image, OURS.image]
+    a, b = [*first, *three, OURS.eos], [*second, *left, OURS.eos]
     assert document.tokens.tolist() == prefix + a + b
     assert document.branch.tolist() == [0] * len(prefix) + [1] * len(a) + [2] * len(b)
     n = len(prefix)
@@ -39,7 +39,7 @@ def test_layout(tok):
     learnt_a, learnt_b = len(three) + 1, len(left) + 1
     mask = [0] * (n + len(first) - 1) + [1] * learnt_a + [0] * len(second) + [1] * learnt_b + [0]
     assert document.loss_mask.tolist() == mask
-    assert document.labels[document.loss_mask > 0].tolist() == [*three, EOS, *left, EOS]
+    assert document.labels[document.loss_mask > 0].tolist() == [*three, OURS.eos, *left, OURS.eos]
     assert not document.labels[document.loss_mask == 0].any()
 
 
@@ -56,7 +56,7 @@ def test_prefix_text_is_learnt_where_it_says_so(tok):
     prefix = [{"text": "a text"}, {"image": 0}, {"text": " alone .", "loss": True}, {"text": " right"}]
     document = tokenize({"prefix": prefix, "branches": []}, tok, 3)
     silent, loud, after = ids(tok, "a text"), ids(tok, " alone ."), ids(tok, " right")
-    assert document.tokens.tolist() == [BOS, *silent, *[IMAGE] * 3, *loud, *after]
+    assert document.tokens.tolist() == [OURS.bos, *silent, *[OURS.image] * 3, *loud, *after]
     start = len(silent) + 3
     assert np.flatnonzero(document.loss_mask).tolist() == list(range(start, start + len(loud)))
     assert document.labels[document.loss_mask > 0].tolist() == loud
@@ -67,15 +67,15 @@ def test_prefix_text_is_learnt_where_it_says_so(tok):
 )
 @pytest.mark.parametrize("image_tokens", [0, 1, 16])
 def test_length_is_the_index_formula(tok, sample, image_tokens):
-    prefix, branches = text_tokens(sample, token_counter(tok))
+    prefix, branches = text_tokens(sample, token_counter(tok.tokenizer))
     images = sum("image" in part for part in sample["prefix"])
     assert len(tokenize(sample, tok, image_tokens)) == 1 + images * image_tokens + prefix + branches
 
 
 def test_a_special_token_in_a_text_is_text(tok):
     document = tokenize({"prefix": [{"text": "<image><eos>"}], "branches": []}, tok, 4)
-    assert document.tokens[0] == BOS
-    assert document.tokens[1:].min() > IMAGE
+    assert document.tokens[0] == OURS.bos
+    assert document.tokens[1:].min() > OURS.image
     assert document.images == ()
 
 
@@ -110,8 +110,8 @@ def test_without_loss_keeps_the_tokens(tok):
 
 
 def test_blank_holds_a_place():
-    document = blank("k", 5)
-    assert document.tokens.tolist() == [BOS, 0, 0, 0, 0]
+    document = blank("k", 5, OURS)
+    assert document.tokens.tolist() == [OURS.bos, 0, 0, 0, 0]
     assert document.position.tolist() == [0, 1, 2, 3, 4]
     assert not document.loss_mask.any()
     assert len(document) == 5

@@ -55,13 +55,13 @@ def test_a_mixture_that_is_no_file_and_a_name_that_is_a_path(tmp_path: Path) -> 
 
 
 TOKENIZERS: dict[str, tuple[dict[str, Any], str]] = {
-    "a pattern without end": (
+    "a pattern alone": (
         {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$b"}, "behavior": "Isolated", "invert": False}},
-        "its pre_tokenizer is not ByteLevel",
+        "its pre_tokenizer has no ByteLevel",
     ),
     "texts that grow": (
         {"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 99}},
-        "its normalizer is not absent",
+        "its normalizer puts in 99 characters",
     ),
     "padding without bound": (
         {
@@ -82,16 +82,20 @@ TOKENIZERS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "tokens drawn at random": (
         {"model": {"type": "BPE", "dropout": 0.5, "vocab": {"<pad>": 0}, "merges": []}},
-        "its model.dropout is not absent",
+        "its model.dropout is 0.5",
     ),
-    "tokens around the text": (
-        {"post_processor": {"type": "BertProcessing", "sep": ["<eos>", 2], "cls": ["<bos>", 1]}},
-        "its post_processor is not absent",
+    "other texts": ({"normalizer": {"type": "Lowercase"}}, "its normalizer has a Lowercase"),
+    "sequences without end": (
+        {"normalizer": json.loads('{"type": "Sequence", "normalizers": [' * 9 + '{"type": "NFC"}' + "]}" * 9)},
+        "its normalizer has a Sequence",
     ),
-    "other texts back": ({"decoder": {"type": "Fuse"}}, "its decoder is not ByteLevel"),
+    "other texts back": (
+        {"decoder": {"type": "CTC", "pad_token": "", "word_delimiter_token": "", "cleanup": True}},
+        "its decoder has a CTC",
+    ),
     "another model": (
         {"model": {"type": "WordLevel", "vocab": {"<pad>": 0}, "unk_token": "<pad>"}},
-        "is not BPE",
+        "its model is a WordLevel",
     ),
 }
 

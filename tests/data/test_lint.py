@@ -25,7 +25,7 @@ from mmoe.data.shards import (
     write_shard,
 )
 from mmoe.data.stats import report
-from mmoe.data.tokenizer import load_tokenizer, tokenizer_hash, train_tokenizer
+from mmoe.data.tokenizer import read_tokenizer, tokenizer_hash, train_tokenizer
 from mmoe.errors import UserError
 
 CHOICES = [" left", " right"]
@@ -71,7 +71,7 @@ def write(root: Path, change: Change = lambda made: None, count: int = 40) -> Pa
     writer = DatasetWriter(root / "a" / "train", description)
     writer.open()
     for number, shard in enumerate(description.shards):
-        counter = token_counter(load_tokenizer(tokenizer))
+        counter = token_counter(read_tokenizer(tokenizer))
         write_shard(writer.folder / shard_name(number), (made[i] for i in shard), counter)
     writer.finish()
     return writer.out

@@ -153,7 +153,7 @@ def mixed(root):
 def test_capped_sources_come_whole_each_epoch_behind_their_system_prompts(root, mixed):
     seen: dict[str, list[str]] = {"a": [], "b": []}
     with loader(root, mixture=mixed) as source:
-        planner, prompt = source._planner, source._tokenizer.encode("where is the pig ?").ids
+        planner, prompt = source._planner, source._tokenizer.encode("where is the pig ?")
         stream, numbers = planner.order.at(0, 4300)
         keys = [source._sources[s].key(n) for s, n in zip(stream.tolist(), numbers.tolist(), strict=True)]
         for batch in take(source, 40):

@@ -296,5 +296,5 @@ def test_every_word_of_the_scenes_is_one_token(catalogue, tmp_path: Path) -> Non
     prepare_scenes(catalogue, tmp_path, train=8, test=8, size=32, seed=0, workers=1)
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
     for sentence in wording(PLURALS):
-        assert len(tokenizer.encode(sentence).ids) == len(sentence.split()), sentence
+        assert len(tokenizer.encode(sentence)) == len(sentence.split()), sentence
     assert read_card(tmp_path / "scenes" / "train")["samples"] == 8

@@ -25,8 +25,9 @@ from mmoe.data.shards import (
     token_counter,
     write_shard,
 )
-from mmoe.data.tokenizer import load_tokenizer, train_tokenizer
+from mmoe.data.tokenizer import Vocabulary, read_tokenizer, train_tokenizer
 from mmoe.errors import UserError
+from mmoe.recipe.tokens import OURS
 
 
 def picture(value: int) -> bytes:
@@ -54,7 +55,7 @@ SAMPLES = [sample(number, images) for number, images in enumerate([1, 0, 3, 1, 0
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     train_tokenizer(["Zahl α : welche 0 ?"], 280).save(str(path))
-    return load_tokenizer(path)
+    return read_tokenizer(path)
 
 
 def describe(**changes: Any) -> Description:
@@ -114,7 +115,7 @@ def test_the_index_counts_the_documents_tokens(path: Path, tokenizer: Tokenizer)
     for number, made in enumerate(SAMPLES):
         for image_tokens in (0, 16):
             text = int(index["prefix_tokens"][number] + index["branch_tokens"][number])
-            document = tokenize(made.record, tokenizer, image_tokens)
+            document = tokenize(made.record, Vocabulary(tokenizer, OURS), image_tokens)
             assert len(document) == 1 + len(made.images) * image_tokens + text
     assert text_tokens(SAMPLES[2].record, len) == (len("Zahl α :"), 2 * (len("welche 0 ?") + len(" 2") + 1))
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from mmoe.data.tokenizer import load_tokenizer, tokenizer_hash, train_tokenizer
 from mmoe.errors import UserError
-from mmoe.recipe.tokens import BOS, EOS, IMAGE, PAD, SPECIAL
+from mmoe.recipe.tokens import OURS, SPECIAL
 
 TEXTS = ["how many zebras ?", "how many pigs ?", " Ein Zebra.", "しまうま"] * 20
 
@@ -22,23 +22,24 @@ def saved(tmp_path: Path) -> Path:
 def test_any_text_comes_back(saved: Path) -> None:
     tokenizer = load_tokenizer(saved)
     for text in ("how many zebras ?", " 3", "Ωλ 斑马 🦓\n\t", "", " two  spaces "):
-        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_frequent_words_are_one_token(saved: Path) -> None:
-    assert len(load_tokenizer(saved).encode("how many zebras ?").ids) == 4
+    assert len(load_tokenizer(saved).encode("how many zebras ?")) == 4
 
 
 def test_specials_have_their_numbers(saved: Path) -> None:
     tokenizer = load_tokenizer(saved)
-    assert [tokenizer.token_to_id(token) for token in SPECIAL] == [PAD, BOS, EOS, IMAGE] == [0, 1, 2, 3]
-    assert tokenizer.get_vocab_size() <= 320
+    numbers = [OURS.pad, OURS.bos, OURS.eos, OURS.image]
+    assert [tokenizer.tokenizer.token_to_id(token) for token in SPECIAL] == numbers == [0, 1, 2, 3]
+    assert tokenizer.size <= 320
 
 
 def test_text_cannot_hold_a_special_token(saved: Path) -> None:
     tokenizer = load_tokenizer(saved)
-    ids = tokenizer.encode("a <image> and <eos><pad>").ids
-    assert not set(ids) & {PAD, BOS, EOS, IMAGE}
+    ids = tokenizer.encode("a <image> and <eos><pad>")
+    assert not set(ids) & {OURS.pad, OURS.bos, OURS.eos, OURS.image}
     assert tokenizer.decode(ids) == "a <image> and <eos><pad>"
 
 
@@ -63,8 +64,11 @@ def test_bad_files_are_the_users_errors(saved: Path, tmp_path: Path) -> None:
     broken.write_text(saved.read_text()[:100])
     with pytest.raises(UserError, match="cannot read the tokenizer"):
         load_tokenizer(broken)
-    foreign = Tokenizer.from_file(str(saved))
-    path = tmp_path / "foreign.json"
-    path.write_text(foreign.to_str().replace("<bos>", "<s>"))
-    with pytest.raises(UserError, match="<bos> must be token 1"):
-        load_tokenizer(path)
+
+
+def test_what_a_tokenizer_puts_around_a_text_is_left_out(saved: Path, tmp_path: Path) -> None:
+    around = Tokenizer.from_file(str(saved))
+    around.post_processor = processors.BertProcessing(("<eos>", 2), ("<bos>", 1))
+    around.save(str(tmp_path / "around.json"))
+    assert around.encode("how many").ids[0] == 1
+    assert load_tokenizer(tmp_path / "around.json").encode("how many") == load_tokenizer(saved).encode("how many")

@@ -17,7 +17,7 @@ from mmoe.parallel import optimizer as adam
 from mmoe.recipe import model as tables
 from mmoe.recipe import schema
 from mmoe.recipe.load import dump_recipe
-from mmoe.recipe.tokens import IMAGE
+from mmoe.recipe.tokens import OURS
 from mmoe.train.metrics import gradient_ratio
 from mmoe.train.step import Outcome, Stepper
 
@@ -88,7 +88,7 @@ def micro_batch(step: int, index: int, images: int = 3, image_tokens: int = GRID
     position[0, 14:18] -= 4
     position[0, 18:] -= 18
     for image, (pack, place) in enumerate(((0, 2), (0, 19), (1, 5))[:images]):
-        tokens[pack, place : place + image_tokens] = IMAGE
+        tokens[pack, place : place + image_tokens] = OURS.image
         del image
     loss_mask = (torch.rand(MICRO, PACK, generator=generator) < 0.6).float() * (document > 0)
     return {

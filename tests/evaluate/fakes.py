@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from mmoe.data.source import Encoded
-from mmoe.data.tokenizer import train_tokenizer
+from mmoe.data.tokenizer import Vocabulary, train_tokenizer
 from mmoe.recipe import load_recipe
+from mmoe.recipe.tokens import OURS
 
 IMAGE_TOKENS, IMAGE_SIZE = 4, 32
 
@@ -47,7 +47,8 @@ class FakeModel:
     def __init__(self, sequence_length: int = 64) -> None:
         recipe = load_recipe("quickstart")
         self.recipe = replace(recipe, data=replace(recipe.data, sequence_length=sequence_length, images_per_pack=3))
-        self.tokenizer: Tokenizer = train_tokenizer([" zebra how many ? 1 2 3 12"] * 9, vocab_size=300)
+        trained = train_tokenizer([" zebra how many ? 1 2 3 12"] * 9, vocab_size=300)
+        self.tokenizer = Vocabulary(trained, OURS)
         self.image_tokens, self.image_sizes = IMAGE_TOKENS, (IMAGE_SIZE,)
         self.images: list[Tensor] = []
         self.branches = 0
@@ -56,14 +57,14 @@ class FakeModel:
         """Logits [V] of the token after ``context`` in a sample with a picture that bright."""
         digest = hashlib.sha256(repr((context, round(brightness, 3))).encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
-        return 3 * torch.randn(self.tokenizer.get_vocab_size(), generator=generator)
+        return 3 * torch.randn(self.tokenizer.size, generator=generator)
 
     def forward_batch(self, batch: dict[str, Any]) -> Tensor:
         tokens, document, branch = batch["tokens"], batch["document"], batch["branch"]
         pixels = batch["images"][IMAGE_SIZE]
         self.images.append(pixels.clone())
         bright = iter(pixels.mean((1, 2, 3)).tolist())
-        logits = torch.zeros(*tokens.shape, self.tokenizer.get_vocab_size())
+        logits = torch.zeros(*tokens.shape, self.tokenizer.size)
         for row, (ids, of, within) in enumerate(zip(tokens.tolist(), document.tolist(), branch.tolist(), strict=True)):
             for number in range(1, max(of) + 1):
                 places = [p for p, here in enumerate(of) if here == number]

@@ -17,7 +17,7 @@ from mmoe.data.cv_bench import SUFFIX, Row
 from mmoe.errors import UserError
 from mmoe.evaluate import cv_bench
 from mmoe.evaluate.cv_bench import answer, extract, score
-from mmoe.recipe.tokens import EOS
+from mmoe.recipe.tokens import OURS
 
 
 @pytest.mark.parametrize(
@@ -90,8 +90,8 @@ class Speaking(FakeModel):
 
     def __init__(self, says: list[str]) -> None:
         super().__init__()
-        encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
-        self.says = [[*encode(text), EOS] for text in says]
+        encode = self.tokenizer.encode
+        self.says = [[*encode(text), OURS.eos] for text in says]
         self.marker = encode(SUFFIX[-6:])
         self.heard: list[int | None] = []
 
@@ -137,14 +137,14 @@ def test_answers_are_the_greedy_ones_and_letters_score_their_likelihood(tmp_path
     asked = [cv_bench._asked(found) for _, found in layout.read(write(tmp_path, rows))[1]]
     done = list(cv_bench._answer_some(asked, model, cv_bench.build(model.recipe.data, model.image_sizes), "shown"))
     assert done == asked
-    encode = lambda text: model.tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
+    encode = model.tokenizer.encode
     for number, one in enumerate(asked):
         brightness = sum((x / 255 - 0.5) * 4 for x in (10 * number, 90, 30)) / 3
         start = [1, *[3] * model.image_tokens, *encode(f"{rows[number]['prompt']}\n{SUFFIX}")]
         context = list(start)
         while len(context) < len(start) + cv_bench.MAX_TOKENS:
             token = int(model.after(context, brightness).argmax())
-            if token == EOS:
+            if token == OURS.eos:
                 break
             context.append(token)
         assert one.said == model.tokenizer.decode(context[len(start) :]).strip()

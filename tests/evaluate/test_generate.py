@@ -12,7 +12,7 @@ from torch import Tensor
 import mmoe
 from mmoe.errors import UserError
 from mmoe.evaluate.generate import generate, next_token
-from mmoe.recipe.tokens import BOS, EOS, IMAGE
+from mmoe.recipe.tokens import OURS
 
 
 class Continuing(FakeModel):
@@ -20,7 +20,7 @@ class Continuing(FakeModel):
 
     def __init__(self, says: str) -> None:
         super().__init__()
-        self.left = [*self.tokenizer.encode(says).ids, EOS]
+        self.left = [*self.tokenizer.encode(says), OURS.eos]
         self.contexts: list[list[int]] = []
         self.pixels: Any = None
         self.sizes: Any = None
@@ -51,8 +51,8 @@ def test_it_continues_the_pictures_and_the_prompt_up_to_eos(monkeypatch: pytest.
     (checkpoint / "b.png").write_bytes(png((0, 0, 0)))
     text = generate(checkpoint, " how many ?", [checkpoint / "a.png", checkpoint / "b.png"])
     assert text == "zebra zebra"
-    prompt = model.tokenizer.encode(" how many ?").ids
-    assert model.contexts[0] == [BOS, *[IMAGE] * 2 * model.image_tokens, *prompt]
+    prompt = model.tokenizer.encode(" how many ?")
+    assert model.contexts[0] == [OURS.bos, *[OURS.image] * 2 * model.image_tokens, *prompt]
     assert model.contexts[-1] == model.contexts[0] + model.left[:-1]
     assert model.pixels[IMAGE_SIZE].mean((1, 2, 3)).tolist() == pytest.approx([2.0, -2.0])
     assert model.sizes.tolist() == [[30, 40]] * 2
@@ -82,8 +82,8 @@ def test_a_system_prompt_stands_before_the_pictures(monkeypatch: pytest.MonkeyPa
     model = loading(monkeypatch, " zebra")
     (checkpoint / "a.png").write_bytes(png((255, 255, 255)))
     generate(checkpoint, " how many ?", [checkpoint / "a.png"], system_prompt="be brief")
-    front, prompt = (model.tokenizer.encode(text).ids for text in ("be brief", " how many ?"))
-    assert model.contexts[0] == [BOS, *front, *[IMAGE] * model.image_tokens, *prompt]
+    front, prompt = (model.tokenizer.encode(text) for text in ("be brief", " how many ?"))
+    assert model.contexts[0] == [OURS.bos, *front, *[OURS.image] * model.image_tokens, *prompt]
 
 
 def test_it_ends_after_max_tokens(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:

@@ -76,7 +76,7 @@ def by_hand(model: Loaded, source: Source, key: str) -> list[tuple[str, float]]:
     """Task and loss of every token that a sample trains on, each branch a sequence of its own."""
     number = next(i for i in range(len(source)) if source.key(i).endswith(key))
     sample = source.read(number)
-    encoded: Any = lambda text: model.tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
+    encoded = model.tokenizer.encode
     prefix, learned, found = [1], [], []
     for part in sample.record["prefix"]:
         ids = [3] * model.image_tokens if "image" in part else encoded(part["text"])

@@ -42,7 +42,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Question]:
 
 def direct(model: FakeModel, question: Question, choice: str, brightness: float, with_end: bool) -> float:
     """log p of a choice's tokens after <bos>, the image and the prompt, one token after another."""
-    encode = lambda text: model.tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
+    encode = model.tokenizer.encode
     context, total = [1, *[3] * model.image_tokens, *encode(question.prompt)], 0.0
     for token in encode(choice) + [2] * with_end:
         total += float(model.after(context, brightness).log_softmax(-1)[token])
@@ -76,7 +76,7 @@ def test_single_token_choices_take_one_branch_and_score_as_one_branch_each(
     answer(model, FakeSource([sample(COUNT)]))
     assert model.branches == 1
     one_each = lambda question, tokenizer: [  # noqa: E731
-        (text, i, tokenizer.encode(text, add_special_tokens=False).ids) for i, text in enumerate(question.choices)
+        (text, i, tokenizer.encode(text)) for i, text in enumerate(question.choices)
     ]
     monkeypatch.setattr(scenes, "_probes", one_each)
     answer(model, FakeSource([sample(COUNT)]))

@@ -14,7 +14,7 @@ from mmoe.parallel import engine
 from mmoe.recipe.checks import problems
 from mmoe.recipe.model import MLP, SVA, ConvNet, ConvNeXt, Inside, Linear, Model, ViT
 from mmoe.recipe.schema import Parallel
-from mmoe.recipe.tokens import IMAGE
+from mmoe.recipe.tokens import OURS
 
 CLIP = ViT(
     name="clip", type="vit", image_size=32, patch_size=8, width=16, layers=2, heads=2, activation="quick_gelu",
@@ -66,7 +66,7 @@ def test_losses_reach_every_encoder(encoders: str, connector: str, backbone: str
     assert count(model).vision == sum(p.numel() for n, p in made.named_parameters() if not n.startswith("language."))
     tokens = torch.randint(4, 64, (2, 32), generator=torch.Generator().manual_seed(5))
     for row, begin in ((0, 1), (1, 3)):
-        tokens[row, begin : begin + model.image_tokens] = IMAGE
+        tokens[row, begin : begin + model.image_tokens] = OURS.image
     images = {size: torch.randn(2, 3, size, size) for size in model.image_sizes}
     sizes = torch.tensor([[40, 30], [10, 40]])
     losses = made.train()(small.batch(tokens, images=images, original_sizes=sizes))

@@ -15,7 +15,7 @@ from mmoe.models.multimodal import build
 from mmoe.parallel import engine
 from mmoe.recipe.model import SVA, Inside, Model, ViT
 from mmoe.recipe.schema import Parallel
-from mmoe.recipe.tokens import IMAGE
+from mmoe.recipe.tokens import OURS
 
 ENCODERS = tuple(
     ViT(name=name, type="vit", image_size=16, patch_size=patch, width=16, layers=1, heads=2)
@@ -43,7 +43,7 @@ def test_against_hooks_on_the_released_arithmetic(places):
         parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     tokens = torch.randint(4, 64, (2, 20), generator=generator)
     for row, begin in places:
-        tokens[row, begin : begin + MODEL.image_tokens] = IMAGE
+        tokens[row, begin : begin + MODEL.image_tokens] = OURS.image
     pictures = torch.randn(len(places), 3, 16, 16, generator=generator)
     sizes = torch.tensor([[10, 40], [30, 20], [16, 16]])[: len(places)]
     batch = small.batch(tokens, images={16: pictures}, original_sizes=sizes)

@@ -8,7 +8,7 @@ import torch
 
 from mmoe.models.multimodal import MultimodalModel
 from mmoe.recipe.model import SVA, ConvNet, Model, ViT
-from mmoe.recipe.tokens import IMAGE
+from mmoe.recipe.tokens import OURS
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def ids(count: int, seed: int) -> list[int]:
 
 @torch.no_grad()
 def test_branches_and_documents_are_alone(model: MultimodalModel) -> None:
-    image = [IMAGE] * 4
+    image = [OURS.image] * 4
     pictures = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(9))
     prefix, one, two, other = [1, *image], ids(4, 1), ids(3, 2), [1, *image, *ids(5, 3)]
     tokens = [*prefix, *one, *two, *other, 0, 0]
@@ -70,7 +70,7 @@ def test_losses_are_the_masked_places(model: MultimodalModel) -> None:
 
 
 def test_too_few_images_are_an_error(model: MultimodalModel) -> None:
-    batch = small.batch(torch.tensor([[1, *[IMAGE] * 8]]), **shown(torch.zeros(1, 3, 16, 16)))
+    batch = small.batch(torch.tensor([[1, *[OURS.image] * 8]]), **shown(torch.zeros(1, 3, 16, 16)))
     with pytest.raises(ValueError, match="8 <image> tokens"):
         model.logits(batch)
 

@@ -7,9 +7,13 @@ from typing import Any
 
 from mmoe import reading
 from mmoe.errors import UserError
+from mmoe.recipe.model import Special
+from mmoe.recipe.tokens import OURS
 
 LARGEST_CONFIG = 1 << 24
 """Bytes."""
+LLAVA_IMAGE = 32000
+"""A LLaVA's token for images, where its ``config.json`` names none."""
 
 
 def read_config(directory: Path, name: str = "config.json") -> dict[str, Any]:
@@ -48,6 +52,45 @@ def check_same(
             there = (names or {}).get(field.name, field.name)
             what = f"{there} is {_shown(found)}, {path}.{field.name} is {_shown(wanted)} by the recipe"
             raise UserError(what, where, "give a part that fits, or change the recipe: see --set")
+
+
+def token_ids(special: Special) -> dict[str, int]:
+    """Their fields of a ``config.json``, but for the image's, which each kind of model calls otherwise."""
+    return {"pad_token_id": special.pad, "bos_token_id": special.bos, "eos_token_id": special.eos}
+
+
+def read_special(config: dict[str, Any], where: str) -> Special:
+    """The special tokens in a ``config.json``: its own, else those of its language model, else transformers' defaults.
+
+    Of several ends of a text the first counts; what has no padding is padded with its end.
+
+    Raises:
+        UserError: one is no token.
+    """
+    text = config.get("text_config")
+    places: list[dict[str, Any]] = [config, text if isinstance(text, dict) else {}]
+    places.append({"bos_token_id": 1, "eos_token_id": 2})
+
+    def first(*names: str) -> int | None:
+        for name, fields in ((name, fields) for fields in places for name in names):
+            value = fields.get(name)
+            value = value[0] if isinstance(value, list) and value else value
+            if value is None or value == -1:
+                continue
+            if type(value) is not int or value < 0:
+                raise UserError(f"{name} is {value!r}", where, "give the number of a token")
+            return value
+        return None
+
+    eos = first("eos_token_id") or 0
+    pad, image = first("pad_token_id"), first("image_token_id", "image_token_index")
+    default = LLAVA_IMAGE if config.get("model_type") == "llava" else OURS.image
+    return Special(
+        pad=eos if pad is None else pad,
+        bos=first("bos_token_id") or 0,
+        eos=eos,
+        image=default if image is None else image,
+    )
 
 
 def _shown(value: Any) -> str:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from mmoe.convert.families import llama, longcat
-from mmoe.convert.families.fields import check_same
+from mmoe.convert.families.fields import check_same, token_ids
 from mmoe.convert.mapping import Table
 from mmoe.errors import UserError
 from mmoe.recipe.model import Llama, Longcat, Model, MoE
@@ -34,10 +34,11 @@ def check_expressible(model: Model) -> None:
 
 def to_config(model: Model, dtype: str) -> dict[str, Any]:
     """Its ``config.json``."""
+    ids = token_ids(model.special)
     if isinstance(model.backbone, Llama):
-        return llama.to_config(model.backbone, dtype)
+        return llama.to_config(model.backbone, dtype) | ids
     ahead = {"num_nextn_predict_layers": 1} if model.mtp else {}
-    return longcat.to_config(model.backbone, _experts(model), dtype) | ahead
+    return longcat.to_config(model.backbone, _experts(model), dtype) | ids | ahead
 
 
 def from_config(config: Any, where: str) -> tuple[Longcat | Llama, MoE | None]:

@@ -52,9 +52,6 @@ def to_config(backbone: Llama, dtype: str) -> dict[str, Any]:
         "rms_norm_eps": backbone.norm_eps,
         "initializer_range": backbone.init_std,
         "tie_word_embeddings": backbone.tied_embeddings,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
     }
 
 

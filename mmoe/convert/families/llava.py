@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mmoe.convert.families import language, vision
+from mmoe.convert.families.fields import token_ids
 from mmoe.convert.mapping import Entry, Table
 from mmoe.errors import UserError
 from mmoe.recipe.checks import Problem, encoder_grid
@@ -40,8 +41,6 @@ VISION = {
 """And where there is no ``vision_config``."""
 ONLY = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}
 """Fields with the one value that is supported, transformers' default."""
-IMAGE_TOKEN = 32000
-"""Where a ``config.json`` names none."""
 FIX = "export it as MmoeForConditionalGeneration: --format mmoe"
 
 
@@ -124,8 +123,8 @@ def _nest(name: str) -> str:
     return NESTED + (f"language_model.{name.removeprefix(text)}" if name.startswith(text) else name)
 
 
-def to_config(model: Model, dtype: str, image_token: int) -> dict[str, Any]:
-    """Its ``config.json``; ``image_token`` is the number of ``<image>``."""
+def to_config(model: Model, dtype: str) -> dict[str, Any]:
+    """Its ``config.json``."""
     encoder = _encoder(model)
     text, layer = language.to_config(model, dtype), encoder.feature_layer
     tower = {key: value for key, value in vision.to_config(encoder).items() if key != "architectures"}
@@ -138,9 +137,10 @@ def to_config(model: Model, dtype: str, image_token: int) -> dict[str, Any]:
         **ONLY,
         "vision_feature_layer": layer if layer < 0 else layer + 1,  # its 0 is what the first block reads
         "vision_feature_select_strategy": strategy(encoder),
-        "image_token_index": image_token,
+        "image_token_index": model.special.image,
         "image_seq_length": model.image_tokens,
         "tie_word_embeddings": text["tie_word_embeddings"],
+        **token_ids(model.special),
     }
 
 

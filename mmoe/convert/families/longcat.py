@@ -136,9 +136,6 @@ def to_config(backbone: Longcat, moe: MoE, dtype: str) -> dict[str, Any]:
         "rms_norm_eps": backbone.norm_eps,
         "initializer_range": backbone.init_std,
         "tie_word_embeddings": False,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
     }
 
 

@@ -58,22 +58,25 @@ class MmoeImageProcessor(ImageProcessingMixin):
 class MmoeProcessor(ProcessorMixin):
     """``processor(text=…, images=…)`` → input_ids, attention_mask and what the image processor makes of the pictures.
 
-    Every ``<image>`` in the texts stands for the next picture and becomes ``image_tokens`` tokens; ``<bos>`` goes in
+    Every :data:`IMAGE` in the texts stands for the next picture and becomes ``image_tokens`` tokens; ``<bos>`` goes in
     front. Each stretch of text between placeholders is tokenised by itself, and the names of special tokens in it are
     plain text. Shorter rows are padded on the left, where generation needs it.
 
     Args:
         image_processor, tokenizer: as loaded.
         image_tokens: tokens of one image.
+        image_token_id: the token, whatever the tokenizer calls it.
     """
 
     attributes = ["image_processor", "tokenizer"]  # noqa: RUF012
     image_processor_class = "AutoImageProcessor"
     tokenizer_class = "AutoTokenizer"
 
-    def __init__(self, image_processor: Any, tokenizer: Any, image_tokens: int = 16, **kwargs: Any) -> None:
+    def __init__(
+        self, image_processor: Any, tokenizer: Any, image_tokens: int = 16, image_token_id: int = 3, **kwargs: Any
+    ) -> None:
         super().__init__(image_processor, tokenizer, **kwargs)
-        self.image_tokens = image_tokens
+        self.image_tokens, self.image_token_id = image_tokens, image_token_id
 
     def __call__(
         self,
@@ -108,10 +111,9 @@ class MmoeProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _tokens(self, text: str) -> list[int]:
-        image = self.tokenizer.convert_tokens_to_ids(IMAGE)
         ids = [self.tokenizer.bos_token_id]
         for number, piece in enumerate(text.split(IMAGE)):
-            ids += [image] * self.image_tokens if number else []
+            ids += [self.image_token_id] * self.image_tokens if number else []
             ids += self.tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=True) if piece else []
         return ids
 

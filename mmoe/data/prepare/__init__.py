@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from mmoe.data.prepare.questions import wording
 from mmoe.data.prepare.scenes import HELD_OUT, SCENES_VERSION, TEST, TRAIN, SceneMaker
 from mmoe.data.prepare.stamps import STAMPS_VERSION, StampMaker, parts, usable
 from mmoe.data.shards import Description
-from mmoe.data.tokenizer import tokenizer_hash, train_tokenizer
+from mmoe.data.tokenizer import read_tokenizer, tokenizer_hash, train_tokenizer
 from mmoe.errors import UserError
 
 TOKENIZER = "tokenizer.json"
@@ -31,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test", type=int, default=4_800, help=text)
     parser.add_argument("--size", type=int, default=64, help="side of a scene in pixels (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes (default %(default)s)")
+    text = "a published model's tokenizer.json to count tokens with (default: one of 1024 tokens that the data train)"
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help=text)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
 
 
@@ -53,7 +56,7 @@ def run(name: str, out: Path, options: argparse.Namespace) -> None:
     card = load_card()
     catalogue = load_catalogue(fetch_stamps(card), card)
     if name == "stamps":
-        prepare_stamps(catalogue, out, workers=options.workers)
+        prepare_stamps(catalogue, out, workers=options.workers, tokenizer=options.tokenizer)
     else:
         (prepare_scenes if name == "scenes" else prepare_cv_bench)(
             catalogue,
@@ -63,22 +66,34 @@ def run(name: str, out: Path, options: argparse.Namespace) -> None:
             size=options.size,
             seed=options.seed,
             workers=options.workers,
+            tokenizer=options.tokenizer,
         )
 
 
-def write_tokenizer(catalogue: Catalogue, out: Path) -> Path:
-    """Write the tokenizer of a catalogue to the data root, unless it is there; returns its path.
+def write_tokenizer(catalogue: Catalogue, out: Path, given: Path | None = None) -> Path:
+    """Write a tokenizer to the data root, unless it is there; returns its path.
 
-    It depends on the catalogue's training stamps and the scenes' wording alone, so that every data set made from it
-    shares one tokenizer.
+    Without a ``given`` one it depends on the catalogue's training stamps and the scenes' wording alone, so that every
+    data set made from it shares one tokenizer.
+
+    Raises:
+        UserError: the given one is none that texts can be read with (:func:`mmoe.data.tokenizer.read_tokenizer`).
     """
+    if given is not None:
+        read_tokenizer(given)
     out.mkdir(parents=True, exist_ok=True)
     path, partial = out / TOKENIZER, out / f".{TOKENIZER}.{os.getpid()}"
-    train_tokenizer(_texts(catalogue), VOCAB_SIZE).save(str(partial))
-    if path.is_file() and tokenizer_hash(path) == tokenizer_hash(partial):
-        partial.unlink()
+    if given is None:
+        train_tokenizer(_texts(catalogue), VOCAB_SIZE).save(str(partial))
     else:
-        partial.replace(path)
+        shutil.copyfile(given, partial)
+    there = path.is_file()
+    if there and tokenizer_hash(path) == tokenizer_hash(partial):
+        partial.unlink()
+        return path
+    if there:
+        print(f"{path} is another tokenizer than before: what is prepared with that one has to be prepared again")
+    partial.replace(path)
     return path
 
 
@@ -102,9 +117,10 @@ def _describe(catalogue: Catalogue, tokenizer: Path, name: str, samples: int, re
     )
 
 
-def prepare_stamps(catalogue: Catalogue, out: Path, *, workers: int) -> None:
-    """Make ``stamps/train`` and ``stamps/heldout`` under the data root ``out``."""
-    path = write_tokenizer(catalogue, out)
+def prepare_stamps(catalogue: Catalogue, out: Path, *, workers: int, tokenizer: Path | None = None) -> None:
+    """Make ``stamps/train`` and ``stamps/heldout`` under the data root ``out``; ``tokenizer`` as in
+    :func:`write_tokenizer`."""
+    path = write_tokenizer(catalogue, out, tokenizer)
     for split, held_out in (("train", False), ("heldout", True)):
         found, skipped = usable(catalogue, held_out=held_out)
         members = tuple(part for stamp in found for part in parts(stamp))
@@ -117,7 +133,15 @@ def prepare_stamps(catalogue: Catalogue, out: Path, *, workers: int) -> None:
 
 
 def prepare_scenes(
-    catalogue: Catalogue, out: Path, *, train: int, test: int, size: int, seed: int, workers: int
+    catalogue: Catalogue,
+    out: Path,
+    *,
+    train: int,
+    test: int,
+    size: int,
+    seed: int,
+    workers: int,
+    tokenizer: Path | None = None,
 ) -> None:
     """Make ``scenes/train``, ``scenes/test`` and ``scenes/heldout`` under the data root ``out``.
 
@@ -129,8 +153,9 @@ def prepare_scenes(
         size: side of a picture in pixels.
         seed: of everything drawn at random; the number of workers changes nothing.
         workers: processes.
+        tokenizer: as in :func:`write_tokenizer`.
     """
-    path = write_tokenizer(catalogue, out)
+    path = write_tokenizer(catalogue, out, tokenizer)
     splits = (("train", train, TRAIN, False), ("test", test, TEST, False), ("heldout", test, HELD_OUT, True))
     for split, samples, kinds, held_out in splits:
         kind = {f"kind_{kind}": number for kind, number in kinds.items()}
@@ -142,7 +167,15 @@ def prepare_scenes(
 
 
 def prepare_cv_bench(
-    catalogue: Catalogue, out: Path, *, train: int, test: int, size: int, seed: int, workers: int
+    catalogue: Catalogue,
+    out: Path,
+    *,
+    train: int,
+    test: int,
+    size: int,
+    seed: int,
+    workers: int,
+    tokenizer: Path | None = None,
 ) -> None:
     """Make ``cv_bench/train``, a data set, and ``cv_bench/test`` and ``cv_bench/heldout`` in CV-Bench's own layout.
 
@@ -152,7 +185,7 @@ def prepare_cv_bench(
         UserError: there is something else in the folder of a split, or pyarrow is not installed.
     """
     cv_bench.pyarrow()  # missing, it is told before minutes of work
-    path = write_tokenizer(catalogue, out)
+    path = write_tokenizer(catalogue, out, tokenizer)
     for split, samples, held_out in (("train", train, False), ("test", test, False), ("heldout", test, True)):
         versions = {"version": CHOICES_VERSION, "scenes": SCENES_VERSION, "card": card_hash(catalogue.card)}
         made_with = {**versions, "seed": seed, "size": size}

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmoe.data.shards import DatasetWriter, Description, Sample, shard_name, token_counter, write_shard
-from mmoe.data.tokenizer import load_tokenizer
+from mmoe.data.tokenizer import read_tokenizer
 
 Maker = Callable[[int], Sample]
 """Makes sample i of a data set: a pure function of i, so that any worker may make it; must be picklable."""
@@ -19,7 +19,7 @@ _write_one: Callable[[int], int]
 def _start(make: Maker, tokenizer: Path, folder: Path, shards: Sequence[range]) -> None:
     """Set up a worker: what every shard needs is sent once."""
     global _write_one
-    count = token_counter(load_tokenizer(tokenizer))
+    count = token_counter(read_tokenizer(tokenizer))
 
     def write(number: int) -> int:
         write_shard(folder / shard_name(number), (make(i) for i in shards[number]), count)
