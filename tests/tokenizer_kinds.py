@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -44,6 +45,11 @@ def sentencepiece(path: Path) -> Special:
     return Special(pad=0, bos=1, eos=2, image=made.get_vocab_size())
 
 
+def unknown(path: Path) -> Special:
+    """The same, and ``<unk>``, which no text is read as, stands for pictures: no row is added to the vocabulary."""
+    return replace(sentencepiece(path), pad=2, image=0)
+
+
 def tiktoken(path: Path) -> Special:
     """Llama 3's kind: words by a pattern, bytes, special tokens last; a reserved one stands for pictures."""
     made = Tokenizer(models.BPE(ignore_merges=True))
@@ -74,4 +80,4 @@ def merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
     return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
-KINDS: dict[str, Callable[[Path], Special]] = {"sentencepiece": sentencepiece, "tiktoken": tiktoken}
+KINDS: dict[str, Callable[[Path], Special]] = {"sentencepiece": sentencepiece, "unknown": unknown, "tiktoken": tiktoken}

@@ -79,7 +79,7 @@ class Loaded:
         Raises:
             UserError: see :func:`mmoe.data.tokenizer.load_tokenizer`.
         """
-        return load_tokenizer(self.tokenizer_path, self.recipe.model.special)
+        return load_tokenizer(self.tokenizer_path, self.recipe.model.special, images=self.image_tokens > 0)
 
     @torch.no_grad()
     def forward_batch(self, batch: dict[str, Any]) -> Tensor:

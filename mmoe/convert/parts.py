@@ -130,7 +130,7 @@ def _tokenizer(recipe: Recipe, given: Mapping[str, Path], named: Path | None) ->
 def _foreign(tokenizer: Path, model: Model) -> list[str]:
     """A note where a language part comes with a tokenizer that training cannot read."""
     try:
-        load_tokenizer(tokenizer, model.special)
+        load_tokenizer(tokenizer, model.special, images=model.image_tokens > 0)
     except UserError as error:
         why = f"{error.what}: {error.fix}" if error.fix else error.what
         return [f"{LANGUAGE}: {tokenizer} is none that this recipe trains with ({why})"]

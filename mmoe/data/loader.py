@@ -108,7 +108,7 @@ class Loader:
         self._first_pack = rank * self.micro_batches * micro_batch
         root, parts = Path(data.root), load_mixture(data.mixture)
         self._sources = [Source(root / part.path, part.path) for part in parts]
-        self._tokenizer = _tokenizer(root / data.tokenizer, special, self._sources)
+        self._tokenizer = self._vocabulary(root / data.tokenizer, special)
         self._prompts = [part.system_prompt for part in parts]
         names, sizes = [part.path for part in parts], [len(source) for source in self._sources]
         sized = list(zip(parts, sizes, strict=True))
@@ -181,6 +181,14 @@ class Loader:
         for lengths in planner.lengths:
             digest.update(lengths.tokens.tobytes() + lengths.images.tobytes())
         return digest.hexdigest()
+
+    def _vocabulary(self, path: Path, special: Special) -> Vocabulary:
+        tokenizer, digest = load_tokenizer(path, special, images=self.image_tokens > 0), tokenizer_hash(path)
+        for source in self._sources:
+            if source.tokenizer != digest:
+                what = f"the data set {source.name} was prepared with another tokenizer"
+                raise UserError(what, str(path), "prepare it again")
+        return tokenizer
 
     def _start(self, state: dict[str, Any] | None) -> Position:
         if state is None:
@@ -262,16 +270,6 @@ class Loader:
             f"{key}: {tokens} tokens and {images} images fit in no pack of {self.data.sequence_length} and"
             f" {self.data.images_per_pack}"
         )
-
-
-def _tokenizer(path: Path, special: Special, sources: list[Source]) -> Vocabulary:
-    tokenizer, digest = load_tokenizer(path, special), tokenizer_hash(path)
-    for source in sources:
-        if source.tokenizer != digest:
-            raise UserError(
-                f"the data set {source.name} was prepared with another tokenizer", str(path), "prepare it again"
-            )
-    return tokenizer
 
 
 def _one_ahead(begun: Iterator[_Begun]) -> Iterator[_Begun]:

@@ -110,15 +110,20 @@ def read_tokenizer(path: Path | str) -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(path: Path | str, special: Special = OURS) -> Vocabulary:
+def load_tokenizer(path: Path | str, special: Special = OURS, *, images: bool = True) -> Vocabulary:
     """:func:`read_tokenizer`, with special tokens where a recipe's ``model.special`` says.
+
+    Args:
+        path: of a ``tokenizer.json``.
+        special: the numbers.
+        images: the model reads images; else that of their token does not count.
 
     Raises:
         UserError: see there; or one of ``special`` is a token that texts are read as.
     """
     tokenizer = read_tokenizer(path)
     known = {number: token for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    for name in ("pad", "bos", "eos", "image"):
+    for name in ("pad", "bos", "eos", "image")[: None if images else 3]:
         number, size = getattr(special, name), tokenizer.get_vocab_size()
         if number not in known and (name != "image" or number < size):
             token = tokenizer.id_to_token(number)

@@ -88,7 +88,7 @@ def _claim(out: Path) -> Any:
 def _fits(recipe: Recipe) -> None:
     """Raises :class:`UserError` where the tokenizer has more tokens than the model, or others for ``model.special``."""
     path = Path(recipe.data.root) / recipe.data.tokenizer
-    size = load_tokenizer(path, recipe.model.special).size
+    size = load_tokenizer(path, recipe.model.special, images=recipe.model.image_tokens > 0).size
     if size > recipe.model.backbone.vocab_size:
         what = f"{path} has {size} tokens, the model only {recipe.model.backbone.vocab_size}"
         raise UserError(what, "model.backbone.vocab_size", f"set it to {size} or more")

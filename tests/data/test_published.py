@@ -131,3 +131,12 @@ def test_ours_is_where_nothing_else_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"token 0, '!', is no special one, but model\.special\.pad"):
         load_tokenizer(path)
     assert Special(pad=0, bos=1, eos=2, image=3) == OURS
+
+
+def test_a_model_of_text_needs_no_token_for_images(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    special = KINDS["tiktoken"](path)
+    ordinary = Special(**{**vars(special), "image": 3})
+    with pytest.raises(UserError, match=r"model\.special\.image"):
+        load_tokenizer(path, ordinary)
+    assert load_tokenizer(path, ordinary, images=False).encode("a frog")

@@ -42,7 +42,7 @@ def test_as_many_parameters_as_published(name: str) -> None:
 def test_llava_is_transformers(name: str) -> None:
     model = load_recipe(name).model
     assert not list(llava.problems(model))
-    config = llava.to_config(model, "float32", 3)
+    config = llava.to_config(model, "float32")
     assert count(model).total == parameters(transformers.LlavaForConditionalGeneration, config)
 
 
