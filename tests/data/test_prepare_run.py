@@ -5,10 +5,15 @@ from pathlib import Path
 
 import made_stamps
 import pytest
+from tokenizer_kinds import KINDS
+from tokenizers import Tokenizer, models
 
 from mmoe.data import prepare
+from mmoe.data.document import tokenize
 from mmoe.data.lint import lint
 from mmoe.data.shards import read_card
+from mmoe.data.source import Source
+from mmoe.data.tokenizer import load_tokenizer
 from mmoe.errors import UserError
 
 
@@ -73,4 +78,35 @@ def test_another_card_makes_the_data_again(
 def test_bad_options_are_the_users_errors(tmp_path: Path, name: str, arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         prepare.run(name, tmp_path / "root", options(*arguments))
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_published_tokenizer_counts_the_tokens(
+    stamps: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What stands in the data root is that file; data sets made with another one have to be made again."""
+    root, published = tmp_path / "root", tmp_path / "tokenizer.json"
+    special = KINDS["sentencepiece"](published)
+    prepare.run("scenes", root, options("--tokenizer", str(published)))
+    assert (root / "tokenizer.json").read_bytes() == published.read_bytes()
+    assert lint(root / "scenes/train") == []
+    source = Source(root / "scenes/train", "scenes/train")
+    document = tokenize(source.read(0).record, load_tokenizer(published, special), 0)
+    assert len(document) == source.lengths(0).tokens[0]
+    prepare.run("scenes", root, options("--tokenizer", str(published)))
+    assert capsys.readouterr().out.count("up to date") == 3
+    prepare.run("scenes", root, options())
+    told = capsys.readouterr().out
+    assert "is another tokenizer than before: what is prepared with that one has to be prepared again" in told
+    assert "up to date" not in told
+
+
+def test_a_tokenizer_that_cannot_read_every_text(stamps: Path, tmp_path: Path) -> None:
+    """Is refused before anything is written."""
+    words = tmp_path / "words.json"
+    Tokenizer(models.WordLevel({"a": 0}, "a")).save(str(words))
+    with pytest.raises(UserError, match="its model is a WordLevel"):
+        prepare.run("scenes", tmp_path / "root", options("--tokenizer", str(words)))
+    with pytest.raises(UserError, match="no such tokenizer"):
+        prepare.run("scenes", tmp_path / "root", options("--tokenizer", str(tmp_path / "none.json")))
     assert not (tmp_path / "root").exists()
