@@ -248,6 +248,7 @@ def _recipes(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from mmoe.evaluate import cv_bench, loss, scenes
+    from mmoe.evaluate.asked import Asking
 
     if options.recipe and options.suite != "loss":
         raise UserError("--as is of the suite loss", f"--suite {options.suite}", "leave it out")
@@ -257,8 +258,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise UserError("so few samples say nothing", f"--limit {options.limit}", "give at least 1")
     begins = partial(loss.run, recipe=options.recipe, stage=options.stage)
     suites = {"scenes": scenes.run, "cv_bench": cv_bench.run, "loss": begins}
-    shared = {"images": options.images, "limit": options.limit, "system_prompt": options.system_prompt}
-    suites[options.suite](options.checkpoint, options.data, options.json, **shared)
+    how = Asking(images=options.images, limit=options.limit, system_prompt=options.system_prompt)
+    suites[options.suite](options.checkpoint, options.data, options.json, how)
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -65,6 +65,15 @@ def spread(total: int, limit: int | None) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
+def files(folder: Path) -> list[Path]:
+    """Those of the layout that are in a folder, one a type of task; none where it is something else."""
+    return [
+        folder / f"{stem}{kind}"
+        for stem in TYPES.values()
+        for kind in next(([k] for k in (".parquet", ".jsonl") if (folder / f"{stem}{k}").is_file()), [])
+    ]
+
+
 def read(folder: Path, limit: int | None = None) -> tuple[int, Iterator[tuple[str, Row | BadSample]]]:
     """How many rows, and each of them under its key, or why it is of no use; read while they are asked for.
 
@@ -75,20 +84,16 @@ def read(folder: Path, limit: int | None = None) -> tuple[int, Iterator[tuple[st
     Raises:
         UserError: a file is missing, unreadable or without a column, or pyarrow is not installed.
     """
-    found = [
-        folder / f"{stem}{kind}"
-        for stem in TYPES.values()
-        for kind in next(([k] for k in (".parquet", ".jsonl") if (folder / f"{stem}{k}").is_file()), [])
-    ]
+    found = files(folder)
     if not found:
         what = f"neither {' nor '.join(f'{stem}.parquet' for stem in TYPES.values())} here"
         raise UserError(what, str(folder), "give CV-Bench's folder, or make one with `mmoe data prepare cv_bench`")
-    files = [_Parquet(path) if path.suffix == ".parquet" else _Lines(path) for path in found]
-    wanted = spread(sum(len(file) for file in files), limit)
+    opened = [_Parquet(path) if path.suffix == ".parquet" else _Lines(path) for path in found]
+    wanted = spread(sum(len(file) for file in opened), limit)
 
     def rows() -> Iterator[tuple[str, Row | BadSample]]:
         start = 0
-        for file in files:
+        for file in opened:
             here = [number - start for number in wanted if start <= number < start + len(file)]
             start += len(file)
             for number, record in file.records(here):

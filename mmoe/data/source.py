@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mmoe.data import cv_bench
 from mmoe.data.index import Shards, read_index
 from mmoe.data.pack import Lengths
 from mmoe.data.shards import is_dataset, read_card
@@ -37,6 +38,9 @@ class Source:
         if not is_dataset(path):
             parts = Path(name).parts
             root = path.parents[len(parts) - 1]
+            if cv_bench.files(path):
+                what = "no data set, but CV-Bench's files"
+                raise UserError(what, str(path), "`mmoe evaluate --suite cv_bench` asks them")
             raise UserError("the data set is missing", str(path), f"make it with `mmoe data prepare {parts[0]} {root}`")
         self.name = name
         self.path = path

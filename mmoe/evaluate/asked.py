@@ -27,6 +27,22 @@ Images = Literal["shown", "blank", "none"]
 """Pictures as they are, a uniform grey in the place of each, or none at all: the prompts alone."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How a suite goes over its samples."""
+
+    images: Images = "shown"
+    """What the model sees of the pictures."""
+    limit: int | None = None
+    """Only so many samples: the first ones, of CV-Bench rows at even distances."""
+    system_prompt: str = ""
+    """A text in front of every sample, as a mixture's."""
+
+
+PLAIN = Asking()
+"""Everything, as it is."""
+
+
 @dataclass(eq=False)
 class Question:
     """One question and, once it is scored, a log-probability for each of its choices."""
@@ -49,13 +65,14 @@ class Question:
         return self.given
 
 
-def as_seen(sample: Encoded, images: Images, system_prompt: str = "") -> Encoded:
-    """The sample as the model is shown it: without its pictures where ``images`` is ``"none"`` (blank ones are made so
-    in the batch), and behind ``system_prompt``, which stands where a mixture's does."""
+def as_seen(sample: Encoded, how: Asking) -> Encoded:
+    """The sample as the model is shown it: without its pictures where these are ``"none"`` (blank ones are made so in
+    the batch), and behind the system prompt, which stands where a mixture's does."""
     record, prefix = sample.record, sample.record.get("prefix")
-    if images == "none" and isinstance(prefix, list):
+    none = how.images == "none"
+    if none and isinstance(prefix, list):
         record = record | {"prefix": [part for part in prefix if not (isinstance(part, dict) and "image" in part)]}
-    return Encoded(record=with_system_prompt(record, system_prompt), images=() if images == "none" else sample.images)
+    return Encoded(record=with_system_prompt(record, how.system_prompt), images=() if none else sample.images)
 
 
 def progress(numbers: Sequence[int]) -> Iterable[int]:
@@ -163,8 +180,8 @@ def show(result: dict[str, Any], out: Path | None, shown: Table) -> None:
         out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def heading(suite: str, checkpoint: Path, data: Path, images: Images, system_prompt: str = "") -> dict[str, Any]:
+def heading(suite: str, checkpoint: Path, data: Path, how: Asking) -> dict[str, Any]:
     """What a suite's numbers are of; ``blank`` says the same as ``images`` to whoever knows grey pictures alone."""
     about = {"suite": suite, "checkpoint": str(checkpoint), "data": str(data)}
-    about |= {"system_prompt": system_prompt} if system_prompt else {}
-    return about | {"blank": images == "blank", "images": images}
+    about |= {"system_prompt": how.system_prompt} if how.system_prompt else {}
+    return about | {"blank": how.images == "blank", "images": how.images}

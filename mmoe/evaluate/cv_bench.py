@@ -18,7 +18,19 @@ from mmoe.data.document import BadSample
 from mmoe.data.source import Encoded
 from mmoe.errors import UserError
 from mmoe.evaluate import greedy
-from mmoe.evaluate.asked import EXAMPLES, Images, Question, as_seen, examples, heading, progress, show, summarise, table
+from mmoe.evaluate.asked import (
+    EXAMPLES,
+    PLAIN,
+    Asking,
+    Question,
+    as_seen,
+    examples,
+    heading,
+    progress,
+    show,
+    summarise,
+    table,
+)
 from mmoe.evaluate.scenes import Model, documents, measure
 from mmoe.evaluate.statistics import wilson_interval
 
@@ -94,8 +106,8 @@ def _asked(row: Row) -> Asked:
     )
 
 
-def _sample(asked: Asked, images: Images, system_prompt: str) -> Encoded:
-    return as_seen(Encoded(record={"prefix": [{"image": 0}]}, images=(asked.row.image,)), images, system_prompt)
+def _sample(asked: Asked, how: Asking) -> Encoded:
+    return as_seen(Encoded(record={"prefix": [{"image": 0}]}, images=(asked.row.image,)), how)
 
 
 def _open(asked: Asked, sample: Encoded, model: Model) -> Illustrated:
@@ -121,19 +133,17 @@ def _open(asked: Asked, sample: Encoded, model: Model) -> Illustrated:
     return replace(made, document=document)
 
 
-def _answer_some(
-    some: Sequence[Asked], model: Model, decoder: Decoder, images: Images, system_prompt: str = ""
-) -> Iterator[Asked | str]:
+def _answer_some(some: Sequence[Asked], model: Model, decoder: Decoder, how: Asking) -> Iterator[Asked | str]:
     """Each question once it is answered and its letters scored, or why it is not."""
     opened: list[tuple[Asked, Illustrated]] = []
     for asked in some:
         try:
-            opened.append((asked, _open(asked, _sample(asked, images, system_prompt), model)))
+            opened.append((asked, _open(asked, _sample(asked, how), model)))
         except BadSample as error:
             yield f"{asked.key}: {error}"
     if not opened:
         return
-    blank = images == "blank"
+    blank = how.images == "blank"
     prompts = [document for _, document in opened]
     answered: list[Asked] = []
     said = greedy.answers(model, prompts, decoder, max_tokens=MAX_TOKENS, blank=blank)
@@ -143,32 +153,19 @@ def _answer_some(
         else:
             asked.said, asked.whole = words.text, words.whole
             answered.append(asked)
-    made = [
-        part
-        for asked in answered
-        for part in documents(_sample(asked, images, system_prompt), [asked.letters], model, asked.key)
-    ]
+    made = [part for asked in answered for part in documents(_sample(asked, how), [asked.letters], model, asked.key)]
     length = max([model.recipe.data.sequence_length, *(len(document.document) for document, _ in made)])
     measure(model, made, sequence_length=length, blank=blank)
     yield from answered
 
 
-def answer(
-    model: Model,
-    folder: Path,
-    *,
-    images: Images = "shown",
-    limit: int | None = None,
-    system_prompt: str = "",
-) -> dict[str, Any]:
+def answer(model: Model, folder: Path, how: Asking = PLAIN) -> dict[str, Any]:
     """Ask every question of a folder in CV-Bench's layout and count.
 
     Args:
         model: see :class:`Model`.
         folder: see :mod:`mmoe.data.cv_bench`.
-        images: what the model sees of the pictures.
-        limit: only so many rows, at even distances.
-        system_prompt: a text in front of every sample, as a mixture's.
+        how: see :class:`Asking`.
 
     Returns:
         ``samples``, ``skipped`` (bad rows, named with the reason; they count nowhere else), what :func:`score` gives,
@@ -178,8 +175,8 @@ def answer(
     Raises:
         UserError: see :func:`mmoe.data.cv_bench.read`.
     """
-    count, rows = read(folder, limit)
-    if images != "none" and not model.image_tokens:
+    count, rows = read(folder, how.limit)
+    if how.images != "none" and not model.image_tokens:
         raise UserError("this model takes no pictures", "", "add --no-images")
     decoder = build(model.recipe.data, model.image_sizes)
     skipped: list[str] = []
@@ -193,7 +190,7 @@ def answer(
                 skipped.append(f"{key}: {row}")
             else:
                 some.append(_asked(row))
-        for done in _answer_some(some, model, decoder, images, system_prompt):
+        for done in _answer_some(some, model, decoder, how):
             if isinstance(done, str):
                 skipped.append(done)
                 continue
@@ -259,15 +256,7 @@ def _line(result: dict[str, Any]) -> str:
     return " · ".join(f"{name} {'–' if value is None else f'{value:.1%}'}" for name, value in named.items())
 
 
-def run(
-    checkpoint: Path,
-    data: Path,
-    out: Path | None,
-    *,
-    images: Images = "shown",
-    limit: int | None = None,
-    system_prompt: str = "",
-) -> None:
+def run(checkpoint: Path, data: Path, out: Path | None, how: Asking = PLAIN) -> None:
     """`mmoe evaluate CHECKPOINT --suite cv_bench`: print the table and the score, write the numbers.
 
     Raises:
@@ -275,8 +264,8 @@ def run(
     """
     import mmoe
 
-    result = heading("cv_bench", checkpoint, data, images, system_prompt)
-    result |= answer(mmoe.load(checkpoint), data, images=images, limit=limit, system_prompt=system_prompt)
+    result = heading("cv_bench", checkpoint, data, how)
+    result |= answer(mmoe.load(checkpoint), data, how)
     if not result["tasks"]:
         what = f"no row can be asked, the first: {result['skipped'][0]}" if result["skipped"] else "there is no row"
         raise UserError(what, str(data), "give CV-Bench's files, or make some with `mmoe data prepare cv_bench`")

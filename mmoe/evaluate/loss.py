@@ -19,7 +19,7 @@ from mmoe.data.document import BadSample
 from mmoe.data.source import Source
 from mmoe.data.tokenizer import Vocabulary
 from mmoe.errors import UserError
-from mmoe.evaluate.asked import Images, as_seen, heading, progress, show
+from mmoe.evaluate.asked import PLAIN, Asking, as_seen, heading, progress, show
 from mmoe.recipe import load_recipe
 from mmoe.recipe.schema import Recipe
 from mmoe.train import stages
@@ -43,22 +43,13 @@ class Model(Protocol):
         ...
 
 
-def measure(
-    model: Model,
-    source: Source,
-    *,
-    images: Images = "shown",
-    limit: int | None = None,
-    system_prompt: str = "",
-) -> dict[str, Any]:
+def measure(model: Model, source: Source, how: Asking = PLAIN) -> dict[str, Any]:
     """The loss of a data set, which is packed as its samples come.
 
     Args:
         model: see :class:`Model`.
         source: the data set.
-        images: what the model sees of the pictures.
-        limit: only the first so many samples.
-        system_prompt: a text in front of every sample, as a mixture's.
+        how: see :class:`Asking`.
 
     Returns:
         ``samples``, ``skipped`` (the bad samples and those that fit in no pack, named with the reason), ``tokens`` that
@@ -67,18 +58,18 @@ def measure(
     Raises:
         UserError: the data set has images and the model no encoder, or no token of it counts.
     """
-    if source.images and images != "none" and not model.image_tokens:
+    if source.images and how.images != "none" and not model.image_tokens:
         raise UserError("the data has images, but the model has no encoder", str(source.path), "add --no-images")
     data = model.recipe.data
     skipped: list[str] = []
     tasks: dict[str, list[str]] = {}
-    count = min(len(source), limit or len(source))
+    count = min(len(source), how.limit or len(source))
 
     def stream() -> Iterator[Illustrated]:
         for number in progress(range(count)):
             key = source.key(number)
             try:
-                sample = as_seen(source.read(number), images, system_prompt)
+                sample = as_seen(source.read(number), how)
                 item = illustrate(sample, model.tokenizer, model.image_tokens, key)
                 tokens, pictures = len(item.document), len(item.document.images)
                 if tokens > data.sequence_length or pictures > data.images_per_pack:
@@ -101,7 +92,7 @@ def measure(
     numbers: Counter[str] = Counter()
     for batch in batches:
         skipped += batch["skipped"]
-        if images == "blank":
+        if how.images == "blank":
             for pixels in batch["images"].values():
                 pixels.zero_()
         rows, columns = batch["loss_mask"].bool().nonzero(as_tuple=True)
@@ -136,16 +127,15 @@ def run(
     checkpoint: Path,
     data: Path,
     out: Path | None,
+    how: Asking = PLAIN,
     *,
-    images: Images = "shown",
-    limit: int | None = None,
-    system_prompt: str = "",
     recipe: str | None = None,
     stage: str | None = None,
 ) -> None:
     """`mmoe evaluate CHECKPOINT --suite loss`: print the table, write the numbers.
 
     Args:
+        how: see :class:`Asking`.
         recipe: measure the model that a run of this recipe begins with: the checkpoint's weights as they are handed
             over to it, or, where :data:`FIRST` stands in the place of the checkpoint, its first ones.
         stage: of the recipe, where it has any.
@@ -163,7 +153,7 @@ def run(
         model = mmoe.load(checkpoint)
     else:
         model = begin(stages.one(load_recipe(recipe), stage), None if str(checkpoint) == FIRST else checkpoint)
-    result = heading("loss", checkpoint, data, images, system_prompt)
+    result = heading("loss", checkpoint, data, how)
     result |= {name: value for name, value in (("as", recipe), ("stage", stage)) if value}
-    result |= measure(model, source, images=images, limit=limit, system_prompt=system_prompt)
+    result |= measure(model, source, how)
     show(result, out, table(result))

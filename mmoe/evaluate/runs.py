@@ -12,11 +12,12 @@ from typing import Any
 
 import mmoe
 from mmoe.checkpoint.layout import MANIFEST
+from mmoe.data import cv_bench
 from mmoe.data.shards import INDEX
 from mmoe.data.source import Source
 from mmoe.ending import INTERRUPTED
 from mmoe.errors import Interrupted, UserError
-from mmoe.evaluate.asked import heading
+from mmoe.evaluate.asked import PLAIN, heading
 
 
 class Runner:
@@ -48,14 +49,15 @@ class Runner:
         self._run([*command, *(["--set", *settings] if settings else [])], name, out)
 
     def evaluate(self, name: str, checkpoint: Path, data: Path, out: Path) -> None:
-        """`mmoe evaluate CHECKPOINT --suite scenes --data DATA --json OUT`, where OUT is not of them yet.
+        """`mmoe evaluate CHECKPOINT --suite … --data DATA --json OUT`, by the suite that DATA is for, where OUT is not
+        of them yet.
 
         Raises:
             UserError, Interrupted: as :meth:`train`.
         """
         if evaluation(out, checkpoint, data) is None:
-            suite = ["--suite", "scenes", "--data", str(data), "--json", str(out)]
-            self._run([*self.program, "evaluate", str(checkpoint), *suite], name, out.parent.parent)
+            asked = ["--suite", suite_of(data), "--data", str(data), "--json", str(out)]
+            self._run([*self.program, "evaluate", str(checkpoint), *asked], name, out.parent.parent)
 
     def stop(self) -> None:
         """Ends what runs as SIGTERM does, and starts nothing more."""
@@ -96,18 +98,27 @@ def final_loss(losses: Sequence[float]) -> float:
     return statistics.fmean(losses[-max(1, len(losses) // 10) :])
 
 
+def suite_of(data: Path) -> str:
+    """Which suite asks the questions of a folder."""
+    return "cv_bench" if cv_bench.files(data) else "scenes"
+
+
 def evaluation(path: Path, checkpoint: Path, data: Path) -> dict[str, Any] | None:
-    """What `mmoe evaluate CHECKPOINT --suite scenes --data DATA --json` wrote; None where it is not there, not whole,
+    """What `mmoe evaluate CHECKPOINT --suite … --data DATA --json` wrote; None where it is not there, not whole,
     older than what it is of, or of something else: without the pictures, of a few samples, of another suite."""
-    sources, wanted = (checkpoint / MANIFEST, data / INDEX), heading("scenes", checkpoint, data, "shown")
+    suite, sources = suite_of(data), [checkpoint / MANIFEST, *(cv_bench.files(data) or [data / INDEX])]
+    wanted = heading(suite, checkpoint, data, PLAIN)
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         if any(source.stat().st_mtime > path.stat().st_mtime for source in sources):
             return None
     except (OSError, ValueError):
         return None
-    with closing(Source(data, f"{data.parent.name}/{data.name}")) as source:
-        wanted["samples"] = len(source)
+    if suite == "cv_bench":
+        wanted["samples"], _ = cv_bench.read(data)
+    else:
+        with closing(Source(data, f"{data.parent.name}/{data.name}")) as source:
+            wanted["samples"] = len(source)
     if not isinstance(result, dict) or result.get("system_prompt"):
         return None
     return result if all(result.get(name) == value for name, value in wanted.items()) else None

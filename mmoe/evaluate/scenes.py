@@ -19,7 +19,7 @@ from mmoe.data.document import BadSample
 from mmoe.data.source import Encoded, Source
 from mmoe.data.tokenizer import Vocabulary
 from mmoe.errors import UserError
-from mmoe.evaluate.asked import Images, Question, as_seen, examples, heading, progress, show, summarise, table
+from mmoe.evaluate.asked import PLAIN, Asking, Question, as_seen, examples, heading, progress, show, summarise, table
 from mmoe.recipe.schema import Recipe
 
 
@@ -188,22 +188,13 @@ def measure(
     return skipped
 
 
-def answer(
-    model: Model,
-    source: Source,
-    *,
-    images: Images = "shown",
-    limit: int | None = None,
-    system_prompt: str = "",
-) -> dict[str, Any]:
+def answer(model: Model, source: Source, how: Asking = PLAIN) -> dict[str, Any]:
     """Ask every question of a data set and count.
 
     Args:
         model: see :class:`Model`.
         source: the data set.
-        images: what the model sees of the pictures.
-        limit: only the first so many samples.
-        system_prompt: a text in front of every sample, as a mixture's.
+        how: see :class:`Asking`.
 
     Returns:
         ``samples``, ``skipped`` (the bad samples, named with the reason), ``tasks`` (see :func:`summarise`) and
@@ -211,7 +202,7 @@ def answer(
     """
     asked: list[Question] = []
     bad: list[str] = []
-    count = min(len(source), limit or len(source))
+    count = min(len(source), how.limit or len(source))
 
     def made() -> Iterator[tuple[Illustrated, list[Probe]]]:
         for number in progress(range(count)):
@@ -219,7 +210,7 @@ def answer(
             try:
                 sample = source.read(number)
                 here = questions(sample.record, key)
-                cut = list(documents(as_seen(sample, images, system_prompt), here, model, key))
+                cut = list(documents(as_seen(sample, how), here, model, key))
             except BadSample as error:
                 bad.append(f"{key}: {error}")
                 continue
@@ -227,7 +218,7 @@ def answer(
             yield from cut
 
     length = model.recipe.data.sequence_length
-    skipped = measure(model, made(), sequence_length=length, blank=images == "blank")
+    skipped = measure(model, made(), sequence_length=length, blank=how.images == "blank")
     answered = [question for question in asked if len(question.scores) == len(question.choices)]
     numbers = {source.key(number): number for number in range(len(source))}
     return {
@@ -238,15 +229,7 @@ def answer(
     }
 
 
-def run(
-    checkpoint: Path,
-    data: Path,
-    out: Path | None,
-    *,
-    images: Images = "shown",
-    limit: int | None = None,
-    system_prompt: str = "",
-) -> None:
+def run(checkpoint: Path, data: Path, out: Path | None, how: Asking = PLAIN) -> None:
     """`mmoe evaluate CHECKPOINT --suite scenes`: print the table, write the numbers.
 
     Raises:
@@ -255,8 +238,8 @@ def run(
     import mmoe
 
     source = Source(data, f"{data.parent.name}/{data.name}")
-    result = heading("scenes", checkpoint, data, images, system_prompt)
-    result |= answer(mmoe.load(checkpoint), source, images=images, limit=limit, system_prompt=system_prompt)
+    result = heading("scenes", checkpoint, data, how)
+    result |= answer(mmoe.load(checkpoint), source, how)
     if not result["tasks"]:
         raise UserError("no sample asks a question with choices", str(data), "give a split of the scenes data set")
     show(result, out, table(result))

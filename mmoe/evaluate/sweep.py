@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=text)
     text = f"names of the recipe's encoders joined by +; {ALL}: every subset, of {MOST} encoders at most"
     parser.add_argument("--encoders", nargs="+", required=True, metavar="SET", help=text)
-    text = "prepared data sets whose questions each trained model is asked"
+    text = "prepared data sets, or folders of CV-Bench's files, whose questions each trained model is asked"
     parser.add_argument("--data", action="extend", nargs="+", default=[], type=Path, metavar="PATH", help=text)
     text = "what trains in the place of `mmoe`, for example 'launch/torchrun.sh 2'"
     parser.add_argument("--launch", default="", metavar="COMMAND", help=text)
@@ -157,6 +157,7 @@ def sweep(
     from mmoe.evaluate import sweep_page
 
     planned = plan(recipe, asked, out)
+    labels(data)
     _refuse(planned, data, ranks)
     out.mkdir(parents=True, exist_ok=True)
     for one in planned:
@@ -178,18 +179,35 @@ def sweep(
         raise UserError(f"{failed[0]}{others}", "", "mend that and give the same command again")
 
 
+def labels(data: Sequence[Path]) -> dict[str, Path]:
+    """Each data set by the name of its folder, or, where two have the same, by as many of the folders above as set them
+    apart: cv_bench-test.
+
+    Raises:
+        UserError: one is named twice.
+    """
+    paths = [path.resolve() for path in data]
+    if len({*paths}) < len(paths):
+        raise UserError("a data set is named twice", f"--data {' '.join(map(str, data))}", "leave one out")
+    count = 1
+    while len(names := {"-".join(path.parts[-count:]) for path in paths}) < len(paths):
+        count += 1
+    return dict(zip(["-".join(path.parts[-count:]) for path in paths], data, strict=True)) if names else {}
+
+
 def _refuse(planned: Sequence[Planned], data: Sequence[Path], ranks: int) -> None:
     """Raises :class:`UserError` for what would fail only once something is trained."""
+    from mmoe.data import cv_bench
     from mmoe.data.source import Source
     from mmoe.evaluate import scenes
     from mmoe.models.count import vision_modules
     from mmoe.parallel import layout
     from mmoe.train import run, stages
 
-    names = [path.resolve().name for path in data]
-    if len({*names}) < len(names):
-        raise UserError("two data sets have one name", f"--data {' '.join(map(str, data))}", "rename a folder")
     for path in data:
+        if cv_bench.files(path):
+            cv_bench.read(path)
+            continue
         with contextlib.closing(Source(path, f"{path.parent.name}/{path.name}")) as source:
             if not scenes.asks(source):
                 raise UserError("no sample asks a question with choices", str(path), "leave it out")
@@ -241,8 +259,7 @@ def _made(one: Planned, data: Sequence[Path], runner: "Runner") -> tuple[Path, d
     if checkpoint is None:
         raise UserError("a run has ended early", one.name, f"see {one.folder}")
     answers = {}
-    for path in data:
-        split = path.resolve().name
+    for split, path in labels(data).items():
         answers[split] = checkpoint.parents[1] / "evaluation" / f"{split}.json"
         runner.evaluate(one.name, checkpoint, path, answers[split])
     return checkpoint, answers

@@ -32,7 +32,7 @@ def row(name: str, recipe: Recipe, run: Path, answers: Mapping[str, Path]) -> Ro
     records, parameters = runs.records(run), count(recipe.model)
     losses = [math.nan if step["loss"] is None else step["loss"] for step in records]
     loss = runs.final_loss(losses)
-    evaluations = {data: json.loads(path.read_text(encoding="utf-8"))["tasks"] for data, path in answers.items()}
+    evaluations = {data: json.loads(path.read_text(encoding="utf-8")) for data, path in answers.items()}
     return {
         "set": name,
         "encoders": [encoder.name for encoder in recipe.model.encoders],
@@ -44,7 +44,8 @@ def row(name: str, recipe: Recipe, run: Path, answers: Mapping[str, Path]) -> Ro
         "tokens_per_second": statistics.median(step["tokens"] / step["seconds"] for step in records),
         "final_loss": loss if math.isfinite(loss) else None,
         "evaluations": {
-            data: {"mean_accuracy": runs.mean_accuracy(tasks), "tasks": tasks} for data, tasks in evaluations.items()
+            data: {"mean_accuracy": runs.mean_accuracy(of["tasks"]), "score": of.get("score"), "tasks": of["tasks"]}
+            for data, of in evaluations.items()
         },
     }
 
@@ -53,7 +54,7 @@ def line(found: Row) -> str:
     """A row for the terminal."""
     if "failed" in found:
         return f"{found['set']}: {found['failed']}"
-    asked = (f", {data} {of['mean_accuracy']:.1%}" for data, of in found["evaluations"].items())
+    asked = (f", {data} {_headline(of)[1]:.1%}" for data, of in found["evaluations"].items())
     return f"{found['set']}: final loss {_loss(found)}{''.join(asked)}"
 
 
@@ -73,6 +74,12 @@ def _splits(done: Sequence[Row]) -> list[str]:
     return list(done[0]["evaluations"]) if done else []
 
 
+def _headline(of: Mapping[str, Any]) -> tuple[str, float]:
+    """The one number of an evaluation, and what it is: CV-Bench's own where it is one."""
+    score = of.get("score")
+    return ("mean accuracy", of["mean_accuracy"]) if score is None else ("score", score)
+
+
 def _loss(found: Row) -> str:
     return "not finite" if found["final_loss"] is None else f"{found['final_loss']:.4f}"
 
@@ -84,17 +91,18 @@ def _page(recipe: Recipe, rows: Sequence[Row], done: Sequence[Row]) -> Iterator[
         f"Written by `mmoe sweep`: the recipe {recipe.name} with each set of encoders alone, everything else as it is. "
         "Parameters: of the encoders and the connector, and all. Tokens/s: the median step's. Final loss: the mean "
         "over the last tenth of the steps. Of stages, the last one's numbers. Accuracies with their 95% intervals; "
-        "their mean counts every task the same."
+        "their mean counts every task the same, CV-Bench's score as it is published."
     )
     yield ""
     if done:
         yield from ("![encoder sets](sweep.png)", "")
     splits = _splits(done)
     titles = ["encoders", "vision", "all", "image tokens", "tokens/s", "final loss"]
-    yield from _header([*titles, *(f"{split}, mean accuracy" for split in splits)])
+    kinds = [_headline(done[0]["evaluations"][split])[0] for split in splits]
+    yield from _header([*titles, *(f"{split}, {kind}" for split, kind in zip(splits, kinds, strict=True))])
     for found in done:
         sizes = [f"{found[name]:,}" for name in ("vision_parameters", "parameters", "image_tokens")]
-        means = [f"{found['evaluations'][split]['mean_accuracy']:.1%}" for split in splits]
+        means = [f"{_headline(found['evaluations'][split])[1]:.1%}" for split in splits]
         yield _cells(found["set"], *sizes, f"{found['tokens_per_second']:,.0f}", _loss(found), *means)
     for found in rows:
         if "failed" in found:

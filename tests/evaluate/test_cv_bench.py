@@ -16,6 +16,7 @@ from mmoe.data import cv_bench as layout
 from mmoe.data.cv_bench import SUFFIX, Row
 from mmoe.errors import UserError
 from mmoe.evaluate import cv_bench
+from mmoe.evaluate.asked import Asking
 from mmoe.evaluate.cv_bench import answer, extract, score
 from mmoe.recipe.tokens import OURS
 
@@ -97,7 +98,7 @@ class Speaking(FakeModel):
 
     def after(self, context: list[int], brightness: float) -> Tensor:
         number = round((brightness * 3 - sum((x / 255 - 0.5) * 4 for x in (90, 30)) + 2) * 255 / 40)
-        logits = torch.zeros(self.tokenizer.get_vocab_size())
+        logits = torch.zeros(self.tokenizer.size)
         size = len(self.marker)
         # An answer of some tokens behind it, at most.
         starts = range(max(0, len(context) - size - 20), len(context) - size + 1)
@@ -135,7 +136,7 @@ def test_answers_are_the_greedy_ones_and_letters_score_their_likelihood(tmp_path
     model = FakeModel()
     rows = [row(0, "2D", "COCO"), row(1, "2D", "COCO", prompt="How many ? (A) 3"), row(2, "3D", "Omni3D")]
     asked = [cv_bench._asked(found) for _, found in layout.read(write(tmp_path, rows))[1]]
-    done = list(cv_bench._answer_some(asked, model, cv_bench.build(model.recipe.data, model.image_sizes), "shown"))
+    done = list(cv_bench._answer_some(asked, model, cv_bench.build(model.recipe.data, model.image_sizes), Asking()))
     assert done == asked
     encode = model.tokenizer.encode
     for number, one in enumerate(asked):
@@ -246,8 +247,8 @@ def test_what_the_model_sees(tmp_path: Path) -> None:
     folder = write(tmp_path, ROWS)
     seen, blank, none = (Speaking(["(B)"]) for _ in range(3))
     answer(seen, folder)
-    answer(blank, folder, images="blank")
-    result = answer(none, folder, images="none")
+    answer(blank, folder, Asking(images="blank"))
+    result = answer(none, folder, Asking(images="none"))
     # Each prompt is heard twice: for the words and for the letters.
     assert set(seen.heard) == set(range(10))
     assert all(not torch.count_nonzero(images) for images in blank.images)
@@ -259,7 +260,7 @@ def test_what_the_model_sees(tmp_path: Path) -> None:
 
 
 def test_a_limit_spreads_over_both_files(tmp_path: Path) -> None:
-    result = answer(Speaking(["(B)"]), write(tmp_path, ROWS), limit=5)
+    result = answer(Speaking(["(B)"]), write(tmp_path, ROWS), Asking(limit=5))
     assert result["samples"] == 5
     assert {name: numbers["n"] for name, numbers in result["sources"].items()} == {"ADE20K": 2, "COCO": 1, "Omni3D": 2}
 
@@ -278,7 +279,7 @@ def test_run_writes_every_number_and_prints_the_scores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(vars(mmoe), "load", lambda path: Speaking(["(B)", "zebra"]))
-    cv_bench.run(tmp_path / "step", write(tmp_path / "data", ROWS), tmp_path / "out.json", images="none")
+    cv_bench.run(tmp_path / "step", write(tmp_path / "data", ROWS), tmp_path / "out.json", Asking(images="none"))
     written = json.loads((tmp_path / "out.json").read_text())
     assert list(written) == [
         *("suite", "checkpoint", "data", "blank", "images", "samples", "skipped", "score", "score_2d", "score_3d"),

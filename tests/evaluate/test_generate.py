@@ -28,7 +28,7 @@ class Continuing(FakeModel):
     def logits(self, input_ids: Tensor, images: Any = None, original_sizes: Tensor | None = None) -> Tensor:
         self.contexts.append(input_ids[0].tolist())
         self.pixels, self.sizes = images, original_sizes
-        logits = torch.zeros(1, input_ids.shape[1], self.tokenizer.get_vocab_size())
+        logits = torch.zeros(1, input_ids.shape[1], self.tokenizer.size)
         logits[0, -1, self.left[len(self.contexts) - 1]] = 9.0
         return logits
 

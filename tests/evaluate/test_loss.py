@@ -20,6 +20,7 @@ from mmoe.data.pixels import preprocess
 from mmoe.data.shards import Sample
 from mmoe.data.source import Source
 from mmoe.errors import UserError
+from mmoe.evaluate.asked import Asking
 from mmoe.evaluate.loss import measure
 from mmoe.models.multimodal import build
 from mmoe.parallel import engine
@@ -132,17 +133,17 @@ def test_it_is_the_training_steps_own_loss(recipe: Recipe, model: Loaded, source
 
 
 def test_blank_pictures_change_the_loss_of_what_they_show_alone(model: Loaded, source: Source) -> None:
-    seen, blank = measure(model, source), measure(model, source, images="blank")
+    seen, blank = measure(model, source), measure(model, source, Asking(images="blank"))
     assert seen["tasks"]["count"]["loss"] != blank["tasks"]["count"]["loss"]
     assert seen["tasks"]["where"] == blank["tasks"]["where"]
-    none = measure(model, source, images="none")
+    none = measure(model, source, Asking(images="none"))
     assert none["tasks"]["where"]["loss"] == pytest.approx(seen["tasks"]["where"]["loss"], abs=1e-5)
     # The sample with a corrupt picture counts, too: nothing of it is read.
     assert none["tokens"] > seen["tokens"]
 
 
 def test_limit_takes_the_first_samples(model: Loaded, source: Source) -> None:
-    result = measure(model, source, limit=1)
+    result = measure(model, source, Asking(limit=1))
     assert (result["samples"], result["tokens"]) == (1, len(by_hand(model, source, samples()[0].key)))
 
 

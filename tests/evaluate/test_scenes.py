@@ -16,7 +16,7 @@ from mmoe.data.document import BadSample
 from mmoe.data.source import Encoded
 from mmoe.errors import UserError
 from mmoe.evaluate import scenes
-from mmoe.evaluate.asked import THUMBNAIL, Question, summarise
+from mmoe.evaluate.asked import THUMBNAIL, Asking, Question, summarise
 from mmoe.evaluate.scenes import answer, questions
 
 COUNT = ("count", " how many zebra ?", " 1", [" 1", " 2", " 3"])
@@ -110,7 +110,7 @@ def test_blank_images_are_grey_and_the_answers_no_longer_depend_on_them(tmp_path
     seen = answer(model, FakeSource(samples))
     assert all(bool((images != 0).any()) for images in model.images)
     model.images.clear()
-    blank = answer(model, FakeSource(samples), images="blank")
+    blank = answer(model, FakeSource(samples), Asking(images="blank"))
     assert all(torch.count_nonzero(images) == 0 for images in model.images)
     assert blank["tasks"]["count"]["accuracy"] in (0.0, 1.0)
     assert seen["tasks"]["count"]["accuracy"] not in (0.0, 1.0)
@@ -118,7 +118,7 @@ def test_blank_images_are_grey_and_the_answers_no_longer_depend_on_them(tmp_path
 
 def test_without_images_the_prompts_stand_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model, found = FakeModel(), asked(monkeypatch)
-    result = answer(model, FakeSource([sample(COUNT), sample(COUNT, red=20)]), images="none")
+    result = answer(model, FakeSource([sample(COUNT), sample(COUNT, red=20)]), Asking(images="none"))
     assert result["tasks"]["count"]["n"] == 2
     assert not sum(images.numel() for images in model.images)
     model.image_tokens = 0
@@ -129,7 +129,7 @@ def test_without_images_the_prompts_stand_alone(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_limit_takes_the_first_samples(tmp_path: Path) -> None:
-    result = answer(FakeModel(), FakeSource([sample(COUNT)] * 5), limit=2)
+    result = answer(FakeModel(), FakeSource([sample(COUNT)] * 5), Asking(limit=2))
     assert result["samples"] == result["tasks"]["count"]["n"] == 2
 
 
@@ -172,7 +172,7 @@ def test_run_writes_every_number_and_prints_every_task(
 ) -> None:
     monkeypatch.setitem(vars(mmoe), "load", lambda path: FakeModel())
     monkeypatch.setattr(scenes, "Source", lambda path, name: FakeSource([sample(COUNT, NAME)]))
-    scenes.run(tmp_path / "step", tmp_path / "test", tmp_path / "new" / "out.json", images="blank")
+    scenes.run(tmp_path / "step", tmp_path / "test", tmp_path / "new" / "out.json", Asking(images="blank"))
     written = json.loads((tmp_path / "new" / "out.json").read_text())
     about = {"suite", "checkpoint", "data", "blank", "images"}
     assert set(written) == about | {"samples", "skipped", "tasks", "examples"}

@@ -14,9 +14,10 @@ from test_commands import samples
 
 from mmoe import cli
 from mmoe.checkpoint.layout import MANIFEST
+from mmoe.data import cv_bench
 from mmoe.errors import UserError
 from mmoe.evaluate import runs, sweep
-from mmoe.evaluate.asked import heading
+from mmoe.evaluate.asked import PLAIN, heading
 from mmoe.recipe import load_recipe
 from mmoe.recipe.schema import Recipe
 
@@ -145,13 +146,22 @@ def test_only_answers_to_every_question_with_pictures_are_taken_for_a_sets(colou
     checkpoint, path = tmp_path / "step", tmp_path / "colours.json"
     checkpoint.mkdir()
     (checkpoint / MANIFEST).write_text("{}")
-    whole = heading("scenes", checkpoint, colours, "shown") | {"samples": 12}
+    whole = heading("scenes", checkpoint, colours, PLAIN) | {"samples": 12}
     path.write_text(json.dumps(whole))
     assert runs.evaluation(path, checkpoint, colours) == whole
     other = {"suite": "loss", "checkpoint": "other", "images": "blank", "samples": 3, "system_prompt": "say more"}
     for name, value in other.items():
         path.write_text(json.dumps(whole | {name: value}))
         assert runs.evaluation(path, checkpoint, colours) is None, name
+
+
+def test_data_sets_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    one, other, third = (tmp_path / name for name in ("scenes/test", "cv_bench/test", "cv_bench/train"))
+    assert sweep.labels([one, third]) == {"test": one, "train": third}
+    assert sweep.labels([one, other, third]) == {"scenes-test": one, "cv_bench-test": other, "cv_bench-train": third}
+    assert sweep.labels([]) == {}
+    with pytest.raises(UserError, match="a data set is named twice"):
+        sweep.labels([one, tmp_path / "cv_bench" / ".." / "scenes" / "test"])
 
 
 def test_of_stages_the_last_is_told(tmp_path: Path) -> None:
@@ -161,10 +171,22 @@ def test_of_stages_the_last_is_told(tmp_path: Path) -> None:
     assert (row["run"], row["steps"]) == (str(tmp_path / "vit" / "2-b"), 20)
 
 
+def choices(folder: Path) -> Path:
+    """Two questions in CV-Bench's layout."""
+    folder.mkdir()
+    (folder / "a.png").write_bytes(sets.encode(sets.picture(1)))
+    for kind, source in (("2D", "COCO"), ("3D", "Omni3D")):
+        options = {"choices": ["red", "blue"], "answer": "(B)", "prompt": cv_bench.prompt("what ?", ["red", "blue"])}
+        row = {"type": kind, "task": f"colour {kind}", "source": source, "filename": "a.png", **options}
+        (folder / f"test_{kind.lower()}.jsonl").write_text(json.dumps(row) + "\n")
+    return folder
+
+
 def test_a_real_sweep(colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     recipe = training.write_recipe(colours.parent, sets.write_mixture(colours.parent, colours=1.0))
-    command = ["sweep", str(recipe), "--out", str(tmp_path), "--data", str(colours), "--parallel", "2"]
+    command = ["sweep", str(recipe), "--out", str(tmp_path), "--parallel", "2"]
+    command += ["--data", str(colours), str(choices(tmp_path / "choices"))]
     command += ["--encoders", "vit", "vit+convnet", "--set", "train.steps=2"]
     assert cli.main(command) == 0
     rows: list[dict[str, Any]] = json.loads((tmp_path / "sweep.json").read_text())["rows"]
@@ -175,6 +197,9 @@ def test_a_real_sweep(colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         answers = json.loads((tmp_path / row["set"] / "evaluation" / "colours.json").read_text())
         assert row["evaluations"]["colours"]["tasks"] == answers["tasks"]
         assert answers["tasks"]["colour"]["n"] == 12
+        answers = json.loads((tmp_path / row["set"] / "evaluation" / "choices.json").read_text())
+        assert row["evaluations"]["choices"]["score"] == answers["score"] in (0.0, 0.5, 1.0)
+    assert "| final loss | colours, mean accuracy | choices, score |" in (tmp_path / "sweep.md").read_text()
 
     written = [(tmp_path / row["set"] / "events.jsonl").stat().st_mtime_ns for row in rows]
     assert cli.main(command) == 0
