@@ -99,10 +99,12 @@ def _read_cambrian(directory: Path, config: dict[str, Any], tensors: Tensors, ou
     cambrian.check(config, model, where)
     backbone, _ = language.from_config({**config, "model_type": "llama"}, where)
     language.check_same_model(dataclasses.replace(model, backbone=backbone), model, where)
-    states = [cambrian.table(model).read(tensors, str(directory))]
+    states, notes = [cambrian.table(model).read(tensors, str(directory))], []
     for index, encoder in enumerate(model.encoders):
-        states.append(towers.read(own[encoder.name], encoder, f"model.encoders.{index}").state)
-    return Imported(ours, Together(states), directory / "tokenizer.json", [])
+        taken = towers.read(own[encoder.name], encoder, f"model.encoders.{index}")
+        states.append(taken.state)
+        notes += taken.notes
+    return Imported(ours, Together(states), directory / "tokenizer.json", notes)
 
 
 def _as_processed(recipe: Recipe, directory: Path) -> tuple[Recipe, list[str]]:
@@ -126,7 +128,7 @@ def from_hf(directory: Path, out: Path) -> None:
     Raises:
         UserError: see :func:`read_hf`; or OUT is not empty, or the directory has no tokenizer.json.
     """
-    _check_room(out, _partial(out))
+    check_room(out)
     imported = read_hf(directory)
     if not imported.tokenizer.is_file():
         raise UserError("no tokenizer.json", str(directory), "put the model's tokenizer there")
@@ -142,11 +144,11 @@ def write(imported: Imported, out: Path, title: str) -> None:
     from mmoe.checkpoint import layout, stream
 
     final, partial = layout.folder(out, 0), _partial(out)
-    _check_room(out, partial)
+    check_room(out)
     for note in imported.notes:
         print(one_line(note))
     with stream.alone(partial):
-        _check_room(out, partial)  # again: another process may have made the checkpoint meanwhile
+        check_room(out)  # again: another process may have made the checkpoint meanwhile
         _save(imported, partial, title)
         stream.publish(partial, final)
         layout.point_to(final)
@@ -159,7 +161,9 @@ def _partial(out: Path) -> Path:
     return final.with_name(f".{final.name}.part")
 
 
-def _check_room(out: Path, partial: Path) -> None:
+def check_room(out: Path) -> None:
+    """Raises :class:`UserError` where OUT holds anything but a conversion that was broken off."""
+    partial = _partial(out)
     if out.is_dir() and set(out.iterdir()) <= {partial.parent} and set(partial.parent.glob("*")) <= {partial}:
         return
     if out.exists():

@@ -16,7 +16,7 @@ from mmoe.convert import towers
 from mmoe.convert.families import cambrian
 from mmoe.convert.families import language as languages
 from mmoe.convert.families.fields import check_same, read_config
-from mmoe.convert.ingest import Imported, read_hf, write
+from mmoe.convert.ingest import Imported, check_room, read_hf, write
 from mmoe.convert.towers import Taken, check_dtypes, left_aside, refuse_unknown
 from mmoe.convert.weights import Weights
 from mmoe.data.tokenizer import load_tokenizer
@@ -49,6 +49,7 @@ def from_parts(recipe: Recipe, out: Path, parts: Sequence[tuple[str, Path]], tok
     Raises:
         UserError: a part that does not fit the recipe, that lacks a tensor or has one that nothing reads.
     """
+    check_room(out)
     write(read_parts(recipe, parts, tokenizer), out, "from-parts")
 
 
@@ -157,6 +158,7 @@ def _of_export(model: Model, module: str, directory: Path) -> Taken:
     """A module of a whole model, of which we know the recipe's table."""
     imported, where = read_hf(directory), str(directory)
     theirs, notes = imported.recipe.model, [f"{module}: of {directory} nothing else is read"]
+    notes += [f"{module}: {note}" for note in imported.notes]
     if module == LANGUAGE:
         languages.check_same_model(theirs, model, where)
         return _fitting(model, theirs, Part(imported.state, "language."), directory, notes)

@@ -356,3 +356,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert cli.main([*command, "--part", "language"]) == 2
     assert "'language' is no part" in capsys.readouterr().err
+
+
+def test_a_full_directory_is_told_before_anything_is_read(parts: Parts, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    with pytest.raises(UserError, match="is not an empty directory"):
+        from_parts(parts.recipe("clip"), tmp_path, [("encoders.clip", broken)], parts.tokenizer)
