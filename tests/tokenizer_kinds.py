@@ -45,6 +45,16 @@ def sentencepiece(path: Path) -> Special:
     return Special(pad=0, bos=1, eos=2, image=made.get_vocab_size())
 
 
+def metaspace(path: Path) -> Special:
+    """The same as transformers saves it: a blank before the first word alone, none behind a special token."""
+    special = sentencepiece(path)
+    made = Tokenizer.from_file(str(path))
+    made.normalizer = None
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    made.save(str(path))
+    return special
+
+
 def unknown(path: Path) -> Special:
     """The same, and ``<unk>``, which no text is read as, stands for pictures: no row is added to the vocabulary."""
     return replace(sentencepiece(path), pad=2, image=0)
@@ -80,4 +90,9 @@ def merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
     return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
-KINDS: dict[str, Callable[[Path], Special]] = {"sentencepiece": sentencepiece, "unknown": unknown, "tiktoken": tiktoken}
+KINDS: dict[str, Callable[[Path], Special]] = {
+    "sentencepiece": sentencepiece,
+    "metaspace": metaspace,
+    "unknown": unknown,
+    "tiktoken": tiktoken,
+}

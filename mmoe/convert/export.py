@@ -114,6 +114,9 @@ def _kind(recipe: Recipe, form: Format, tokens: processor.Tokens) -> Kind | None
         return "mmoe"
     if tokens.knows_image:
         return "llava"
+    if tokens.special.image < tokens.size:
+        what = f"model.special.image is {tokens.special.image}, {tokens.names[-1]!r}, as which texts are read"
+        raise UserError(what, "tokenizer.json", "import the model again, or take --format mmoe")
     if form == "llava":
         what = f"it has no token {tokens.special.image}, which stands for a picture"
         raise UserError(what, "tokenizer.json", "give a tokenizer with that token, or take --format mmoe")
@@ -169,7 +172,7 @@ def _describe(
     (out / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
     config = language_family.to_config(model, language_dtype)
     _write_json(language / "config.json", config)
-    _write_tokenizer(language, tokens, tokens.data, model.backbone.max_position)
+    _write_tokenizer(language, tokens, model.backbone.max_position, images=bool(model.encoders))
     notes: list[str] = []
     if whole_dtype and kind == "llava":
         notes = _describe_llava(out, recipe, tokens, whole_dtype)
@@ -177,10 +180,10 @@ def _describe(
         notes = _describe_cambrian(out, recipe, tokens, whole_dtype)
     elif whole_dtype:
         _write_json(out / "config.json", _whole_config(recipe, config, whole_dtype))
-        _write_tokenizer(out, tokens, tokens.data, model.backbone.max_position)
+        _write_tokenizer(out, tokens, model.backbone.max_position, images=True)
         _write_processor(out, recipe)
         ship(out)
-    _write_readme(out, recipe, config["architectures"][0], kind)
+    _write_readme(out, recipe, config["architectures"][0], kind, tokens.names[-1])
     return notes
 
 
@@ -188,7 +191,8 @@ def _describe_llava(out: Path, recipe: Recipe, tokens: processor.Tokens, dtype: 
     model, encoder = recipe.model, recipe.model.encoders[0]
     assert isinstance(encoder, ViT)
     _write_json(out / "config.json", llava.to_config(model, dtype))
-    _write_tokenizer(out, tokens, processor.with_bos(tokens), model.backbone.max_position)
+    data = processor.for_llava(tokens)
+    _write_tokenizer(out, tokens, model.backbone.max_position, images=True, data=data)
     fields, notes = processor.image_processor(encoder, recipe.data.fit, recipe.data.interpolation)
     _write_json(out / "preprocessor_config.json", fields)
     _write_json(out / "processor_config.json", processor.processor(encoder, tokens.names[-1]))
@@ -198,7 +202,7 @@ def _describe_llava(out: Path, recipe: Recipe, tokens: processor.Tokens, dtype: 
 def _describe_cambrian(out: Path, recipe: Recipe, tokens: processor.Tokens, dtype: str) -> list[str]:
     model = recipe.model
     _write_json(out / "config.json", cambrian.to_config(model, dtype))
-    _write_tokenizer(out, tokens, tokens.data, model.backbone.max_position)
+    _write_tokenizer(out, tokens, model.backbone.max_position, images=True)
     for encoder in model.encoders:
         folder = out / cambrian.ENCODERS / encoder.name
         _write_json(folder / "config.json", towers.layout_of(cambrian.published(encoder))[0])
@@ -233,13 +237,15 @@ def _whole_config(recipe: Recipe, language: dict[str, Any], dtype: str) -> dict[
     }
 
 
-def _write_tokenizer(out: Path, tokens: processor.Tokens, data: bytes, longest: int) -> None:
-    """``data`` is what becomes of the file of ``tokens``."""
-    (out / "tokenizer.json").write_bytes(data)
+def _write_tokenizer(
+    out: Path, tokens: processor.Tokens, longest: int, *, images: bool, data: bytes | None = None
+) -> None:
+    """``data`` is what becomes of the file of ``tokens``, where that changes; ``images``: the model reads them."""
+    (out / "tokenizer.json").write_bytes(data or tokens.data)
     fields = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **dict(zip(("pad_token", "bos_token", "eos_token"), tokens.names, strict=False)),
-        "extra_special_tokens": [tokens.names[-1]],
+        **({"extra_special_tokens": [tokens.names[-1]]} if images else {}),
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         "model_max_length": longest,
@@ -277,8 +283,8 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_readme(out: Path, recipe: Recipe, language: str, kind: Kind | None) -> None:
-    stock = WHOLE_README.replace(", trust_remote_code=True", "")
+def _write_readme(out: Path, recipe: Recipe, language: str, kind: Kind | None, image: str) -> None:
+    stock = WHOLE_README.replace(", trust_remote_code=True", "").replace("<image>", image)
     templates = {"llava": stock, "cambrian": CAMBRIAN_README, "mmoe": WHOLE_README, None: LANGUAGE_README}
     template = templates[kind].replace("LANGUAGE", language)
     title = f"# {recipe.name}\n\n{recipe.description}".rstrip()

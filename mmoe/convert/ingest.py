@@ -20,6 +20,7 @@ from mmoe.recipe.checks import model_problems, problems
 from mmoe.recipe.load import dump_recipe, load_recipe
 from mmoe.recipe.model import MTP, Model, ViT
 from mmoe.recipe.schema import Data, Optimizer, Precision, Recipe, Train
+from mmoe.recipe.tokens import OURS
 
 FILE = 5 << 30
 """Bytes of a file of a checkpoint's tensors."""
@@ -64,7 +65,8 @@ def read_hf(directory: Path) -> Imported:
     else:
         backbone, moe = language.from_config(config, where)
         model = Model(backbone=backbone, moe=moe, mtp=mtp)
-    model = dataclasses.replace(model, special=read_special(config, where))
+    special, untold = read_special(config, where)
+    model = dataclasses.replace(model, special=special)
     _plausible(model, tensors, where)
     if kind == "llava":
         table = llava.table(model, llava.layout(tensors), fused=fused)
@@ -73,9 +75,12 @@ def read_hf(directory: Path) -> Imported:
     unread = "gate and up projections of zero experts are not read: no computation uses them"
     notes = [unread] if model.moe and model.moe.zero_experts else []
     if ours:
+        if ours.model.special == OURS:  # of an export from before recipes told of these
+            ours = dataclasses.replace(ours, model=dataclasses.replace(ours.model, special=model.special))
         _plausible(ours.model, tensors, str(directory / RECIPE))  # its model is the one that is built
     else:
         ours = _recipe(directory, model, tensors)
+        notes += untold
         if kind == "llava":
             ours, more = _as_processed(ours, directory)
             notes += more

@@ -136,7 +136,7 @@ class Tokens(NamedTuple):
     size: int
     """Tokens that the file has; 0 where it cannot be parsed."""
     knows_image: bool
-    """Whether that of a picture is among them."""
+    """Whether that of a picture is among them, and nothing that a text is read as."""
 
 
 def read_tokenizer(path: Path, special: Special) -> Tokens:
@@ -155,7 +155,8 @@ def read_tokenizer(path: Path, special: Special) -> Tokens:
         return Tokens(data, special, SPECIAL, 0, False)
     names = [tokenizer.id_to_token(number) for number in _numbers(special)]
     given = (name or ours for name, ours in zip(names, SPECIAL, strict=True))
-    return Tokens(data, special, tuple(given), tokenizer.get_vocab_size(), names[-1] is not None)
+    known = tokenizer.get_added_tokens_decoder().get(special.image)
+    return Tokens(data, special, tuple(given), tokenizer.get_vocab_size(), known is not None and known.special)
 
 
 def _numbers(special: Special) -> tuple[int, ...]:
@@ -172,6 +173,23 @@ def with_image(tokens: Tokens) -> Tokens:
     parts["added_tokens"] = [*parts.get("added_tokens", []), {"id": number, "content": IMAGE, **flags, "special": True}]
     data = json.dumps(parts, indent=2, ensure_ascii=False).encode()
     return tokens._replace(data=data, size=number + 1, knows_image=True)
+
+
+def for_llava(tokens: Tokens) -> bytes:
+    """The tokenizer with which transformers' processor reads a whole prompt as training reads its parts.
+
+    It begins with ``<bos>``, and where a text has a blank in front, so has every text behind a picture.
+    """
+    data = with_bos(tokens)
+    try:
+        parts = json.loads(data)
+    except ValueError:
+        return data
+    words = parts.get("pre_tokenizer")
+    if not isinstance(words, dict) or words.get("prepend_scheme") != "first":
+        return data
+    parts["pre_tokenizer"] = words | {"prepend_scheme": "always"}
+    return json.dumps(parts, indent=2, ensure_ascii=False).encode()
 
 
 def with_bos(tokens: Tokens) -> bytes:

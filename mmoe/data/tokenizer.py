@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,9 @@ _ABSENT = ("truncation", "padding")
 _PLAIN = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
 """What its model has not: with dropout one text has other tokens each time, the rest change what a token is."""
 _LONGEST = 8
-"""Characters that a normalizer or decoder may put in the place of one: texts do not grow out of bounds."""
+"""Characters that all parts of a normalizer, or of a decoder, may put in the place of one together."""
+_REPEATED_GROUP = re.compile(r"(?<!\\)\)[*+{]")
+"""A group that may come any number of times, in which others may: such patterns can take time without end."""
 _PREPARE = "take the one that `mmoe data prepare` writes, or the published model's own"
 
 
@@ -125,7 +128,7 @@ def load_tokenizer(path: Path | str, special: Special = OURS, *, images: bool = 
     known = {number: token for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     for name in ("pad", "bos", "eos", "image")[: None if images else 3]:
         number, size = getattr(special, name), tokenizer.get_vocab_size()
-        if number not in known and (name != "image" or number < size):
+        if number not in known and (name != "image" or number != size):
             token = tokenizer.id_to_token(number)
             what = f"token {number}, {token!r}, is no special one" if token else f"it has no token {number}"
             raise UserError(f"{what}, but model.special.{name}", str(path), _choice(known, size))
@@ -133,13 +136,22 @@ def load_tokenizer(path: Path | str, special: Special = OURS, *, images: bool = 
 
 
 def same_tokens(one: Path, other: Path) -> bool:
-    """Whether two tokenizers read every text as the same numbers: all but their special tokens is alike.
+    """Whether two tokenizers read every text as the same numbers, each part of a document by itself: all but their
+    special tokens is alike.
 
     Raises:
         UserError: see :func:`read_tokenizer`.
     """
-    sides = [json.loads(read_tokenizer(path).to_str()) for path in (one, other)]
-    return all(sides[0][name] == sides[1][name] for name in ("model", "normalizer", "pre_tokenizer"))
+
+    def reads(path: Path) -> list[Any]:
+        parts = json.loads(read_tokenizer(path).to_str())
+        words = parts["pre_tokenizer"]
+        if words and words.get("prepend_scheme") == "first":
+            words["prepend_scheme"] = "always"  # differ behind special tokens alone, of which a part has none
+        plain = [token for token in parts["added_tokens"] if not token["special"]]
+        return [plain, parts["model"], parts["normalizer"], words]
+
+    return reads(one) == reads(other)
 
 
 def _choice(known: dict[int, AddedToken], size: int) -> str:
@@ -158,12 +170,18 @@ def _strange(parts: dict[str, Any]) -> Iterator[str]:
     yield from (f"its {name} is not absent" for name in _ABSENT if parts.get(name) is not None)
     found = {name: list(_flat(parts.get(name))) for name in _PARTS}
     for name, kinds in _PARTS.items():
+        grows = 1
         for part in found[name]:
             if part.get("type") not in kinds:
                 yield f"its {name} has a {part.get('type')}"
-            put = part.get("prepend", part.get("content"))
-            if name != "pre_tokenizer" and isinstance(put, str) and len(put) > _LONGEST:
-                yield f"its {name} puts in {len(put)} characters"
+            put, pattern = part.get("prepend", part.get("content")), part.get("pattern")
+            if name != "pre_tokenizer" and isinstance(put, str):
+                grows *= max(1, len(put))
+            expression = pattern.get("Regex") if isinstance(pattern, dict) else None
+            if isinstance(expression, str) and _REPEATED_GROUP.search(expression):
+                yield f"its {name} has a pattern that repeats a group: {expression}"
+        if grows > _LONGEST:
+            yield f"its {name} makes {grows} characters of one"
     bytewise = any(part.get("type") == "ByteLevel" for part in found["pre_tokenizer"])
     names = pre_tokenizers.ByteLevel.alphabet() if bytewise else [f"<0x{byte:02X}>" for byte in range(256)]
     if not bytewise and not model.get("byte_fallback"):

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmoe import reading
 from mmoe.data.pixels import BadImage, open_image, preprocess, to_rgb
 from mmoe.errors import UserError
-from mmoe.recipe.tokens import IMAGE
+from mmoe.recipe.tokens import IMAGE, OURS
 
 PROCESSOR = "processor_config.json"
 INDEX, ADAPTER = "model.safetensors.index.json", "adapter_config.json"
@@ -183,7 +183,7 @@ def _from_export(
 
         try:
             fields = reading.json_object(reading.text(path / PROCESSOR, 1 << 20))
-            tokens, image = int(fields["image_tokens"]), int(fields["image_token_id"])
+            tokens, image = int(fields["image_tokens"]), int(fields.get("image_token_id", OURS.image))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"unreadable {PROCESSOR}: {error}", str(path), "export the model again") from None
         processor = MmoeProcessor(

@@ -189,10 +189,11 @@ def labels(data: Sequence[Path]) -> dict[str, Path]:
     paths = [path.resolve() for path in data]
     if len({*paths}) < len(paths):
         raise UserError("a data set is named twice", f"--data {' '.join(map(str, data))}", "leave one out")
-    count = 1
-    while len(names := {"-".join(path.parts[-count:]) for path in paths}) < len(paths):
-        count += 1
-    return dict(zip(["-".join(path.parts[-count:]) for path in paths], data, strict=True)) if names else {}
+    for count in range(1, max((len(path.parts) for path in paths), default=1)):
+        names = ["-".join(path.parts[1:][-count:]) for path in paths]
+        if len({*names}) == len(names):
+            return dict(zip(names, data, strict=True))
+    return {f"{number}-{path.name}": given for number, (path, given) in enumerate(zip(paths, data, strict=True), 1)}
 
 
 def _refuse(planned: Sequence[Planned], data: Sequence[Path], ranks: int) -> None:

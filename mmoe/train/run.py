@@ -98,12 +98,12 @@ def _tell_of_tokens(recipe: Recipe, initial: Path) -> None:
     """A warning where the checkpoint to begin with learned other tokens than the data are read as."""
     mine, theirs = Path(recipe.data.root) / recipe.data.tokenizer, initial / "tokenizer.json"
     try:
-        differ = not same_tokens(mine, theirs)
-    except UserError:
-        differ = True
-    if differ:
-        what = f"{theirs} reads texts as other tokens than {mine}, which this run trains with"
-        say(f"mmoe: warning: {what}: what the weights know of tokens is of other ones")
+        if same_tokens(mine, theirs):
+            return
+        what = f"{theirs} reads texts as other tokens than {mine}: the weights know tokens that are none of the data's"
+    except UserError as error:
+        what = f"whether {theirs} reads texts as {mine} does is not known: {error.what}"
+    say(f"mmoe: warning: {what}")
 
 
 class _StopRequest:

@@ -182,6 +182,12 @@ def test_every_tensor_comes_back(made: Made, tmp_path: Path) -> None:
         assert (tmp_path / "hf" / path.relative_to(made.hf)).read_bytes() == path.read_bytes()
 
 
+def test_the_tokens_of_its_language_model() -> None:
+    special = tables.Special(pad=10, bos=11, eos=12, image=13)
+    config = cambrian.to_config(dataclasses.replace(MODEL, special=special), "float32")
+    assert {name: config[f"{name}_token_id"] for name in ("pad", "bos", "eos")} == {"pad": 10, "bos": 11, "eos": 12}
+
+
 def bare(made: Made, folder: Path) -> Path:
     """As it is published: without encoders, and without our recipe."""
     hf = Path(shutil.copytree(made.hf, folder / "bare"))

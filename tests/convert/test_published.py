@@ -1,5 +1,6 @@
 """A published language model with its own tokenizer becomes a LLaVA: put together, trained, exported, read again."""
 
+import dataclasses
 import json
 import shutil
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ import mmoe
 from mmoe import cli
 from mmoe.checkpoint.load import state_dict
 from mmoe.convert import read_hf, to_hf
+from mmoe.convert.families.fields import read_special
 from mmoe.data.document import tokenize
 from mmoe.data.tokenizer import load_tokenizer
+from mmoe.errors import UserError
 from mmoe.evaluate.generate import generate
 from mmoe.recipe.model import Special
 
@@ -167,6 +170,7 @@ def test_an_export_is_transformers_llava_with_its_tokens(made: Made, tmp_path: P
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
     picture.save(tmp_path / "picture.png")
     inputs = processor(text=f"{processor.image_token}how many ?", images=picture, return_tensors="pt")
+    assert f'text="{processor.image_token}how' in (tmp_path / "hf/README.md").read_text()
     sample = {"prefix": [{"image": 0}], "branches": [{"prompt": "how many ?", "answer": ""}]}
     document = tokenize(sample, load_tokenizer(made.root / "tokenizer.json", made.special), 16)
     assert inputs["input_ids"].tolist() == [document.tokens[:-1].tolist()]
@@ -195,6 +199,55 @@ def test_an_export_is_transformers_llava_with_its_tokens(made: Made, tmp_path: P
     assert all(torch.equal(again.state[name], tensor) for name, tensor in state.items())
 
 
+def test_the_language_model_alone(made: Made, tmp_path: Path) -> None:
+    """No ordinary token of it becomes a special one, and its ends and beginnings are its own."""
+    config = json.loads((made.root / "published/config.json").read_text())
+    shutil.copytree(made.root / "published", tmp_path / "published")
+    ends = {"eos_token_id": [made.special.eos, 5], "bos_token_id": None}
+    (tmp_path / "published/config.json").write_text(json.dumps(config | ends))
+    assert cli.main(["convert", "from-hf", str(tmp_path / "published"), str(tmp_path / "run")]) == 0
+    to_hf(tmp_path / "run/checkpoints/step_00000000", tmp_path / "hf")
+    written = json.loads((tmp_path / "hf/config.json").read_text())
+    ids = {name: written[f"{name}_token_id"] for name in ("pad", "bos", "eos")}
+    assert ids == dict.fromkeys(ids, made.special.eos)
+    theirs = transformers.AutoTokenizer.from_pretrained(made.root / "published")
+    reloaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert reloaded.all_special_ids == [made.special.eos]
+    text = "cost $5 <0x00> and a frog"
+    tokens = theirs.encode(text, add_special_tokens=False)
+    assert reloaded.encode(text, add_special_tokens=False) == tokens
+    assert reloaded.decode(tokens, skip_special_tokens=True) == theirs.decode(tokens, skip_special_tokens=True)
+
+
+def test_what_an_import_takes_otherwise_is_told(made: Made) -> None:
+    _, notes = read_special({"eos_token_id": [7, 8], "bos_token_id": None}, "config.json")
+    assert notes[0] == "eos_token_id is [7, 8] there: training and an export end with 7"
+    assert notes[1].startswith("it has no bos_token_id: documents begin with 7")
+    with pytest.raises(UserError, match="pad_token_id is 'x'"):
+        read_special({"pad_token_id": "x"}, "config.json")
+
+
+def test_an_image_at_an_ordinary_token_is_refused(made: Made, tmp_path: Path) -> None:
+    """As an import from before recipes told of special tokens has it: the export would read texts as pictures."""
+    recipe, state, tokenizer = state_dict(made.checkpoint)
+    ordinary = Tokenizer.from_file(str(tokenizer)).token_to_id("a")
+    special = dataclasses.replace(made.special, image=ordinary)
+    old = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, special=special))
+    with pytest.raises(UserError, match=rf"model\.special\.image is {ordinary}, 'a', as which texts are read"):
+        to_hf(made.checkpoint, tmp_path / "hf", load=lambda _: (old, state, tokenizer))
+    assert not (tmp_path / "hf").exists()
+
+
+def test_an_export_without_the_numbers_in_its_recipe(made: Made, tmp_path: Path) -> None:
+    """Has them in its configuration."""
+    to_hf(made.checkpoint, tmp_path / "hf")
+    path = tmp_path / "hf/mmoe_recipe.toml"
+    text = path.read_text()
+    start = text.index("[model.special]")
+    path.write_text(text[:start] + text[text.index("[", start + 1) :])
+    assert read_hf(tmp_path / "hf").recipe.model.special == made.special
+
+
 def test_our_own_class_has_them_too(made: Made, tmp_path: Path) -> None:
     to_hf(made.checkpoint, tmp_path / "hf", form="mmoe")
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
@@ -203,6 +256,7 @@ def test_our_own_class_has_them_too(made: Made, tmp_path: Path) -> None:
     model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
     inputs = processor(text="<image>how many ?", images=picture, return_tensors="pt")
     assert (inputs["input_ids"] == made.special.image).sum() == 16
+    assert processor.image_token == "<image>"
     with torch.no_grad():
         logits = model(**inputs).logits
     ours = mmoe.load(made.checkpoint).logits(inputs["input_ids"], inputs["pixel_values"])

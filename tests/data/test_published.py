@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 from tokenizer_kinds import KINDS
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mmoe.data.document import BadSample, tokenize
-from mmoe.data.tokenizer import load_tokenizer, same_tokens
+from mmoe.data.tokenizer import Vocabulary, load_tokenizer, same_tokens
 from mmoe.errors import UserError
 from mmoe.recipe.model import Special
 from mmoe.recipe.tokens import OURS
@@ -30,7 +30,9 @@ def test_texts_are_read_as_by_transformers(tmp_path: Path, kind: str) -> None:
     for text in TEXTS:
         ids = mine.encode(text)
         assert ids == theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
-        assert mine.decode(ids) == text
+        assert mine.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        # A blank in front is the one that it would have put there.
+        assert mine.decode(ids) == (text.removeprefix(" ") if kind == "metaspace" else text)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,8 +74,9 @@ def test_an_ordinary_token_is_no_special_one(tmp_path: Path, kind: str, name: st
 def test_a_token_that_is_not_there(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     special = KINDS["tiktoken"](path)
-    with pytest.raises(UserError, match=r"it has no token 9999, but model\.special\.eos"):
-        load_tokenizer(path, Special(**{**vars(special), "eos": 9999}))
+    for name in ("eos", "image"):
+        with pytest.raises(UserError, match=rf"it has no token 9999, but model\.special\.{name}"):
+            load_tokenizer(path, Special(**{**vars(special), name: 9999}))
 
 
 def change(path: Path, **parts: object) -> Path:
@@ -96,8 +99,27 @@ def test_texts_that_would_grow_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     special = KINDS["sentencepiece"](path)
     grows = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
-    with pytest.raises(UserError, match="its normalizer puts in 1000 characters"):
+    with pytest.raises(UserError, match="its normalizer makes 1000 characters of one"):
         load_tokenizer(change(path, normalizer={"type": "Sequence", "normalizers": [grows]}), special)
+    twice = grows | {"content": "aa"}
+    assert load_tokenizer(change(path, normalizer={"type": "Sequence", "normalizers": [twice] * 3}), special)
+    with pytest.raises(UserError, match="its normalizer makes 16 characters of one"):
+        load_tokenizer(change(path, normalizer={"type": "Sequence", "normalizers": [twice] * 4}), special)
+
+
+def test_a_pattern_that_repeats_a_group_is_refused(tmp_path: Path) -> None:
+    """It can take time without end; a bracket that is text, or a choice, can stand any number of times."""
+    path = tmp_path / "tokenizer.json"
+    special = KINDS["tiktoken"](path)
+    words = json.loads(path.read_text())["pre_tokenizer"]
+    for expression, refused in ((r"(a+)+$", True), (r"(?:a|aa){2,}", True), (r"\)+|[()]*|(?:'s|'t)?x+", False)):
+        parts = [words["pretokenizers"][0] | {"pattern": {"Regex": expression}}, words["pretokenizers"][1]]
+        change(path, pre_tokenizer=words | {"pretokenizers": parts})
+        if refused:
+            with pytest.raises(UserError, match="its pre_tokenizer has a pattern that repeats a group"):
+                load_tokenizer(path, special)
+        else:
+            assert load_tokenizer(path, special).encode("a frog")
 
 
 def test_a_pattern_that_does_not_end_spoils_its_sample_alone(tmp_path: Path) -> None:
@@ -106,8 +128,7 @@ def test_a_pattern_that_does_not_end_spoils_its_sample_alone(tmp_path: Path) -> 
     slow = Tokenizer.from_file(str(path))
     bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     slow.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"(a+)+$"), "isolated"), bytewise])
-    slow.save(str(path))
-    tokenizer = load_tokenizer(path, special)
+    tokenizer = Vocabulary(slow, special)
     assert tokenizer.encode("a frog")
     with pytest.raises(BadSample, match=r"branches\[0\]: the tokenizer gives up on it"):
         tokenize({"prefix": [], "branches": [{"prompt": "a" * 40 + "b", "answer": "a"}]}, tokenizer, 1)
@@ -121,6 +142,9 @@ def test_whether_two_read_alike(tmp_path: Path) -> None:
     more.post_processor = None
     more.save(str(other))
     assert same_tokens(one, other)
+    more.add_tokens([AddedToken("frog", special=False)])
+    more.save(str(other))
+    assert not same_tokens(one, other), "a text with a frog is read otherwise"
     KINDS["sentencepiece"](other)
     assert not same_tokens(one, other)
 

@@ -160,6 +160,9 @@ def test_data_sets_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert sweep.labels([one, third]) == {"test": one, "train": third}
     assert sweep.labels([one, other, third]) == {"scenes-test": one, "cv_bench-test": other, "cv_bench-train": third}
     assert sweep.labels([]) == {}
+    assert list(sweep.labels([Path("/test"), Path("/bench/test")])) == ["test", "bench-test"]
+    alike = [Path(name) for name in ("/a-b/test", "/a/b/test", "/p/q/z", "/r/q/z")]
+    assert list(sweep.labels(alike)) == ["1-test", "2-test", "3-z", "4-z"]
     with pytest.raises(UserError, match="a data set is named twice"):
         sweep.labels([one, tmp_path / "cv_bench" / ".." / "scenes" / "test"])
 

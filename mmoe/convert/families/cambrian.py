@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mmoe.convert.families import llama
+from mmoe.convert.families.fields import token_ids
 from mmoe.convert.mapping import Entry, Table
 from mmoe.errors import UserError
 from mmoe.recipe.checks import Problem, encoder_grid
@@ -60,6 +61,7 @@ def to_config(model: Model, dtype: str) -> dict[str, Any]:
     assert isinstance(model.backbone, Llama)
     return {
         **llama.to_config(model.backbone, dtype),
+        **token_ids(model.special),
         "architectures": ["CambrianLlamaForCausalLM"],
         "model_type": MODEL_TYPE,
         **_fields(model),

@@ -59,38 +59,47 @@ def token_ids(special: Special) -> dict[str, int]:
     return {"pad_token_id": special.pad, "bos_token_id": special.bos, "eos_token_id": special.eos}
 
 
-def read_special(config: dict[str, Any], where: str) -> Special:
-    """The special tokens in a ``config.json``: its own, else those of its language model, else transformers' defaults.
+def read_special(config: dict[str, Any], where: str) -> tuple[Special, list[str]]:
+    """The special tokens in a ``config.json``, its own, else those of its language model, else transformers' defaults,
+    and notes on what of it they are not.
 
-    Of several ends of a text the first counts; what has no padding is padded with its end.
+    Of several ends of a text the first counts; what has no beginning or no padding has its end in their place.
 
     Raises:
         UserError: one is no token.
     """
     text = config.get("text_config")
     places: list[dict[str, Any]] = [config, text if isinstance(text, dict) else {}]
-    places.append({"bos_token_id": 1, "eos_token_id": 2})
+    notes: list[str] = []
 
-    def first(*names: str) -> int | None:
-        for name, fields in ((name, fields) for fields in places for name in names):
-            value = fields.get(name)
-            value = value[0] if isinstance(value, list) and value else value
-            if value is None or value == -1:
-                continue
-            if type(value) is not int or value < 0:
-                raise UserError(f"{name} is {value!r}", where, "give the number of a token")
-            return value
-        return None
+    def first(name: str, default: int | None = None) -> int | None:
+        found = next((fields[name] for fields in places if fields.get(name) not in (None, -1, [])), None)
+        if found is None:
+            return None if any(name in fields for fields in places) else default
+        if isinstance(found, list):
+            if len(found) > 1:
+                notes.append(f"{name} is {found} there: training and an export end with {found[0]}")
+            found = found[0]
+        if type(found) is not int or found < 0:
+            raise UserError(f"{name} is {found!r}", where, "give the number of a token")
+        return found
 
-    eos = first("eos_token_id") or 0
-    pad, image = first("pad_token_id"), first("image_token_id", "image_token_index")
-    default = LLAVA_IMAGE if config.get("model_type") == "llava" else OURS.image
-    return Special(
+    eos = first("eos_token_id", 2)
+    if eos is None:
+        raise UserError("eos_token_id is missing", where, "give the number of the token that ends a text")
+    bos, pad = first("bos_token_id", 1), first("pad_token_id")
+    if bos is None:
+        notes.append(f"it has no bos_token_id: documents begin with {eos}, which ends them")
+    image = first("image_token_id")
+    if image is None:
+        image = first("image_token_index", LLAVA_IMAGE if config.get("model_type") == "llava" else None)
+    special = Special(
         pad=eos if pad is None else pad,
-        bos=first("bos_token_id") or 0,
+        bos=eos if bos is None else bos,
         eos=eos,
-        image=default if image is None else image,
+        image=OURS.image if image is None else image,
     )
+    return special, notes
 
 
 def _shown(value: Any) -> str:

@@ -71,6 +71,8 @@ class MmoeProcessor(ProcessorMixin):
     attributes = ["image_processor", "tokenizer"]  # noqa: RUF012
     image_processor_class = "AutoImageProcessor"
     tokenizer_class = "AutoTokenizer"
+    image_token = IMAGE
+    """The placeholder in texts."""
 
     def __init__(
         self, image_processor: Any, tokenizer: Any, image_tokens: int = 16, image_token_id: int = 3, **kwargs: Any
