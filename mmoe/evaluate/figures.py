@@ -65,6 +65,10 @@ def _line(axes: Axes, run: History, name: str, color: str, label: str | None = N
     over_steps(axes, run)
 
 
+NARROW = 0.08
+"""Share of all steps: a stage of less has no room for a label."""
+
+
 def over_steps(axes: Axes, run: History) -> None:
     """The horizontal axis of a drawing over all steps: a line where a stage begins, and the stages' names."""
     steps = run.steps
@@ -74,6 +78,8 @@ def over_steps(axes: Axes, run: History) -> None:
         first = 0.0 if not rows.start else float(steps[rows.start - 1])
         if first:
             axes.axvline(first, color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)), zorder=1.5)
+        if float(steps[rows.stop - 1]) - first < NARROW * float(steps[-1]):
+            continue  # its name would run into the next one's
         place = {"xycoords": axes.get_xaxis_transform(), "xytext": (3, -2), "textcoords": "offset points"}
         axes.annotate(name, (first, 1.0), color=MUTED, fontsize=8, va="top", **place)
     axes.set_xlabel("step")

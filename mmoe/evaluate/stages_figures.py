@@ -60,7 +60,9 @@ def draw_held_out(axes: Axes, whole: Whole) -> None:
                 axes.plot(first, start.loss, "o", color=color, markerfacecolor="none", markersize=9, clip_on=False)
             if end is not None:
                 axes.plot(last, end, "o", color=color, markersize=5, clip_on=False)
-                place = {"xytext": (-7, 5), "textcoords": "offset points", "ha": "right", "fontsize": 8}
+                narrow = last - first < figures.NARROW * float(steps[-1])
+                place = {"xytext": (-7, -12 if narrow else 5), "textcoords": "offset points"}
+                place |= {"ha": "right", "fontsize": 8}
                 axes.annotate(f"{end:.2f}", (last, end), color=color, **place)
     axes.set_title("Held-out loss: ○ a stage begins, ● ends")
     if not values:
