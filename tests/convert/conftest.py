@@ -1,8 +1,10 @@
 """The tiny model's export, and what an untouched Python makes of it."""
 
+import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,23 @@ def exported(tmp_path_factory) -> Exported:
     to_hf(folder / "checkpoint", folder / "hf", load=load(state, tokenizer))
     to_hf(folder / "checkpoint", folder / "bf16", "bf16", load=load(state, tokenizer))
     return Exported(whole, state, tokenizer, folder / "hf")
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """transformers copies an export's code to this test's folder and imports it from there; no other test finds it."""
+    from transformers import dynamic_module_utils
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # it puts its folder there
+    forget()
+    yield
+    forget()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """What transformers has no class for, exported with its code: the logits, an answer, and every tensor back."""
 
 import dataclasses
-import importlib
 from pathlib import Path
 
 import exporting
@@ -69,15 +68,7 @@ def tokenizer(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def modules(tmp_path, monkeypatch):
-    """Where transformers copies the export's code to, and imports it from."""
-    from transformers import dynamic_module_utils
-
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    importlib.invalidate_caches()
-
-
+@pytest.mark.usefixtures("modules")
 @pytest.mark.parametrize("name", CASES)
 def test_logits_answer_and_tensors(name, tokenizer, tmp_path):
     backbone, connector, encoders = CASES[name]

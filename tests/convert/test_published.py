@@ -246,3 +246,24 @@ def test_an_export_without_the_numbers_in_its_recipe(made: Made, tmp_path: Path)
     start = text.index("[model.special]")
     path.write_text(text[:start] + text[text.index("[", start + 1) :])
     assert read_hf(tmp_path / "hf").recipe.model.special == made.special
+
+
+@pytest.mark.usefixtures("modules")
+def test_our_own_class_has_them_too(made: Made, tmp_path: Path) -> None:
+    to_hf(made.checkpoint, tmp_path / "hf", form="mmoe")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    picture.save(tmp_path / "picture.png")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
+    inputs = processor(text="<image>how many ?", images=picture, return_tensors="pt")
+    assert (inputs["input_ids"] == made.special.image).sum() == 16
+    assert processor.image_token == "<image>"
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    ours = mmoe.load(made.checkpoint).logits(inputs["input_ids"], inputs["pixel_values"])
+    torch.testing.assert_close(logits, ours, atol=1e-5, rtol=0)
+    answers = [
+        generate(path, "how many ?", [tmp_path / "picture.png"], max_tokens=6)
+        for path in (made.checkpoint, tmp_path / "hf")
+    ]
+    assert answers[0] == answers[1]
