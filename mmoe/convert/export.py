@@ -71,7 +71,7 @@ def to_hf(
     recipe, found, tokenizer = (load or state_dict)(checkpoint)
     language_family.check_expressible(recipe.model)
     state, wanted, model = lazy(found), DTYPES[dtype] if dtype else None, recipe.model
-    tokens = processor.with_image(processor.read_tokenizer(tokenizer, model.special))
+    tokens = processor.with_image(processor.read_tokens(tokenizer, model.special))
     kind = _kind(recipe, form, tokens)
     folders = _folders(model, state, wanted, kind)
     files: list[stream.File] = []
@@ -115,7 +115,7 @@ def _kind(recipe: Recipe, form: Format, tokens: processor.Tokens) -> Kind | None
     if tokens.knows_image:
         return "llava"
     if tokens.special.image < tokens.size:
-        what = f"model.special.image is {tokens.special.image}, {tokens.names[-1]!r}, as which texts are read"
+        what = f"model.special.image is {tokens.special.image}, {tokens.image!r}, as which texts are read"
         raise UserError(what, "tokenizer.json", "import the model again, or take --format mmoe")
     if form == "llava":
         what = f"it has no token {tokens.special.image}, which stands for a picture"
@@ -183,7 +183,7 @@ def _describe(
         _write_tokenizer(out, tokens, model.backbone.max_position, images=True)
         _write_processor(out, recipe)
         ship(out)
-    _write_readme(out, recipe, config["architectures"][0], kind, tokens.names[-1])
+    _write_readme(out, recipe, config["architectures"][0], kind, tokens.image)
     return notes
 
 
@@ -195,7 +195,7 @@ def _describe_llava(out: Path, recipe: Recipe, tokens: processor.Tokens, dtype: 
     _write_tokenizer(out, tokens, model.backbone.max_position, images=True, data=data)
     fields, notes = processor.image_processor(encoder, recipe.data.fit, recipe.data.interpolation)
     _write_json(out / "preprocessor_config.json", fields)
-    _write_json(out / "processor_config.json", processor.processor(encoder, tokens.names[-1]))
+    _write_json(out / "processor_config.json", processor.processor(encoder, tokens.image))
     return notes
 
 
@@ -245,7 +245,7 @@ def _write_tokenizer(
     fields = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **dict(zip(("pad_token", "bos_token", "eos_token"), tokens.names, strict=False)),
-        **({"extra_special_tokens": [tokens.names[-1]]} if images else {}),
+        **({"extra_special_tokens": [tokens.image]} if images else {}),
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         "model_max_length": longest,

@@ -193,7 +193,7 @@ def _save(imported: Imported, folder: Path, title: str) -> None:
     shards.write_index(folder / "state", network, plan)
     (folder / "progress.json").write_text("{}\n")
     (folder / "recipe.toml").write_text(dump_recipe(imported.recipe))
-    tokens = processor.read_tokenizer(imported.tokenizer, imported.recipe.model.special)
+    tokens = processor.read_tokens(imported.tokenizer, imported.recipe.model.special)
     (folder / "tokenizer.json").write_bytes(processor.without_bos(tokens))
     known = {path: {"bytes": size, "sha256": checksum} for path, (size, checksum) in written.items()}
     layout.write_manifest(folder, known, without=(stream.JOURNAL,))

@@ -138,8 +138,16 @@ class Tokens(NamedTuple):
     knows_image: bool
     """Whether that of a picture is among them, and nothing that a text is read as."""
 
+    @property
+    def bos(self) -> str:
+        return self.names[1]
 
-def read_tokenizer(path: Path, special: Special) -> Tokens:
+    @property
+    def image(self) -> str:
+        return self.names[-1]
+
+
+def read_tokens(path: Path, special: Special) -> Tokens:
     """Of any kind: what cannot be parsed goes along with a model all the same, and is taken to have our names.
 
     Raises:
@@ -203,7 +211,7 @@ def without_bos(tokens: Tokens) -> bytes:
 
 
 def _template(tokens: Tokens) -> bytes:
-    bos, number = tokens.names[1], tokens.special.bos
+    bos, number = tokens.bos, tokens.special.bos
     front = {"SpecialToken": {"id": bos, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     fields = {

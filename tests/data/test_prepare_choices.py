@@ -14,7 +14,7 @@ from PIL import Image
 
 from mmoe.data import cv_bench
 from mmoe.data.lint import lint
-from mmoe.data.prepare import prepare_cv_bench
+from mmoe.data.prepare import Drawn, prepare_cv_bench
 from mmoe.data.prepare.choices import TASKS, Choice, ChoiceMaker
 from mmoe.data.prepare.compose import load_sprites
 from mmoe.data.prepare.scenes import SceneMaker
@@ -93,7 +93,7 @@ def test_depth_and_distance_are_true_and_balanced(maker: ChoiceMaker) -> None:
 
 
 def test_the_training_set_asks_as_the_suite_does(catalogue: Any, tmp_path: Path) -> None:
-    prepare_cv_bench(catalogue, tmp_path, train=400, test=8, size=32, seed=0, workers=1)
+    prepare_cv_bench(catalogue, tmp_path, Drawn(train=400, test=8, size=32, seed=0), workers=1)
     path = tmp_path / "cv_bench" / "train"
     assert lint(path) == []
     source = Source(path, "cv_bench/train")
@@ -114,7 +114,7 @@ def test_the_training_set_asks_as_the_suite_does(catalogue: Any, tmp_path: Path)
 
 
 def test_the_files_have_the_published_layout(catalogue: Any, tmp_path: Path) -> None:
-    prepare_cv_bench(catalogue, tmp_path, train=4, test=10, size=SIDE, seed=0, workers=1)
+    prepare_cv_bench(catalogue, tmp_path, Drawn(train=4, test=10, size=SIDE, seed=0), workers=1)
     rows = []
     for kind, name in (("2D", "test_2d"), ("3D", "test_3d")):
         table = pq.read_table(tmp_path / "cv_bench" / "test" / f"{name}.parquet")
@@ -140,14 +140,14 @@ def contents(root: Path) -> dict[str, bytes]:
 def test_the_same_options_give_the_same_bytes_once(
     catalogue: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {"train": 8, "test": 8, "size": 32, "workers": 1}
+    options = {"train": 8, "test": 8, "size": 32}
     for root in ("a", "b", "a"):
-        prepare_cv_bench(catalogue, tmp_path / root, seed=3, **options)
+        prepare_cv_bench(catalogue, tmp_path / root, Drawn(**options, seed=3), workers=1)
     assert capsys.readouterr().out.count("up to date") == 3
     before = contents(tmp_path / "a")
     assert before == contents(tmp_path / "b")
     assert len(before) == 1 + 3 + 2 * 2
-    prepare_cv_bench(catalogue, tmp_path / "a", seed=4, **options)
+    prepare_cv_bench(catalogue, tmp_path / "a", Drawn(**options, seed=4), workers=1)
     after = contents(tmp_path / "a")
     assert after.keys() == before.keys()
     assert all(after[name] != before[name] for name in after if name != "tokenizer.json")
@@ -167,12 +167,12 @@ def test_files_of_another_origin_are_left_alone(catalogue: Any, tmp_path: Path) 
     folder.mkdir(parents=True)
     (folder / "test_2d.parquet").write_bytes(b"somebody's")
     with pytest.raises(UserError, match="files that were not made here"):
-        prepare_cv_bench(catalogue, tmp_path, train=4, test=4, size=32, seed=0, workers=1)
+        prepare_cv_bench(catalogue, tmp_path, Drawn(train=4, test=4, size=32, seed=0), workers=1)
     assert (folder / "test_2d.parquet").read_bytes() == b"somebody's"
 
 
 def test_without_pyarrow_nothing_is_made(catalogue: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match=r"pip install 'mmoe\[cv-bench\]'"):
-        prepare_cv_bench(catalogue, tmp_path / "out", train=4, test=4, size=32, seed=0, workers=1)
+        prepare_cv_bench(catalogue, tmp_path / "out", Drawn(train=4, test=4, size=32, seed=0), workers=1)
     assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mmoe.data.index import read_index, read_sample
 from mmoe.data.lint import lint
-from mmoe.data.prepare import parallel, prepare_scenes
+from mmoe.data.prepare import Drawn, parallel, prepare_scenes
 from mmoe.data.prepare.compose import load_sprites
 from mmoe.data.prepare.questions import COLUMNS, MOST, MOST_OF_ONE, ROWS, stratum, wording
 from mmoe.data.prepare.scenes import HELD_OUT, TEST, TRAIN, SceneMaker
@@ -216,7 +216,7 @@ def test_a_scene_is_a_function_of_split_seed_and_index(maker: SceneMaker, scenes
 
 
 def test_splits_use_their_own_stamps(catalogue, tmp_path: Path) -> None:
-    prepare_scenes(catalogue, tmp_path, train=160, test=80, size=SIDE, seed=0, workers=1)
+    prepare_scenes(catalogue, tmp_path, Drawn(train=160, test=80, size=SIDE, seed=0), workers=1)
     shown = {}
     for split, kinds in (("train", TRAIN), ("test", TEST), ("heldout", HELD_OUT)):
         path = tmp_path / "scenes" / split
@@ -239,7 +239,7 @@ def contents(root: Path) -> dict[str, bytes]:
 def test_workers_change_nothing(catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmoe.data.prepare.SAMPLES_PER_SHARD", 20)
     for workers in (1, 2):
-        prepare_scenes(catalogue, tmp_path / str(workers), train=50, test=20, size=32, seed=3, workers=workers)
+        prepare_scenes(catalogue, tmp_path / str(workers), Drawn(train=50, test=20, size=32, seed=3), workers=workers)
     one, two = contents(tmp_path / "1"), contents(tmp_path / "2")
     assert len([name for name in one if name.startswith("scenes/train/shard-")]) == 3
     assert one == two
@@ -248,15 +248,15 @@ def test_workers_change_nothing(catalogue, tmp_path: Path, monkeypatch: pytest.M
 def test_a_repeated_run_makes_nothing_and_other_options_make_all_again(
     catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {"train": 12, "test": 8, "size": 32, "workers": 1}
-    prepare_scenes(catalogue, tmp_path, seed=0, **options)
+    options = {"train": 12, "test": 8, "size": 32}
+    prepare_scenes(catalogue, tmp_path, Drawn(**options, seed=0), workers=1)
     before = contents(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(parallel, "_run", lambda number: pytest.fail(f"shard {number} was made again"))
-        prepare_scenes(catalogue, tmp_path, seed=0, **options)
+        prepare_scenes(catalogue, tmp_path, Drawn(**options, seed=0), workers=1)
     assert contents(tmp_path) == before
     assert capsys.readouterr().out.count("up to date") == 3
-    prepare_scenes(catalogue, tmp_path, seed=1, **options)
+    prepare_scenes(catalogue, tmp_path, Drawn(**options, seed=1), workers=1)
     after = contents(tmp_path)
     assert after.keys() == before.keys()
     assert after["scenes/train/shard-000000.tar"] != before["scenes/train/shard-000000.tar"]
@@ -264,8 +264,8 @@ def test_a_repeated_run_makes_nothing_and_other_options_make_all_again(
 
 def test_an_interrupted_run_keeps_what_is_finished(catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmoe.data.prepare.SAMPLES_PER_SHARD", 10)
-    options = {"train": 40, "test": 8, "size": 32, "seed": 0, "workers": 1}
-    prepare_scenes(catalogue, tmp_path / "whole", **options)
+    drawn = Drawn(train=40, test=8, size=32, seed=0)
+    prepare_scenes(catalogue, tmp_path / "whole", drawn, workers=1)
 
     run, made = parallel._run, []
 
@@ -279,7 +279,7 @@ def test_an_interrupted_run_keeps_what_is_finished(catalogue, tmp_path: Path, mo
     with monkeypatch.context() as patch:
         patch.setattr(parallel, "_run", stop_at_the_third)
         with pytest.raises(KeyboardInterrupt):
-            prepare_scenes(catalogue, root, **options)
+            prepare_scenes(catalogue, root, drawn, workers=1)
     assert not (root / "scenes" / "train").exists()
     (leftover,) = (root / "scenes").glob(".train.*.tmp")
     stamps = {path: path.stat().st_mtime_ns for path in leftover.glob("*.tar")}
@@ -287,13 +287,13 @@ def test_an_interrupted_run_keeps_what_is_finished(catalogue, tmp_path: Path, mo
 
     again: list[int] = []
     monkeypatch.setattr(parallel, "_run", lambda number: (again.append(number), run(number))[1])
-    prepare_scenes(catalogue, root, **options)
+    prepare_scenes(catalogue, root, drawn, workers=1)
     assert again[:2] == [2, 3]
     assert contents(root) == contents(tmp_path / "whole")
 
 
 def test_every_word_of_the_scenes_is_one_token(catalogue, tmp_path: Path) -> None:
-    prepare_scenes(catalogue, tmp_path, train=8, test=8, size=32, seed=0, workers=1)
+    prepare_scenes(catalogue, tmp_path, Drawn(train=8, test=8, size=32, seed=0), workers=1)
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
     for sentence in wording(PLURALS):
         assert len(tokenizer.encode(sentence)) == len(sentence.split()), sentence

@@ -73,8 +73,9 @@ def linears(sequence: bool) -> dict[str, tuple[Tensor | None, Tensor]]:
     return found
 
 
-def train(saved: str = "", resumed: str = "", **parallel: Any) -> tuple[list[float], dict[str, Tensor]]:
-    """The losses of two steps and the delayed scales after the first, an expert's by its number over all ranks.
+def train(begin: int = 0, saved: str = "", resumed: str = "", **parallel: Any) -> tuple[list[float], dict[str, Tensor]]:
+    """The losses of two steps, on batch ``begin`` and the next, and the delayed scales after the first, an expert's by
+    its number over all ranks.
 
     Writes a checkpoint after that step, or begins with the one at ``resumed``.
     """
@@ -84,7 +85,7 @@ def train(saved: str = "", resumed: str = "", **parallel: Any) -> tuple[list[flo
     stepper = Stepper(settings, build_stages(settings))
     if resumed:
         state.load(Path(resumed), stepper.wrapped, stepper.optimizer)
-    losses = [stepper.step(iter(jobs.batches(int(bool(resumed)))), 1e-3).loss]
+    losses = [stepper.step(iter(jobs.batches(begin + bool(resumed))), 1e-3).loss]
     if saved:
         training.save_state(Path(saved), stepper)
     scales = {}
@@ -94,5 +95,5 @@ def train(saved: str = "", resumed: str = "", **parallel: Any) -> tuple[list[flo
             for index, scale in enumerate(experts, start=here.expert_rank * len(experts)):
                 scales[f"{name} {index}" if ".experts." in name else name] = scale.clone()
     if not resumed:
-        losses.append(stepper.step(iter(jobs.batches(1)), 1e-3).loss)
+        losses.append(stepper.step(iter(jobs.batches(begin + 1)), 1e-3).loss)
     return losses, scales

@@ -82,7 +82,8 @@ def test_a_checkpoint_is_evaluated_exported_asked_and_reported(trained: tuple[Pa
     loss, first = (json.loads(path.read_text()) for path in (out / "loss.json", tmp_path / "first.json"))
     assert (loss["suite"], loss["checkpoint"], loss["blank"]) == ("loss", checkpoint, False)
     answers = [sample.record["branches"][0]["answer"] for sample in samples()]
-    ends = sum(len(ids.ids) + 1 for ids in sets.tokenizer(data.parent).encode_batch(answers, add_special_tokens=False))
+    tokenizer = sets.tokenizer(data.parent)
+    ends = sum(len(tokenizer.encode(answer)) + 1 for answer in answers)
     assert loss["tokens"] == first["tokens"] == loss["tasks"]["colour"]["tokens"] == ends
     assert (first["checkpoint"], first["as"], first["blank"]) == ("-", str(run / "recipe.toml"), True)
     assert loss["loss"] < first["loss"]

@@ -229,9 +229,11 @@ def test_what_a_scale_is_too_large_for_saturates(role: fp8.Role) -> None:
 
 
 def test_delayed_scales_follow_the_largest_of_the_last_steps() -> None:
+    """Each largest value is 448 over a power of two, so that scales and their reciprocals are exact, and any order of
+    multiplying by them gives the same."""
     engine.start(Parallel(), 0)
     scaling = fp8.DelayedScaling(2)
-    w = torch.ones(4, 4)
+    w = torch.full((4, 4), 1.75)
 
     def step(amax: float, taken: bool = True) -> float:
         fp8.linear(torch.full((1, 4), amax), w, scaling, "mlp")
@@ -239,16 +241,16 @@ def test_delayed_scales_follow_the_largest_of_the_last_steps() -> None:
         return float(scaling.scale[0])
 
     assert float(scaling.scale[0]) == 1.0
-    assert step(8.0) == 448 / 8
-    assert step(2.0) == 448 / 8
-    assert step(1.0, taken=False) == 448 / 8
-    assert step(1.0) == 448 / 2
-    assert scaling.history[:, 0].tolist() == [2.0, 1.0]
+    assert step(14.0) == 448 / 14
+    assert step(3.5) == 448 / 14
+    assert step(1.75, taken=False) == 448 / 14
+    assert step(1.75) == 448 / 3.5
+    assert scaling.history[:, 0].tolist() == [3.5, 1.75]
     assert float(scaling.scale[2]) == 1.0, "no gradient was seen"
     with torch.no_grad():
-        assert step(1e6) == 448
+        assert step(1e6) == 448 / 1.75
     # Twice what the history knows saturates.
-    assert fp8.linear(torch.full((1, 4), 2.0), w, scaling, "mlp").unique().tolist() == [4.0]
+    assert fp8.linear(torch.full((1, 4), 3.5), w, scaling, "mlp").unique().tolist() == [4 * 1.75 * 1.75]
 
 
 @pytest.mark.parametrize("recipe", ["none", *RECIPES])

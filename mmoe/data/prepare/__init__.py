@@ -4,6 +4,7 @@ import argparse
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,20 @@ from mmoe.errors import UserError
 TOKENIZER = "tokenizer.json"
 VOCAB_SIZE = 1024
 SAMPLES_PER_SHARD = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """What the pictures of scenes are drawn with."""
+
+    train: int
+    """Scenes to train on."""
+    test: int
+    """Scenes, or questions in CV-Bench's layout, in each of the other splits."""
+    size: int
+    """Side of a picture in pixels."""
+    seed: int
+    """Of everything drawn at random; the number of workers changes nothing."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,16 +73,9 @@ def run(name: str, out: Path, options: argparse.Namespace) -> None:
     if name == "stamps":
         prepare_stamps(catalogue, out, workers=options.workers, tokenizer=options.tokenizer)
     else:
-        (prepare_scenes if name == "scenes" else prepare_cv_bench)(
-            catalogue,
-            out,
-            train=options.train,
-            test=options.test,
-            size=options.size,
-            seed=options.seed,
-            workers=options.workers,
-            tokenizer=options.tokenizer,
-        )
+        drawn = Drawn(train=options.train, test=options.test, size=options.size, seed=options.seed)
+        prepare_drawn = prepare_scenes if name == "scenes" else prepare_cv_bench
+        prepare_drawn(catalogue, out, drawn, workers=options.workers, tokenizer=options.tokenizer)
 
 
 def write_tokenizer(catalogue: Catalogue, out: Path, given: Path | None = None) -> Path:
@@ -133,65 +141,62 @@ def prepare_stamps(catalogue: Catalogue, out: Path, *, workers: int, tokenizer: 
 
 
 def prepare_scenes(
-    catalogue: Catalogue,
-    out: Path,
-    *,
-    train: int,
-    test: int,
-    size: int,
-    seed: int,
-    workers: int,
-    tokenizer: Path | None = None,
+    catalogue: Catalogue, out: Path, drawn: Drawn, *, workers: int, tokenizer: Path | None = None
 ) -> None:
     """Make ``scenes/train``, ``scenes/test`` and ``scenes/heldout`` under the data root ``out``.
 
     Args:
         catalogue: the stamps.
         out: data root.
-        train: number of scenes to train on.
-        test: number of scenes in each of the others.
-        size: side of a picture in pixels.
-        seed: of everything drawn at random; the number of workers changes nothing.
+        drawn: how many, how large.
         workers: processes.
         tokenizer: as in :func:`write_tokenizer`.
     """
     path = write_tokenizer(catalogue, out, tokenizer)
-    splits = (("train", train, TRAIN, False), ("test", test, TEST, False), ("heldout", test, HELD_OUT, True))
+    splits = (
+        ("train", drawn.train, TRAIN, False),
+        ("test", drawn.test, TEST, False),
+        ("heldout", drawn.test, HELD_OUT, True),
+    )
     for split, samples, kinds, held_out in splits:
         kind = {f"kind_{kind}": number for kind, number in kinds.items()}
-        made_with = {"version": SCENES_VERSION, "card": card_hash(catalogue.card), "seed": seed, "size": size, **kind}
+        made_with = {
+            "version": SCENES_VERSION,
+            "card": card_hash(catalogue.card),
+            "seed": drawn.seed,
+            "size": drawn.size,
+            **kind,
+        }
         description = _describe(catalogue, path, f"scenes/{split}", samples, made_with)
-        sprites = load_sprites(catalogue, held_out=held_out, side=size)
-        maker = SceneMaker(split, seed, size, kinds, sprites, catalogue.plurals, catalogue.card["license"])
+        sprites = load_sprites(catalogue, held_out=held_out, side=drawn.size)
+        maker = SceneMaker(split, drawn.seed, drawn.size, kinds, sprites, catalogue.plurals, catalogue.card["license"])
         _report(description, build(out / description.name, description, maker, path, workers=workers))
 
 
 def prepare_cv_bench(
-    catalogue: Catalogue,
-    out: Path,
-    *,
-    train: int,
-    test: int,
-    size: int,
-    seed: int,
-    workers: int,
-    tokenizer: Path | None = None,
+    catalogue: Catalogue, out: Path, drawn: Drawn, *, workers: int, tokenizer: Path | None = None
 ) -> None:
     """Make ``cv_bench/train``, a data set, and ``cv_bench/test`` and ``cv_bench/heldout`` in CV-Bench's own layout.
 
-    The arguments are those of :func:`prepare_scenes`; ``test`` counts questions.
+    The arguments are those of :func:`prepare_scenes`.
 
     Raises:
         UserError: there is something else in the folder of a split, or pyarrow is not installed.
     """
     cv_bench.pyarrow()  # missing, it is told before minutes of work
     path = write_tokenizer(catalogue, out, tokenizer)
-    for split, samples, held_out in (("train", train, False), ("test", test, False), ("heldout", test, True)):
+    for split, samples, held_out in (
+        ("train", drawn.train, False),
+        ("test", drawn.test, False),
+        ("heldout", drawn.test, True),
+    ):
         versions = {"version": CHOICES_VERSION, "scenes": SCENES_VERSION, "card": card_hash(catalogue.card)}
-        made_with = {**versions, "seed": seed, "size": size}
+        made_with = {**versions, "seed": drawn.seed, "size": drawn.size}
         description = _describe(catalogue, path, f"cv_bench/{split}", samples, made_with)
-        sprites = load_sprites(catalogue, held_out=held_out, side=size)
-        scenes = SceneMaker(f"cv_bench/{split}", seed, size, {}, sprites, catalogue.plurals, catalogue.card["license"])
+        sprites = load_sprites(catalogue, held_out=held_out, side=drawn.size)
+        scenes = SceneMaker(
+            f"cv_bench/{split}", drawn.seed, drawn.size, {}, sprites, catalogue.plurals, catalogue.card["license"]
+        )
         maker, folder = ChoiceMaker(scenes), out / description.name
         made = (
             build(folder, description, maker, path, workers=workers)
