@@ -70,7 +70,7 @@ def recipe(kind: str = "longcat", frozen: tuple[str, ...] = (), **parallel: Any)
         model=MODELS[kind](),
         data=schema.Data(mixture="none", sequence_length=PACK),
         train=schema.Train(steps=10, global_batch=GLOBAL, micro_batch=MICRO, frozen=frozen),
-        optimizer=schema.Optimizer(lr=1e-3, eps=1e-5),
+        optimizer=schema.Optimizer(lr=1e-3, eps=1e-4),
         parallel=schema.Parallel(**parallel),
     )
 
