@@ -4,6 +4,7 @@
 """
 
 import ctypes
+import fcntl
 import functools
 import json
 import subprocess
@@ -37,7 +38,11 @@ def build(variant: str = "plain", *sources: str) -> Path:
     command = [sys.executable, script, "build_emulated", f"--variant={variant}"]
     if sources:
         command.append(f"--sources={','.join(sources)}")
-    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+    folder = CHECKOUT / "build" / "emulated"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes would write the same objects
+        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
     if done.returncode:
         said = (done.stdout + done.stderr).splitlines()
         errors = [line for line in said if " error: " in line or "undefined reference" in line]
@@ -47,7 +52,7 @@ def build(variant: str = "plain", *sources: str) -> Path:
             "install nvcc 13 and libboost-context-dev, or mend the source",
         )
     name = Path(sources[0]).stem if sources else "mmoe_emulated"
-    return CHECKOUT / "build" / "emulated" / variant / f"{name}.so"
+    return folder / variant / f"{name}.so"
 
 
 @functools.cache
