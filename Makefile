@@ -15,8 +15,6 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
-# Two tests at a time: few keep two cores busy. Threads that wait for each other leave the core to the other test.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 CSRC := $(shell find csrc -type f 2>/dev/null)
 FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(CSRC)) benchmarks/keep_pages.c $(wildcard tests/emulated/*.cu)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
@@ -42,17 +40,17 @@ test: build cluster ## checks, the short quickstart and every test that this mac
 	$(MAKE) --no-print-directory checks >build/checks.log 2>&1 & checks=$$!; \
 	launch/quickstart.sh --short || status=1; \
 	wait $$checks || status=1; cat build/checks.log; \
-	$(PYTEST) --durations=25 || status=1; \
+	$(BIN)/python -m pytest --durations=25 || status=1; \
 	exit $$status
 
 test-full: build cluster ## every test, the long matrices among them
-	$(PYTEST) -m "slow or not slow"
+	$(BIN)/python -m pytest -m "slow or not slow"
 
 # A run of its own: the other lane's would count as up to date.
 test-latest: build ## the short quickstart and the tests of the newest Megatron-Core's lane (Python 3.12)
 	@status=0; \
 	MMOE_RUN=runs/quickstart-short-$(VERSION) launch/quickstart.sh --short || status=1; \
-	$(PYTEST) -m "latest and not slow" || status=1; \
+	$(BIN)/python -m pytest -m "latest and not slow" || status=1; \
 	exit $$status
 
 # compute-sanitizer: without PyTorch's caching allocator, so that an access behind a tensor is one behind an allocation;
@@ -75,7 +73,7 @@ CUDA_BIN := .venv-cuda/bin
 CUDA_ENV := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/cuda/lib
 test-cuda-build: system ## the extension compiled and loaded against a CUDA build of torch (.venv-cuda, 6 GB; no GPU needed)
 	@test -x $(CUDA_BIN)/python || $(INTERPRETER) -m venv .venv-cuda
-	$(CUDA_BIN)/python -m pip install --quiet torch==2.14.1 $(foreach p,hypothesis ninja pybind11 pytest pytest-xdist setuptools transformers,$(shell grep ^$(p)== constraints.txt))
+	$(CUDA_BIN)/python -m pip install --quiet torch==2.14.1 $(foreach p,hypothesis ninja pybind11 pytest setuptools transformers,$(shell grep ^$(p)== constraints.txt))
 	MMOE_BUILD_CUDA=1 $(CUDA_BIN)/python setup.py --quiet build --build-base build/cuda --build-lib build/cuda/lib
 	$(CUDA_ENV) $(CUDA_BIN)/python tests/csrc/cuda_build.py
 	$(CUDA_ENV) $(CUDA_BIN)/python -m pytest -o pythonpath=tests -W "ignore:The .grad attribute of a Tensor that is not a leaf" tests/ops

@@ -14,14 +14,16 @@ SCRIPT = ROOT / "launch" / "torchrun.sh"
 # In a folder of its own it is what `-m mmoe` finds first; what runs in it is the real cli.main with another command.
 STAND_IN = """
 import os, signal, sys, time
+
+# Before the imports, which may take so much longer on one rank than on the other that it is told to end meanwhile.
+rank, stopped = int(os.environ["RANK"]), []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: stopped.append(True))
+
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from mmoe import cli
 from mmoe.errors import Interrupted, UserError
-
-rank, stopped = int(os.environ["RANK"]), []
-for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda *_: stopped.append(True))
 
 def wait_for_the_signal():
     Path(str(rank)).touch()
