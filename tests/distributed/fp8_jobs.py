@@ -1,9 +1,11 @@
 """What the ranks of a pool run in FP8: the parallel linears by themselves, and a few steps with delayed scales."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
 
+import float64
 import torch
 import training
 from torch import Tensor
@@ -73,27 +75,38 @@ def linears(sequence: bool) -> dict[str, tuple[Tensor | None, Tensor]]:
     return found
 
 
-def train(begin: int = 0, saved: str = "", resumed: str = "", **parallel: Any) -> tuple[list[float], dict[str, Tensor]]:
-    """The losses of two steps, on batch ``begin`` and the next, and the delayed scales after the first, an expert's by
-    its number over all ranks.
+def train(
+    saved: str = "", resumed: str = "", wide: bool = False, **parallel: Any
+) -> tuple[list[float], dict[str, Tensor]]:
+    """The losses of two steps, and the delayed scales after the first, an expert's by its number over all ranks.
 
-    Writes a checkpoint after that step, or begins with the one at ``resumed``.
+    Writes a checkpoint after that step, or begins with the one at ``resumed``. ``wide``: all but FP8 is fp64, which
+    Megatron-Core does not clip gradients of.
     """
     settings = recipe("delayed", **parallel)
-    here = engine.start(settings.parallel, 0)
-    torch.use_deterministic_algorithms(True)
-    stepper = Stepper(settings, build_stages(settings))
-    if resumed:
-        state.load(Path(resumed), stepper.wrapped, stepper.optimizer)
-    losses = [stepper.step(iter(jobs.batches(begin + bool(resumed))), 1e-3).loss]
-    if saved:
-        training.save_state(Path(saved), stepper)
-    scales = {}
-    for name, tensor in stepper.models[0].state_dict().items():
-        if name.endswith("fp8.scale"):
-            experts = tensor if ".experts." in name else [tensor]
-            for index, scale in enumerate(experts, start=here.expert_rank * len(experts)):
-                scales[f"{name} {index}" if ".experts." in name else name] = scale.clone()
-    if not resumed:
-        losses.append(stepper.step(iter(jobs.batches(begin + 1)), 1e-3).loss)
-    return losses, scales
+    if wide:
+        settings = dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, clip_grad=0.0))
+    with float64.instead_of_float32() if wide else contextlib.nullcontext():
+        here = engine.start(settings.parallel, 0)
+        torch.use_deterministic_algorithms(True)
+        models = build_stages(settings)
+        stepper = Stepper(settings, float64.convert(models) if wide else models)
+        if resumed:
+            state.load(Path(resumed), stepper.wrapped, stepper.optimizer)
+
+        def loss(step: int) -> float:
+            batches = jobs.batches(step)
+            return stepper.step(iter(map(float64.convert_batch, batches) if wide else batches), 1e-3).loss
+
+        losses = [loss(int(bool(resumed)))]
+        if saved:
+            training.save_state(Path(saved), stepper)
+        scales = {}
+        for name, tensor in stepper.models[0].state_dict().items():
+            if name.endswith("fp8.scale"):
+                experts = tensor if ".experts." in name else [tensor]
+                for index, scale in enumerate(experts, start=here.expert_rank * len(experts)):
+                    scales[f"{name} {index}" if ".experts." in name else name] = scale.clone()
+        if not resumed:
+            losses.append(loss(1))
+        return losses, scales
