@@ -93,6 +93,9 @@ bench: build ## all benchmarks (two hours on two quiet cores; the ablations want
 	$(BIN)/mmoe bench step --json build/bench-step.json
 	$(BIN)/mmoe bench step --sweep
 	$(BIN)/mmoe bench step --profile
+	$(BIN)/mmoe bench checkpoint --json build/bench-checkpoint.json
+	$(BIN)/mmoe bench convert --json build/bench-convert.json
+	$(BIN)/mmoe bench data --json build/bench-data.json
 	$(BIN)/mmoe bench ablations
 
 format: build ## write what `make checks` asks of formats
@@ -127,7 +130,9 @@ system:
 	$(INTERPRETER) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || need="$$need python3-dev"; \
 	command -v nvcc >/dev/null && ! test -e /usr/include/boost/context/fiber.hpp && need="$$need libboost-context-dev"; \
 	if [ -n "$$need" ]; then \
-	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -qq -y $$need; \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "installing$$need"; \
+	    apt-get update -qq >/dev/null && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y $$need >/dev/null; \
 	  else echo "missing system packages: apt-get install$$need (as root), then run make again" >&2; exit 2; fi; \
 	fi
 
@@ -138,7 +143,9 @@ cluster:
 	PATH=$$PATH:/usr/sbin command -v ip >/dev/null || need="$$need iproute2"; \
 	if [ -n "$$need" ]; then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "installing$$need"; \
 	    { apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$need; } \
+	      >/dev/null \
 	      || echo "apt-get install$$need failed: some tests of the launchers are skipped"; \
 	  else echo "without apt-get install$$need (as root) some tests of the launchers are skipped"; fi; \
 	fi
