@@ -177,7 +177,7 @@ def _of_export(model: Model, module: str, directory: Path) -> Taken:
     notes += towers.statistics({key: list(getattr(found, key)) for key in ("mean", "std")}, ours, module)
     prefix = f"encoders.{found.name}."
     inside = {name.removeprefix(prefix): Rows(name) for name in imported.state if name.startswith(prefix)}
-    return towers.placed(View(imported.state, inside), ours, module, False, notes)
+    return towers.placed(View(imported.state, inside), ours, module, notes)
 
 
 def _order(theirs: Sequence[str], model: Model, where: str) -> list[str]:

@@ -91,7 +91,7 @@ def read(directory: Path, encoder: AnyEncoder, path: str) -> Taken:
             what = f"image_size is {theirs.image_size}, there are {rows} positions"
             raise UserError(what, where, "the weights do not fit the configuration")
     notes = _statistics(directory, encoder, module)
-    return placed(made, encoder, module, family.antialias, notes + left_aside(module, directory, aside))
+    return placed(made, encoder, module, notes + left_aside(module, directory, aside))
 
 
 def _open_clip(directory: Path, tensors: Tensors, front: str, encoder: AnyEncoder, path: str) -> Taken:
@@ -125,7 +125,7 @@ def _open_clip(directory: Path, tensors: Tensors, front: str, encoder: AnyEncode
     tower = View(tensors, {name.removeprefix(front): Rows(name) for name in tensors if name.startswith(front)})
     made = _read(vision.table(encoder), from_open_clip(tower, str(directory)), directory)
     aside = {name for name in tensors if not name.startswith(front) or name == f"{front}proj"}
-    return placed(made, encoder, module, CLIP.antialias, notes + left_aside(module, directory, aside))
+    return placed(made, encoder, module, notes + left_aside(module, directory, aside))
 
 
 def _timm(directory: Path, tensors: Tensors, front: str, encoder: AnyEncoder, path: str) -> Taken:
@@ -147,13 +147,8 @@ def _timm(directory: Path, tensors: Tensors, front: str, encoder: AnyEncoder, pa
     aside = tensors.keys() - {rows.name for rows in wanted.values()}
     inside = {name for name in aside if name.startswith(front)} if front else aside
     refuse_unknown(inside, re.compile(rf"{re.escape(front)}head\."), directory)
-    return placed(
-        _read(table, View(tensors, wanted), directory),
-        encoder,
-        module,
-        False,
-        notes + left_aside(module, directory, aside),
-    )
+    made = _read(table, View(tensors, wanted), directory)
+    return placed(made, encoder, module, notes + left_aside(module, directory, aside))
 
 
 def _read(table: Table, tensors: Tensors, directory: Path) -> Tensors:
@@ -161,18 +156,18 @@ def _read(table: Table, tensors: Tensors, directory: Path) -> Tensors:
     return table.read(tensors, str(directory))
 
 
-def placed(made: Tensors, encoder: AnyEncoder, module: str, antialias: bool, notes: list[str]) -> Taken:
+def placed(made: Tensors, encoder: AnyEncoder, module: str, notes: list[str]) -> Taken:
     """Our tensors under their names in the model, its positions for the recipe's size of pictures."""
     fitted: list[Tensors] = [View(made, {f"{module}.{name}": Rows(name) for name in made if name != "position"})]
     if isinstance(encoder, ViT) and encoder.position == "learned":
         there, here = made["position"], encoder.class_token + (encoder.image_size // encoder.patch_size) ** 2
         try:
-            fitting = resize_position(there, encoder, antialias=antialias)
+            fitting = resize_position(there, encoder)
         except ValueError as error:
             raise UserError(f"{module}.position: {error}", "", "the weights do not fit the configuration") from None
         if len(there) != here:
             notes = [f"{module}: {len(there)} positions are resized to {here}, for {encoder.image_size} pixels", *notes]
-        known = hashlib.sha256(repr((made.fingerprint(), here, antialias)).encode()).hexdigest()
+        known = hashlib.sha256(repr((made.fingerprint(), here)).encode()).hexdigest()
         fitted.append(Memory({f"{module}.position": fitting}, known))
     return Taken(Together(fitted), notes)
 

@@ -120,7 +120,8 @@ class ZeroExpertMoE(MegatronModule):
             self.router.count(routed, valid_T, weighted_loss.detach())
             if self.router.measures and routed.weights.requires_grad:  # else all before it is frozen
                 self.router.measure(routed, valid_T)
-            x_TD = engine.attach_loss(x_TD, weighted_loss)
+            if self.router.weight.requires_grad:  # a frozen router's balance is not for what lies before it to mend
+                x_TD = engine.attach_loss(x_TD, weighted_loss)
         rows, row_of_slot, slot_of_row, offsets = permute(x_TD, routed.ids, self.config.moe.experts)
         self.sent_rows = rows.size(0)
         here, group = engine.ranks(), engine.expert_group()

@@ -164,5 +164,5 @@ class ZeroExpertRouter(MegatronModule):
         routed.weights.register_hook(of_weights)
         if score_in_identity:
             routed.identity.register_hook(of_identity)
-        if moe.balance_coefficient:
+        if moe.balance_coefficient and self.weight.requires_grad:
             routed.group_probs.register_hook(of_groups)

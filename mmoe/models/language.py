@@ -32,6 +32,10 @@ from mmoe.parallel import engine
 from mmoe.recipe.model import Llama, Longcat
 
 
+def _is_trained(module: torch.nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
 class LanguageModel(LanguageModule):
     """The layers of one pipeline stage, with the embedding on the first and the output layer on the last.
 
@@ -107,7 +111,8 @@ class LanguageModel(LanguageModule):
         hidden: embeddings [s / context ranks, b, D] on the first stage; None on the others, which have the stage before
         them as input. batch: whole packs (docs/architecture.md). Returns [t, b, D] to the next stage; on the last one
         behind the final norm, [s / context ranks, b, D]. ``behind``: what the output [t, b, D] of a layer goes through
-        before the next one, by the layer's number from 0. In training the last stage attaches its auxiliary losses.
+        before the next one, by the layer's number from 0. In training the last stage attaches the auxiliary losses of
+        what is not frozen.
         """
         if hidden is not None and self.config.recompute != "none" and torch.is_grad_enabled():
             # What is computed again is a function of its input alone: without a gradient there (embedding and encoders
@@ -118,7 +123,7 @@ class LanguageModel(LanguageModule):
         packed = self._packed(batch)
         attaches = self.post_process and self.training and torch.is_grad_enabled()
         with contextlib.ExitStack() as stack:
-            if attaches and self.config.backbone.hidden_z_coefficient:
+            if attaches and self.config.backbone.hidden_z_coefficient and _is_trained(self.decoder):
                 norm: Any = self.decoder.final_layernorm
                 handle = norm.register_forward_pre_hook(lambda _, inputs: self._penalised(inputs[0], batch))
                 stack.callback(handle.remove)
@@ -129,7 +134,8 @@ class LanguageModel(LanguageModule):
             hidden_out: Tensor = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=packed)
         if not self.post_process:
             return hidden_out
-        ahead = self._loss_ahead(hidden_out, packed, batch) if attaches and self.mtp else None
+        looks_ahead = attaches and self.mtp is not None and _is_trained(self.mtp)
+        ahead = self._loss_ahead(hidden_out, packed, batch) if looks_ahead else None
         if self.config.sequence_parallel:
             hidden_out = gather_from_sequence_parallel_region(hidden_out)
         return hidden_out if ahead is None else engine.attach_loss(hidden_out, ahead)

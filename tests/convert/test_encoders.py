@@ -91,8 +91,7 @@ def resized(made: Pair, image_size: int, dtype: torch.dtype = torch.float32) -> 
     config = dataclasses.replace(made.config, image_size=image_size)
     state = {name: tensor.to(dtype) for name, tensor in made.ours.state_dict().items()}
     if "position" in state:
-        antialias = FAMILIES[made.theirs.config.model_type].antialias
-        state["position"] = resize_position(state["position"], config, antialias=antialias)
+        state["position"] = resize_position(state["position"], config)
     encoder = build_encoder(config).to(dtype).eval()
     encoder.load_state_dict(state)
     return encoder

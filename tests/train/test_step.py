@@ -15,6 +15,7 @@ from mmoe.models.multimodal import build, build_stages
 from mmoe.ops.grouped_linear import grouped_linear
 from mmoe.parallel import engine
 from mmoe.parallel import optimizer as adam
+from mmoe.recipe.model import MTP, Model
 from mmoe.recipe.schema import Optimizer, Parallel, Transfer
 from mmoe.train.step import Stepper
 
@@ -146,3 +147,30 @@ def test_gradients_added_in_the_product_are_those_that_megatron_adds(
     for name, wanted in handed_over.items():
         torch.testing.assert_close(added[name], wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item(), msg=name)
     assert all(wanted.any() for name, wanted in handed_over.items() if ".experts." in name)
+
+
+@pytest.mark.parametrize("loss", ["balance", "hidden z", "ahead"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_auxiliary_losses_are_for_what_is_trained(loss: str, frozen: bool) -> None:
+    """Each weighs on what lies before frozen layers only where these are trained."""
+
+    def gradient(weight: float) -> torch.Tensor:
+        backbone = dataclasses.replace(small.BACKBONE, hidden_z_coefficient=weight * (loss == "hidden z"))
+        moe = dataclasses.replace(small.MIXTURE, balance_coefficient=weight * (loss == "balance"))
+        mtp = MTP(loss_weight=weight) if loss == "ahead" else None
+        names = ("language.decoder", "language.mtp") if loss == "ahead" else ("language.decoder",)
+        recipe = dataclasses.replace(
+            small.RECIPE,
+            model=Model(backbone=backbone, moe=moe, mtp=mtp),
+            train=dataclasses.replace(small.RECIPE.train, frozen=names if frozen else ()),
+        )
+        engine.start(Parallel(), 0)
+        run = Stepper(recipe, build_stages(recipe))
+        outcome = run.step(iter([batch()]), 0.0)
+        assert outcome.taken
+        embedding: Any = run.models[0].language.embedding.word_embeddings.weight
+        return embedding.main_grad.clone()
+
+    without, with_it = gradient(1e-9), gradient(0.5)
+    assert without.any()
+    assert torch.allclose(without, with_it, rtol=1e-4, atol=1e-7) == frozen

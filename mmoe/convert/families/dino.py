@@ -141,7 +141,6 @@ DINOV2_REGISTERS = Family(
     read=_dino_read,
     write=_dino_write,
     dims={"class_token": 3, "position": 3, "registers": 3},
-    antialias=True,
 )
 
 

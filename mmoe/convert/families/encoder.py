@@ -38,8 +38,6 @@ class Family:
     write: Callable[[Any], dict[str, Any]]
     dims: Mapping[str, int] = field(default_factory=dict)
     """Of their tokens and positions, where there are not 2."""
-    antialias: bool = False
-    """Whether transformers interpolates its positions so (:func:`mmoe.models.encoders.vit.resize_position`)."""
 
 
 def activation(fields: Mapping[str, Any], where: str) -> str:

@@ -3,8 +3,6 @@
 Torch only: the Hugging Face export ships this very file.
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -197,12 +195,10 @@ class ViT(nn.Module):
         return x if self.pre_norm is None else self.pre_norm(x)
 
 
-def resize_position(
-    position: Tensor, config: Config, mode: Literal["bicubic", "bilinear"] = "bicubic", antialias: bool = False
-) -> Tensor:
+def resize_position(position: Tensor, config: Config) -> Tensor:
     """Learned positions [(1 +) g², width] of some grid → those of ``config``'s, interpolated over the square as
-    transformers' ``interpolate_pos_encoding`` does (``antialias``: DINOv2 with registers); the class token's, the first
-    row, stays. Arithmetic is in fp32 or better, the result in the dtype of ``position``.
+    transformers' ``interpolate_pos_encoding`` does; the class token's, the first row, stays. Arithmetic is in fp32 or
+    better, the result in the dtype of ``position``.
 
     Raises:
         ValueError: the rows make no square.
@@ -215,6 +211,8 @@ def resize_position(
         return position
     square = position[front:].unflatten(0, (side, side)).permute(2, 0, 1)[None]
     wide = square.to(torch.promote_types(torch.float32, position.dtype))
-    resized = F.interpolate(wide, size=(grid, grid), mode=mode, align_corners=False, antialias=antialias)
+    # A ViT with both learned positions and registers is DINOv2's, the one that transformers antialiases.
+    antialias = config.registers > 0
+    resized = F.interpolate(wide, size=(grid, grid), mode="bicubic", align_corners=False, antialias=antialias)
     rows = resized[0].permute(1, 2, 0).flatten(0, 1).to(position.dtype)
     return torch.cat([position[:front], rows])
