@@ -4,8 +4,9 @@ import dataclasses
 import json
 import tomllib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,7 @@ def alone(name: str, *overrides: str) -> Recipe:
 class FakeRunner:
     """Writes at once what a run and its evaluation leave."""
 
-    def __init__(self, failing: str = "", **answers: dict[str, Any]) -> None:
+    def __init__(self, failing: str = "", answers: Mapping[str, dict[str, Any]] = MappingProxyType({})) -> None:
         self.failing = failing
         self.answers = defaultdict(lambda: {"tasks": {"caption": CAPTION, "count": COUNT}}, answers)
         """What an evaluation finds, by the name of the set."""
@@ -153,7 +154,7 @@ def test_sets_that_lack_a_task_have_a_dash_and_a_mean_that_says_so(colours: Path
     """The first set lacks one, the second has it, the third lacks another."""
     answers = [{"caption": CAPTION}, {"count": COUNT, "caption": CAPTION}, {"count": COUNT}]
     names = ["vit", "convnet", "vit+convnet"]
-    runner = FakeRunner(**{name: {"tasks": tasks} for name, tasks in zip(names, answers, strict=True)})
+    runner = FakeRunner(answers={name: {"tasks": tasks} for name, tasks in zip(names, answers, strict=True)})
     sweep.sweep(alone("quickstart"), ["all"], tmp_path, [colours], runner)
     page = (tmp_path / "sweep.md").read_text()
     assert "| encoders | caption | count | mean |" in page
@@ -182,7 +183,7 @@ def test_sets_that_lack_a_task_have_a_dash_and_a_mean_that_says_so(colours: Path
 def test_beside_scores_a_set_without_one_has_a_dash(colours: Path, tmp_path: Path) -> None:
     """CV-Bench's score needs both halves."""
     both = {"tasks": {"Count": COUNT, "Depth": CAPTION}, "score": 0.55}
-    runner = FakeRunner(vit={"tasks": {"Count": COUNT}, "score": None}, convnet=both)
+    runner = FakeRunner(answers={"vit": {"tasks": {"Count": COUNT}, "score": None}, "convnet": both})
     sweep.sweep(alone("quickstart"), ["vit", "convnet"], tmp_path, [colours], runner)
     page = (tmp_path / "sweep.md").read_text()
     assert "| final loss | colours, score |" in page
