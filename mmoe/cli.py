@@ -198,8 +198,9 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     stats.add_argument("--out", type=Path, required=True, metavar="FILE")
     example = "data leakage data-cache/scenes/train data-cache/scenes/test"
     leakage = command(data, "leakage", _leakage, "find test pictures that the training data shows too", example)
-    leakage.add_argument("train", type=Path, metavar="TRAIN")
-    leakage.add_argument("tests", type=Path, nargs="+", metavar="TEST")
+    text = "a prepared data set, or a folder of CV-Bench's files"
+    leakage.add_argument("train", type=Path, metavar="TRAIN", help=text)
+    leakage.add_argument("tests", type=Path, nargs="+", metavar="TEST", help=f"{text}; each is compared with TRAIN")
     leakage.add_argument("--json", type=Path, metavar="FILE", help="write every test picture that is found here")
     text = "bits of 64 that two pictures' hashes may differ by (default: 4)"
     leakage.add_argument("--threshold", type=int, default=4, metavar="N", help=text)

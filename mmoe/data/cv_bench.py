@@ -84,11 +84,7 @@ def read(folder: Path, limit: int | None = None) -> tuple[int, Iterator[tuple[st
     Raises:
         UserError: a file is missing, unreadable or without a column, or pyarrow is not installed.
     """
-    found = files(folder)
-    if not found:
-        what = f"neither {' nor '.join(f'{stem}.parquet' for stem in TYPES.values())} here"
-        raise UserError(what, str(folder), "give CV-Bench's folder, or make one with `mmoe data prepare cv_bench`")
-    opened = [_Parquet(path) if path.suffix == ".parquet" else _Lines(path) for path in found]
+    opened = _opened(folder, [*_TEXTS, "choices", "image"])
     wanted = spread(sum(len(file) for file in opened), limit)
 
     def rows() -> Iterator[tuple[str, Row | BadSample]]:
@@ -106,6 +102,38 @@ def read(folder: Path, limit: int | None = None) -> tuple[int, Iterator[tuple[st
     return len(wanted), rows()
 
 
+def pictures(folder: Path) -> Iterator[tuple[str, bytes | BadSample]]:
+    """The encoded picture of each row, a question or not, or why it cannot be read; read while they are asked for. Each
+    under ``FILE/ROW:filename``, where its ``filename`` is a text; else under ``FILE/ROW``.
+
+    Raises:
+        UserError: see :func:`read`.
+    """
+    opened = _opened(folder, ["image"], ["filename"])
+
+    def found() -> Iterator[tuple[str, bytes | BadSample]]:
+        for file in opened:
+            for number, record in file.records(range(len(file))):
+                name, key = record.get("filename"), f"{file.path.stem}/{number}"
+                # Nothing that a terminal takes for a command or a new line.
+                key += f":{name if name.isprintable() else ascii(name)}" if isinstance(name, str) and name else ""
+                try:
+                    yield key, file.picture(record)
+                except BadSample as error:
+                    yield key, error
+
+    return found()
+
+
+def _opened(folder: Path, columns: Sequence[str], further: Sequence[str] = ()) -> "list[_Parquet | _Lines]":
+    """The files of a folder; see :class:`_Parquet`."""
+    found = files(folder)
+    if not found:
+        what = f"neither {' nor '.join(f'{stem}.parquet' for stem in TYPES.values())} here"
+        raise UserError(what, str(folder), "give CV-Bench's folder, or make one with `mmoe data prepare cv_bench`")
+    return [_Parquet(path, columns, further) if path.suffix == ".parquet" else _Lines(path) for path in found]
+
+
 @contextmanager
 def _told(path: Path) -> Iterator[Any]:
     """pyarrow; whatever it says of the file becomes one line."""
@@ -117,13 +145,17 @@ def _told(path: Path) -> Iterator[Any]:
 
 
 class _Parquet:
-    def __init__(self, path: Path) -> None:
-        self.path, self.columns = path, [*_TEXTS, "choices", "image"]
+    """``columns`` are read and have to be there; ``further`` ones are read where they are."""
+
+    def __init__(self, path: Path, columns: Sequence[str], further: Sequence[str]) -> None:
+        self.path = path
         with _told(path) as arrow:
             file = arrow.parquet.ParquetFile(path)
-        missing = [name for name in self.columns if name not in file.schema_arrow.names]
+        there = file.schema_arrow.names
+        missing = [name for name in columns if name not in there]
         if missing:
             raise UserError(f"no column {missing[0]!r}", str(path), "give CV-Bench's own file")
+        self.columns = [*columns, *(name for name in further if name in there)]
         self._rows = file.metadata.num_rows
 
     def __len__(self) -> int:

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mmoe.data import cv_bench
 from mmoe.data.document import BadSample
 from mmoe.data.pixels import BadImage, open_image, to_rgb
-from mmoe.data.source import Source
+from mmoe.data.shards import is_dataset
+from mmoe.data.source import Source, name_of
 from mmoe.errors import UserError
 
 BITS, SIDE, LOW = 64, 32, 8
@@ -68,24 +71,51 @@ def perceptual_hash(picture: Image.Image) -> int:
     return int.from_bytes(np.packbits(low > np.median(low)).tobytes())
 
 
-def hashes(source: Source) -> tuple[NDArray[np.uint64], list[str], list[str]]:
-    """The hashes of a data set's pictures, their names (``source/key:image``), and what could not be read, named."""
+Pictures = Iterator[tuple[str, bytes | BadSample]]
+"""Encoded, each under its name, or why it cannot be read."""
+
+
+def open_pictures(folder: Path) -> Pictures:
+    """The pictures of a data set, named ``source/key:image``, or of a folder in CV-Bench's layout, a row each, named
+    ``source/FILE/ROW:filename``.
+
+    Raises:
+        UserError: it is missing or broken; at once, but for what a file says further on.
+    """
+    name = name_of(folder)
+    if is_dataset(folder):
+        return _pictures(Source(folder, name))
+    if cv_bench.files(folder):
+        return ((f"{name}/{key}", picture) for key, picture in cv_bench.pictures(folder))
+    fix = "give a folder that `mmoe data prepare` made, or CV-Bench's: test_2d and test_3d as .parquet or .jsonl"
+    raise UserError("neither a data set nor CV-Bench's files are there", str(folder), fix)
+
+
+def _pictures(source: Source) -> Pictures:
+    with closing(source):
+        for number in range(len(source)):
+            key = source.key(number)
+            try:
+                images = source.read(number).images
+            except BadSample as error:
+                yield key, error
+                continue
+            yield from ((f"{key}:{i}", image) for i, image in enumerate(images))
+
+
+def hashes(pictures: Pictures) -> tuple[NDArray[np.uint64], list[str], list[str]]:
+    """The hashes of the pictures, their names, and what could not be read, named."""
     found: list[int] = []
     names: list[str] = []
     bad: list[str] = []
-    for number in range(len(source)):
-        key = source.key(number)
+    for name, picture in pictures:
         try:
-            sample = source.read(number)
-        except BadSample as error:
-            bad.append(f"{key}: {error}")
-            continue
-        for i, image in enumerate(sample.images):
-            try:
-                found.append(perceptual_hash(to_rgb(open_image(image))))
-                names.append(f"{key}:{i}")
-            except BadImage as error:
-                bad.append(f"{key}:{i}: {error}")
+            if isinstance(picture, BadSample):
+                raise picture
+            found.append(perceptual_hash(to_rgb(open_image(picture))))
+            names.append(name)
+        except (BadSample, BadImage) as error:
+            bad.append(f"{name}: {error}")
     return np.array(found, np.uint64), names, bad
 
 
@@ -152,17 +182,19 @@ def _matches(
 
 def compare(train: Path, tests: Sequence[Path], threshold: int = THRESHOLD) -> list[dict]:
     """For each test set: ``images``, ``leaked`` (its pictures that match one of ``train``), ``matches`` (:class:`Match`
-    as JSON) and ``bad``.
+    as JSON) and ``bad``. Each of them, and ``train``, is a folder of :func:`open_pictures`.
 
     Raises:
-        UserError: a data set is missing or broken, or the threshold is no number of bits.
+        UserError: a folder is missing or broken, or the threshold is no number of bits.
     """
     if not 0 <= threshold < BITS // 2:
         raise UserError(f"{threshold} is no threshold", "--threshold", f"give 0 to {BITS // 2 - 1} bits")
-    known, known_names, known_bad = hashes(_source(train))
+    # All are opened before the first is read, which may take hours.
+    opened = [open_pictures(path) for path in (train, *tests)]
+    known, known_names, known_bad = hashes(opened[0])
     results = []
-    for path in tests:
-        asked, names, bad = hashes(_source(path))
+    for path, pictures in zip(tests, opened[1:], strict=True):
+        asked, names, bad = hashes(pictures)
         matches = _matches(names, known_names, close_pairs(asked, known, threshold))
         results.append(
             {
@@ -176,10 +208,6 @@ def compare(train: Path, tests: Sequence[Path], threshold: int = THRESHOLD) -> l
             }
         )
     return results
-
-
-def _source(path: Path) -> Source:
-    return Source(path, f"{path.parent.name}/{path.name}")
 
 
 def run(train: Path, tests: Sequence[Path], out: Path | None, threshold: int) -> None:

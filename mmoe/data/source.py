@@ -14,6 +14,11 @@ from mmoe.data.shards import is_dataset, read_card
 from mmoe.errors import UserError
 
 
+def name_of(path: Path) -> str:
+    """What a data set that a command names by its folder is called: the last two parts of the path."""
+    return "/".join(path.absolute().parts[1:][-2:])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
     """A sample as it was read: its JSON record and its images, still encoded."""
@@ -37,7 +42,7 @@ class Source:
     def __init__(self, path: Path, name: str) -> None:
         if not is_dataset(path):
             parts = Path(name).parts
-            root = path.parents[len(parts) - 1]
+            root = (path if len(path.parts) >= len(parts) else path.absolute()).parents[len(parts) - 1]
             if cv_bench.files(path):
                 what = "no data set, but CV-Bench's files"
                 raise UserError(what, str(path), "`mmoe evaluate --suite cv_bench` asks them")

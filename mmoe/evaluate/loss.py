@@ -16,7 +16,7 @@ from torch import Tensor
 from mmoe.data.batch import Illustrated, batches_from_documents, illustrate
 from mmoe.data.decoders import build
 from mmoe.data.document import BadSample
-from mmoe.data.source import Source
+from mmoe.data.source import Source, name_of
 from mmoe.data.tokenizer import Vocabulary
 from mmoe.errors import UserError
 from mmoe.evaluate.asked import PLAIN, Asking, as_seen, heading, progress, show
@@ -147,7 +147,7 @@ def run(
     import mmoe
     from mmoe.checkpoint.load import begin
 
-    source = Source(data, f"{data.parent.name}/{data.name}")
+    source = Source(data, name_of(data))
     model: Any
     if recipe is None:
         model = mmoe.load(checkpoint)

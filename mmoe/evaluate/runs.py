@@ -14,7 +14,7 @@ import mmoe
 from mmoe.checkpoint.layout import MANIFEST
 from mmoe.data import cv_bench
 from mmoe.data.shards import INDEX
-from mmoe.data.source import Source
+from mmoe.data.source import Source, name_of
 from mmoe.ending import INTERRUPTED
 from mmoe.errors import Interrupted, UserError
 from mmoe.evaluate.asked import PLAIN, heading
@@ -117,7 +117,7 @@ def evaluation(path: Path, checkpoint: Path, data: Path) -> dict[str, Any] | Non
     if suite == "cv_bench":
         wanted["samples"], _ = cv_bench.read(data)
     else:
-        with closing(Source(data, f"{data.parent.name}/{data.name}")) as source:
+        with closing(Source(data, name_of(data))) as source:
             wanted["samples"] = len(source)
     if not isinstance(result, dict) or result.get("system_prompt"):
         return None

@@ -16,7 +16,7 @@ from torch import Tensor
 from mmoe.data.batch import Illustrated, batches_from_documents, illustrate
 from mmoe.data.decoders import build
 from mmoe.data.document import BadSample
-from mmoe.data.source import Encoded, Source
+from mmoe.data.source import Encoded, Source, name_of
 from mmoe.data.tokenizer import Vocabulary
 from mmoe.errors import UserError
 from mmoe.evaluate.asked import PLAIN, Asking, Question, as_seen, examples, heading, progress, show, summarise, table
@@ -237,7 +237,7 @@ def run(checkpoint: Path, data: Path, out: Path | None, how: Asking = PLAIN) -> 
     """
     import mmoe
 
-    source = Source(data, f"{data.parent.name}/{data.name}")
+    source = Source(data, name_of(data))
     result = heading("scenes", checkpoint, data, how)
     result |= answer(mmoe.load(checkpoint), source, how)
     if not result["tasks"]:

@@ -199,7 +199,7 @@ def labels(data: Sequence[Path]) -> dict[str, Path]:
 def _refuse(planned: Sequence[Planned], data: Sequence[Path], ranks: int) -> None:
     """Raises :class:`UserError` for what would fail only once something is trained."""
     from mmoe.data import cv_bench
-    from mmoe.data.source import Source
+    from mmoe.data.source import Source, name_of
     from mmoe.evaluate import scenes
     from mmoe.models.count import vision_modules
     from mmoe.parallel import layout
@@ -209,7 +209,7 @@ def _refuse(planned: Sequence[Planned], data: Sequence[Path], ranks: int) -> Non
         if cv_bench.files(path):
             cv_bench.read(path)
             continue
-        with contextlib.closing(Source(path, f"{path.parent.name}/{path.name}")) as source:
+        with contextlib.closing(Source(path, name_of(path))) as source:
             if not scenes.asks(source):
                 raise UserError("no sample asks a question with choices", str(path), "leave it out")
     for one in planned:

@@ -74,6 +74,20 @@ def _splits(done: Sequence[Row]) -> list[str]:
     return list(done[0]["evaluations"]) if done else []
 
 
+def _tasks(done: Sequence[Row], *splits: str) -> list[str]:
+    """Those that any set has answers of in ``splits``, in the order in which they are first met. A set has none of a
+    task where every row of it was skipped."""
+    return list(
+        dict.fromkeys(task for name in splits for found in done for task in found["evaluations"][name]["tasks"])
+    )
+
+
+def _number(value: float, of: Mapping[str, Any], tasks: Sequence[str]) -> str:
+    """``value``, a number over the tasks that an evaluation has: it says where these are not all of ``tasks``."""
+    fewer = f", {len(of['tasks'])} of {len(tasks)} tasks" if len(of["tasks"]) < len(tasks) else ""
+    return f"{value:.1%}{fewer}"
+
+
 def _headline(of: Mapping[str, Any]) -> tuple[str, float]:
     """The one number of an evaluation, and what it is: CV-Bench's own where it is one."""
     score = of.get("score")
@@ -93,28 +107,37 @@ def _page(recipe: Recipe, rows: Sequence[Row], done: Sequence[Row]) -> Iterator[
         "over the last tenth of the steps. Of stages, the last one's numbers. Accuracies with their 95% intervals; "
         "their mean counts every task the same, CV-Bench's score as it is published."
     )
+    splits = _splits(done)
+    if any(len(found["evaluations"][split]["tasks"]) < len(_tasks(done, split)) for split in splits for found in done):
+        yield from ("", "–: no answer of that task counts. Numbers over fewer tasks say so: compare them task by task.")
     yield ""
     if done:
         yield from ("![encoder sets](sweep.png)", "")
-    splits = _splits(done)
     titles = ["encoders", "vision", "all", "image tokens", "tokens/s", "final loss"]
-    kinds = [_headline(done[0]["evaluations"][split])[0] for split in splits]
+    headlines = [[_headline(found["evaluations"][split]) for found in done] for split in splits]
+    # CV-Bench's score needs both of its halves: a set that has one alone has no number beside the others' scores.
+    kinds = ["score" if any(kind == "score" for kind, _ in column) else "mean accuracy" for column in headlines]
     yield from _header([*titles, *(f"{split}, {kind}" for split, kind in zip(splits, kinds, strict=True))])
-    for found in done:
+    for place, found in enumerate(done):
         sizes = [f"{found[name]:,}" for name in ("vision_parameters", "parameters", "image_tokens")]
-        means = [f"{_headline(found['evaluations'][split])[1]:.1%}" for split in splits]
+        means = [
+            _number(column[place][1], found["evaluations"][split], _tasks(done, split))
+            if column[place][0] == kind
+            else "–"
+            for split, kind, column in zip(splits, kinds, headlines, strict=True)
+        ]
         yield _cells(found["set"], *sizes, f"{found['tokens_per_second']:,.0f}", _loss(found), *means)
     for found in rows:
         if "failed" in found:
             yield from ("", f"{found['set']} failed: {found['failed']}")
     for split in splits:
         yield from ("", f"## {split}", "")
-        asked = [found["evaluations"][split] for found in done]
-        tasks = list(asked[0]["tasks"])
+        asked, tasks = [found["evaluations"][split] for found in done], _tasks(done, split)
         yield from _header(["encoders", *tasks, "mean"])
         for found, of in zip(done, asked, strict=True):
-            yield _cells(found["set"], *(_share(of["tasks"][task]) for task in tasks), f"{of['mean_accuracy']:.1%}")
-        best = [asked[0]["tasks"][task]["majority"] for task in tasks]
+            shares = [_share(of["tasks"][task]) if task in of["tasks"] else "–" for task in tasks]
+            yield _cells(found["set"], *shares, _number(of["mean_accuracy"], of, tasks))
+        best = [next(of["tasks"][task]["majority"] for of in asked if task in of["tasks"]) for task in tasks]
         constant = [*best, statistics.fmean(best)]
         yield _cells("always the same answer", *(f"{share:.1%}" for share in constant))
 
@@ -154,18 +177,24 @@ def _draw_loss(axes: Axes, done: Sequence[Row]) -> None:
 
 
 def _draw_accuracy(axes: Axes, split: str, done: Sequence[Row]) -> None:
-    """A colour a task, the same on every split, its interval a line; black: the mean."""
-    tasks, colors = list(done[0]["evaluations"][split]["tasks"]), mpl.colormaps["tab20"]
-    every = sorted({task for of in done[0]["evaluations"].values() for task in of["tasks"]})
+    """A colour a task, the same on every split, its interval a line, none where a set has no answer of it; black: the
+    mean, hollow where it is one of fewer tasks."""
+    tasks, colors = _tasks(done, split), mpl.colormaps["tab20"]
+    every = sorted(_tasks(done, *_splits(done)))
+    asked = [found["evaluations"][split] for found in done]
     for number, task in enumerate(tasks):
-        mine = [found["evaluations"][split]["tasks"][task] for found in done]
         shift = 0.6 * ((number + 0.5) / len(tasks) - 0.5)
-        places = [place + shift for place in range(len(done))]
+        there = [place for place, of in enumerate(asked) if task in of["tasks"]]
+        mine, places = [asked[place]["tasks"][task] for place in there], [place + shift for place in there]
         color = colors(every.index(task) % colors.N)
         axes.hlines(places, [one["low"] for one in mine], [one["high"] for one in mine], color=color, linewidth=1)
         axes.plot([one["accuracy"] for one in mine], places, "o", color=color, markersize=3.5, label=task)
-    means = [found["evaluations"][split]["mean_accuracy"] for found in done]
-    axes.plot(means, range(len(done)), "D", color=INK, markersize=5, label="mean")
+    whole = [place for place, of in enumerate(asked) if len(of["tasks"]) == len(tasks)]
+    fewer = [place for place in range(len(done)) if place not in whole]
+    for places, label, face in ((whole, "mean", INK), (fewer, "mean of fewer tasks", "none")):
+        if places:
+            means = [asked[place]["mean_accuracy"] for place in places]
+            axes.plot(means, places, "D", color=INK, markerfacecolor=face, markersize=5, label=label)
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_title(f"Accuracy, {split}")

@@ -3,19 +3,25 @@
 import io
 import json
 import math
+import shutil
 import tracemalloc
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pictures import encode, picture, save, smooth
 from PIL import Image
 from sets import record, write_set
 
 from mmoe import cli
-from mmoe.data import leakage
+from mmoe.data import cv_bench, leakage
 from mmoe.data.leakage import LOW, SIDE, close_pairs, perceptual_hash
 from mmoe.data.shards import Sample
+from mmoe.errors import UserError
 
 
 def by_the_equation(image: Image.Image) -> int:
@@ -103,9 +109,136 @@ def test_shared_pictures_are_listed_and_counted(tmp_path: Path, capsys: pytest.C
     assert cli.main(["data", "leakage", *sets, "--threshold", "40"]) == 2
 
 
+def cv_bench_rows(images: Sequence[bytes]) -> list[dict[str, Any]]:
+    """CV-Bench's rows, every third one 3D."""
+    rows = []
+    for number, image in enumerate(images):
+        kind, task, source = ("3D", "Depth", "Omni3D") if number % 3 == 2 else ("2D", "Count", "COCO")
+        name = f"img/{kind}/{task.lower()}/{source.lower()}_{number}.png"
+        row = dict.fromkeys(cv_bench.schema().names) | {"idx": number, "type": kind, "task": task, "source": source}
+        row |= {"prompt": cv_bench.prompt("what ?", ["3", "2"]), "choices": ["3", "2"], "answer": "(A)"}
+        rows.append(row | {"filename": name, "image": {"bytes": image, "path": None}})
+    return rows
+
+
+def write_cv_bench(folder: Path, rows: Sequence[dict[str, Any]], layout: str) -> Path:
+    """``parquet``, ``jsonl``, or ``both``: 2D as the one and 3D as the other."""
+    folder.mkdir(parents=True)
+    for kind, stem in cv_bench.TYPES.items():
+        mine = [row for row in rows if row["type"] == kind]
+        if layout == "parquet" or (layout == "both" and kind == "2D"):
+            cv_bench.write(folder / f"{stem}.parquet", mine, "")
+            continue
+        for row in mine:
+            picture_file = folder / row["filename"]
+            picture_file.parent.mkdir(parents=True, exist_ok=True)
+            picture_file.write_bytes(row["image"]["bytes"])
+        lines = [json.dumps({name: value for name, value in row.items() if name != "image"}) for row in mine]
+        (folder / f"{stem}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def found(results: Path) -> tuple[int, int, dict[str, str]]:
+    """Pictures of the one test set, how many matched, and each of these with the closest training picture."""
+    (result,) = json.loads(results.read_text())
+    return result["images"], result["leaked"], {m["test"]: m["closest"][0]["train"] for m in result["matches"]}
+
+
+@pytest.mark.parametrize("layout", ["parquet", "jsonl", "both"])
+def test_cv_benchs_pictures_are_found_in_training_data(tmp_path: Path, layout: str) -> None:
+    """The other way round too: CV-Bench's as the training data."""
+    pictures = [smooth(i, 64, 80) for i in range(12)]
+    training = write_set(
+        tmp_path, "train", [Sample(f"t{i}", record(1), [("png", encode(pictures[i]))]) for i in range(6)]
+    )
+    again = save(Image.fromarray(pictures[2]).resize((60, 48)), "JPEG", quality=80)
+    images = [encode(pictures[7]), again, encode(pictures[5]), encode(pictures[8]), b"GIF8", encode(pictures[9])]
+    rows = cv_bench_rows(images)
+    rows[1]["answer"] = "none of these"  # no question, but a picture
+    bench, out = write_cv_bench(tmp_path / "data" / "CV-Bench", rows, layout), tmp_path / "leakage.json"
+    assert cli.main(["data", "leakage", str(training), str(bench), "--json", str(out)]) == 0
+    shared = {
+        "data/CV-Bench/test_2d/1:img/2D/count/coco_1.png": f"{tmp_path.name}/train/t2:0",
+        "data/CV-Bench/test_3d/0:img/3D/depth/omni3d_2.png": f"{tmp_path.name}/train/t5:0",
+    }
+    assert found(out) == (5, 2, shared)
+    (bad,) = json.loads(out.read_text())[0]["bad"]
+    assert bad.startswith("data/CV-Bench/test_2d/3:img/2D/count/coco_4.png: unsupported format GIF")
+    assert cli.main(["data", "leakage", str(bench), str(training), "--json", str(out)]) == 0
+    assert found(out) == (6, 2, {train: test for test, train in shared.items()})
+
+
+def test_rows_without_a_picture_are_named_and_the_others_compared(tmp_path: Path) -> None:
+    images = [encode(smooth(i, 64, 80)) for i in range(6)]
+    training = write_set(tmp_path, "train", [Sample("t", record(1), [("png", images[0])])])
+    rows, out = cv_bench_rows(images), tmp_path / "leakage.json"
+    rows[1]["image"], rows[3]["filename"], rows[4]["filename"] = None, None, "a\x1b[2J\n"
+    rows[4]["image"]["bytes"] = images[0]
+    bench = write_cv_bench(tmp_path / "parquet", rows, "parquet")
+    assert cli.main(["data", "leakage", str(training), str(bench), "--json", str(out)]) == 0
+    name = f"{tmp_path.name}/parquet/test_2d"
+    assert found(out)[:2] == (5, 2)
+    assert set(found(out)[2]) == {f"{name}/0:img/2D/count/coco_0.png", rf"{name}/3:'a\x1b[2J\n'"}
+    assert json.loads(out.read_text())[0]["bad"] == [f"{name}/1:img/2D/count/coco_1.png: it has no picture"]
+
+    bench = write_cv_bench(tmp_path / "jsonl", cv_bench_rows(images), "jsonl")
+    (bench / "img/2D/count/coco_0.png").unlink()
+    (bench / "img/2D/count/coco_1.png").write_bytes(images[1][:300])
+    lines = (bench / "test_2d.jsonl").read_text().replace("img/2D/count/coco_3.png", "../train/coco_3.png")
+    (bench / "test_2d.jsonl").write_text(lines)
+    assert cli.main(["data", "leakage", str(training), str(bench), "--json", str(out)]) == 0
+    assert found(out) == (3, 0, {})
+    reasons = [
+        reason.removeprefix(f"{tmp_path.name}/jsonl/test_2d/") for reason in json.loads(out.read_text())[0]["bad"]
+    ]
+    assert [reason.partition(": ")[0][:2] for reason in reasons] == ["0:", "1:", "2:"]
+    for reason, what in zip(reasons, ["its picture cannot be read", "corrupt image", "no path within"], strict=True):
+        assert what in reason
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what"),
+    [
+        (shutil.rmtree, "neither a data set nor CV-Bench's files are there (CV-Bench): give a folder"),
+        (lambda bench: (bench / "test_2d.parquet").write_bytes(b"PAR1"), "no parquet file that can be read"),
+        (lambda bench: pq.write_table(pa.table({"idx": [1]}), bench / "test_3d.parquet"), "no column 'image'"),
+        (
+            lambda bench: (bench / "test_2d.parquet").rename(bench / "test_2d.jsonl").write_text("{"),
+            "(CV-Bench/test_2d.jsonl:1): give CV-Bench's own file",
+        ),
+    ],
+    ids=["missing", "no parquet", "no pictures", "no JSON"],
+)
+def test_broken_cv_bench_files_are_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Path], Any],
+    what: str,
+) -> None:
+    """By a relative path, which has nothing above it."""
+    write_set(tmp_path, "train", [Sample("t", record(1), [("png", encode(smooth(0, 64, 80)))])])
+    spoil(
+        write_cv_bench(tmp_path / "CV-Bench", cv_bench_rows([encode(smooth(i, 64, 80)) for i in range(3)]), "parquet")
+    )
+    monkeypatch.chdir(tmp_path)
+    for sets in (["train", "CV-Bench"], ["CV-Bench", "train"]):
+        assert cli.main(["data", "leakage", *sets]) == 2
+        printed = capsys.readouterr().err
+        assert what in printed
+        assert len(printed.strip().splitlines()) == 1
+
+
+def test_a_missing_set_is_told_before_any_picture_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = write_set(tmp_path, "train", [Sample("t", record(1), [("png", encode(smooth(0, 64, 80)))])])
+    monkeypatch.setattr(leakage, "perceptual_hash", lambda _: pytest.fail("a picture is read"))
+    with pytest.raises(UserError, match="neither a data set nor"):
+        leakage.compare(training, [training, tmp_path / "none"])
+
+
 def stand_in(monkeypatch: pytest.MonkeyPatch, **sets: list[int]) -> None:
     """Data sets of pictures with these hashes; a picture's name is its set's and its place."""
-    monkeypatch.setattr(leakage, "_source", lambda path: path.name)
+    monkeypatch.setattr(leakage, "open_pictures", lambda path: path.name)
     made = {name: (np.array(of, np.uint64), [f"{name}/{i}" for i in range(len(of))], []) for name, of in sets.items()}
     monkeypatch.setattr(leakage, "hashes", lambda name: made[name])
 

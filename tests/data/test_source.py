@@ -1,12 +1,14 @@
 """Reading prepared data sets: the lengths, the parts, and what is broken on disk."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from sets import record, tokenizer, varied, write_set
 
 from mmoe.data.document import BadSample, tokenize
 from mmoe.data.shards import Sample
-from mmoe.data.source import Source
+from mmoe.data.source import Source, name_of
 from mmoe.errors import UserError
 
 
@@ -54,6 +56,14 @@ def test_a_missing_data_set_names_the_command(tmp_path):
         with pytest.raises(UserError) as error:
             Source(data / name, name)
         assert str(error.value).endswith(f"make it with `mmoe data prepare scenes {data}`")
+
+
+def test_a_missing_data_set_in_the_current_folder_is_named(tmp_path, monkeypatch):
+    (tmp_path / "scenes").mkdir()
+    monkeypatch.chdir(tmp_path / "scenes")
+    assert name_of(Path("train")) == name_of(tmp_path / "scenes" / "train") == "scenes/train"
+    with pytest.raises(UserError, match=rf"\(train\): make it with `mmoe data prepare scenes {tmp_path}`"):
+        Source(Path("train"), name_of(Path("train")))
 
 
 def test_a_data_set_without_samples_is_refused(tmp_path):

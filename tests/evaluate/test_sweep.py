@@ -3,20 +3,25 @@
 import dataclasses
 import json
 import tomllib
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import sets
 import training
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
 from test_commands import samples
 
 from mmoe import cli
 from mmoe.checkpoint.layout import MANIFEST
 from mmoe.data import cv_bench
 from mmoe.errors import UserError
-from mmoe.evaluate import runs, sweep
+from mmoe.evaluate import runs, sweep, sweep_page
 from mmoe.evaluate.asked import PLAIN, heading
 from mmoe.recipe import load_recipe
 from mmoe.recipe.schema import Recipe
@@ -83,8 +88,10 @@ def alone(name: str, *overrides: str) -> Recipe:
 class FakeRunner:
     """Writes at once what a run and its evaluation leave."""
 
-    def __init__(self, failing: str = "") -> None:
+    def __init__(self, failing: str = "", answers: Mapping[str, dict[str, Any]] = MappingProxyType({})) -> None:
         self.failing = failing
+        self.answers = defaultdict(lambda: {"tasks": {"caption": CAPTION, "count": COUNT}}, answers)
+        """What an evaluation finds, by the name of the set."""
         self.calls: list[str] = []
 
     def train(self, name: str, recipe: str, out: Path, settings: Sequence[str] = ()) -> None:
@@ -105,7 +112,7 @@ class FakeRunner:
     def evaluate(self, name: str, checkpoint: Path, data: Path, out: Path) -> None:
         self.calls.append(f"evaluate {name}")
         out.parent.mkdir(exist_ok=True)
-        result = {"checkpoint": str(checkpoint), "data": str(data), "tasks": {"caption": CAPTION, "count": COUNT}}
+        result = {"checkpoint": str(checkpoint), "data": str(data), **self.answers[name]}
         out.write_text(json.dumps(result))
 
     def stop(self) -> None: ...
@@ -129,6 +136,7 @@ def test_the_table_has_a_row_a_set(colours: Path, tmp_path: Path, capsys: pytest
     assert "| always the same answer | 20.0% | 30.0% | 25.0% |" in page
     assert "convnet failed: a run failed: no room" in page
     assert "1 of 3: vit: final loss 1.5000, colours 60.0%" in said.err
+    assert "task by task" not in page
     rows = json.loads((tmp_path / "sweep.json").read_text())["rows"]
     assert [row["set"] for row in rows] == ["vit", "convnet", "vit+convnet"]
     assert rows[2]["parameters"] == 2_023_456
@@ -140,6 +148,46 @@ def test_the_table_has_a_row_a_set(colours: Path, tmp_path: Path, capsys: pytest
     assert runner.calls == ["train convnet"], "what is there is not trained again"
     with pytest.raises(UserError, match=r"set 'vit': .* holds another recipe's run: there `lr = 0.0012`"):
         sweep.sweep(alone("quickstart", "optimizer.lr=1e-3"), ["vit"], tmp_path, [], runner)
+
+
+def test_sets_that_lack_a_task_have_a_dash_and_a_mean_that_says_so(colours: Path, tmp_path: Path) -> None:
+    """The first set lacks one, the second has it, the third lacks another."""
+    answers = [{"caption": CAPTION}, {"count": COUNT, "caption": CAPTION}, {"count": COUNT}]
+    names = ["vit", "convnet", "vit+convnet"]
+    runner = FakeRunner(answers={name: {"tasks": tasks} for name, tasks in zip(names, answers, strict=True)})
+    sweep.sweep(alone("quickstart"), ["all"], tmp_path, [colours], runner)
+    page = (tmp_path / "sweep.md").read_text()
+    assert "| encoders | caption | count | mean |" in page
+    assert "| vit | 50.0% (40.0% – 90.0%) | – | 50.0%, 1 of 2 tasks |" in page
+    assert "| convnet | 50.0% (40.0% – 90.0%) | 70.0% (40.0% – 90.0%) | 60.0% |" in page
+    assert "| vit+convnet | – | 70.0% (40.0% – 90.0%) | 70.0%, 1 of 2 tasks |" in page
+    assert "| always the same answer | 20.0% | 30.0% | 25.0% |" in page
+    headlines = [line.split(" | ")[-1] for line in page.splitlines() if " | 1.5000 | " in line]
+    assert headlines == ["50.0%, 1 of 2 tasks |", "60.0% |", "70.0%, 1 of 2 tasks |"]
+    assert "compare them task by task" in page
+
+    axes = Figure().subplots()
+    sweep_page._draw_accuracy(axes, "colours", json.loads((tmp_path / "sweep.json").read_text())["rows"])
+    points = {str(line.get_label()): np.asarray(line.get_xydata()).round().tolist() for line in axes.lines}
+    # Accuracies are rounded away: what is told is in which set's row a point lies.
+    assert {label: [row for _, row in xy] for label, xy in points.items()} == {
+        "caption": [0, 1],
+        "count": [1, 2],
+        "mean": [1],
+        "mean of fewer tasks": [0, 2],
+    }
+    intervals = [collection.get_segments() for collection in axes.collections if isinstance(collection, LineCollection)]
+    assert [len(segments) for segments in intervals] == [2, 2]
+
+
+def test_beside_scores_a_set_without_one_has_a_dash(colours: Path, tmp_path: Path) -> None:
+    """CV-Bench's score needs both halves."""
+    both = {"tasks": {"Count": COUNT, "Depth": CAPTION}, "score": 0.55}
+    runner = FakeRunner(answers={"vit": {"tasks": {"Count": COUNT}, "score": None}, "convnet": both})
+    sweep.sweep(alone("quickstart"), ["vit", "convnet"], tmp_path, [colours], runner)
+    page = (tmp_path / "sweep.md").read_text()
+    assert "| final loss | colours, score |" in page
+    assert [line.split(" | ")[-1] for line in page.splitlines() if " | 1.5000 | " in line] == ["– |", "55.0% |"]
 
 
 def test_only_answers_to_every_question_with_pictures_are_taken_for_a_sets(colours: Path, tmp_path: Path) -> None:
