@@ -34,9 +34,9 @@ def recipe_of(stage: int) -> Recipe:
     narrow = {"vocab_size": 300, "hidden_size": 48, "heads": 4, "head_dim": 12, "ffn_hidden_size": 64}
     backbone = dataclasses.replace(model.backbone, **narrow)
     encoders = (dataclasses.replace(encoder, width=32, layers=3),)
-    return dataclasses.replace(
-        exporting.RECIPE, model=Model(backbone=backbone, encoders=encoders, connector=model.connector)
-    )
+    data = dataclasses.replace(exporting.RECIPE.data, sequence_length=512)
+    shape = Model(backbone=backbone, encoders=encoders, connector=model.connector)
+    return dataclasses.replace(exporting.RECIPE, model=shape, data=data)
 
 
 class Pair:
