@@ -93,7 +93,13 @@ def divided(tensors: Tensors) -> Divided:
     rest = {name: Rows(name) for name in tensors if not name.startswith(STORED) and name not in of_connector}
     read = of_connector | {name: rows for name, rows in rest.items() if not BUFFERS.match(name)}
     aside = sorted(tensors.keys() - read.keys())
-    return Divided(*(View(tensors, part) for part in (rest, of_connector, stored, read)), aside)
+    return Divided(
+        language=View(tensors, rest),
+        connector=View(tensors, of_connector),
+        tower=View(tensors, stored),
+        read=View(tensors, read),
+        aside=aside,
+    )
 
 
 def group(name: str) -> str:
