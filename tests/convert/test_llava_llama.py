@@ -3,100 +3,26 @@ released projectors (haotian-liu/LLaVA and 01-ai/Yi, ``multimodal_projector/buil
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
-from typing import Any
 
-import exporting
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from released_llava import CLIP, CONNECTORS, Made
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmoe import cli
-from mmoe.checkpoint.load import Loaded, weights
 from mmoe.convert import from_hf, read_hf, to_hf, verify
 from mmoe.convert.families import llava_llama
 from mmoe.convert.parts import read_parts
-from mmoe.data.tokenizer import train_tokenizer
 from mmoe.errors import UserError
 from mmoe.evaluate.generate import generate
-from mmoe.models.multimodal import build
-from mmoe.parallel import engine
 from mmoe.recipe import model as tables
-from mmoe.recipe.schema import Parallel, Recipe
 from mmoe.recipe.tokens import OURS
 
-LLAMA = tables.Llama(
-    type="llama",
-    vocab_size=300,
-    hidden_size=32,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    ffn_hidden_size=48,
-    max_position=128,
-)
-CLIP = tables.ViT(
-    name="clip",
-    type="vit",
-    image_size=16,
-    patch_size=4,
-    width=24,
-    mlp_width=96,
-    layers=3,
-    heads=2,
-    activation="quick_gelu",
-    class_token=True,
-    pre_norm=True,
-    patch_bias=False,
-    feature_layer=-2,
-    final_norm=False,
-    pooling="norm",
-)
-CONNECTORS = {
-    "linear": tables.Linear(type="linear", grid=4),
-    "mlp2x_gelu": tables.MLP(type="mlp", grid=4),
-    "mlp2x_gelu_Norm": tables.MLP(type="mlp", grid=4, norm=True),
-}
 STORED = "model.vision_tower.vision_tower.vision_model."
-
-
-def recipe_of(**changes: Any) -> Recipe:
-    shape = tables.Model(backbone=LLAMA, encoders=(CLIP,), connector=CONNECTORS["mlp2x_gelu_Norm"])
-    data = dataclasses.replace(exporting.RECIPE.data, fit="pad", interpolation="cubic")
-    return dataclasses.replace(exporting.RECIPE, model=dataclasses.replace(shape, **changes), data=data)
-
-
-class Made:
-    """A random model, and its export."""
-
-    def __init__(self, folder: Path, kind: str) -> None:
-        self.kind, self.recipe = kind, recipe_of(connector=CONNECTORS[kind])
-        self.tokenizer, self.hf = folder / "tokenizer.json", folder / "hf"
-        train_tokenizer(["how many zebras ?"], 300).save(str(self.tokenizer))
-        engine.start(Parallel(), seed=0, alone=True)
-        network = build(self.recipe)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for tensor in network.parameters():
-                tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
-        self.ours, self.state = Loaded(self.recipe, network, self.tokenizer), dict(weights(network))
-        to_hf(folder, self.hf, form="llava_llama", load=lambda _: (self.recipe, self.state, self.tokenizer))
-        self.config = json.loads((self.hf / "config.json").read_text())
-
-    def bare(self, folder: Path, **changes: Any) -> Path:
-        """As it is published: without our recipe."""
-        hf = Path(shutil.copytree(self.hf, folder / "bare"))
-        (hf / "mmoe_recipe.toml").unlink()
-        (hf / "config.json").write_text(json.dumps(self.config | changes))
-        return hf
-
-    def is_same(self, state: Any) -> bool:
-        return state.keys() == self.state.keys() and all(torch.equal(state[k], part) for k, part in self.state.items())
 
 
 @pytest.fixture(scope="module", params=CONNECTORS)
@@ -274,148 +200,6 @@ def test_a_tower_that_is_stored_with_the_rest(yi_vl: Made, tmp_path: Path) -> No
     save_file(load_file(hf / "model.safetensors") | {f"{STORED}more": torch.zeros(1)}, hf / "model.safetensors")
     with pytest.raises(UserError, match=r"has unread tensor vision_model\.more"):
         read_parts(yi_vl.recipe, every)
-
-
-@pytest.mark.parametrize(
-    ("changes", "where"),
-    [
-        ({"connector": tables.MLP(type="mlp", grid=4, newline=True)}, r"model\.connector\.newline"),
-        ({"connector": tables.MLP(type="mlp", grid=2)}, r"own grid of 4, not 2 \(model\.connector\.grid\)"),
-        ({"connector": exporting.MODEL.connector}, r"model\.connector\.type"),
-        ({"backbone": exporting.MODEL.backbone, "moe": exporting.MODEL.moe}, r"model\.backbone\.type"),
-        ({"backbone": dataclasses.replace(LLAMA, tied_embeddings=True)}, r"model\.backbone\.tied_embeddings"),
-        ({"encoders": (dataclasses.replace(CLIP, final_norm=True),)}, r"model\.encoders\.0\.final_norm"),
-        ({"encoders": (CLIP, dataclasses.replace(CLIP, name="other"))}, "it has one encoder, not 2"),
-        ({"encoders": (exporting.MODEL.encoders[1],)}, r"model\.encoders\.0\.type"),
-        (
-            {"encoders": (dataclasses.replace(CLIP, class_token=False, pre_norm=False, patch_bias=True),)},
-            "one of clip_vision_model, not siglip_vision_model",
-        ),
-    ],
-)
-def test_what_is_no_llava_is_refused(yi_vl: Made, tmp_path: Path, changes: dict[str, Any], where: str) -> None:
-    with pytest.raises(UserError, match=f"LlavaLlamaForCausalLM has no such model.*{where}"):
-        to_hf(
-            tmp_path,
-            tmp_path / "hf",
-            form="llava_llama",
-            load=lambda _: (recipe_of(**changes), yi_vl.state, yi_vl.tokenizer),
-        )
-    assert not list(tmp_path.iterdir())
-
-
-CHANGES = [
-    ({"mm_projector_type": "mlp2x_gelu"}, "mlp2x_gelu", "mlp2x_gelu_Norm"),
-    ({"mm_projector_type": "mlp3x_gelu_Norm"}, "mlp3x_gelu_Norm", "mlp2x_gelu_Norm"),
-    ({"mm_projector_type": None}, "None", "mlp2x_gelu_Norm"),
-    ({"mm_hidden_size": 10**12}, "mm_hidden_size is 1000000000000", "24"),
-    ({"mm_vision_select_layer": -1}, "mm_vision_select_layer is -1", "-2"),
-]
-VARIANTS = [
-    ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch'"),
-    ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type is 'spatial_unpad'"),
-    ({"s2": True}, "s2 is True"),
-    ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'"),
-]
-
-
-@pytest.mark.parametrize(("change", "there", "here"), CHANGES)
-def test_a_configuration_of_another_model(
-    yi_vl: Made, tmp_path: Path, change: dict[str, Any], there: str, here: str
-) -> None:
-    hf = yi_vl.bare(tmp_path, **change)
-    with pytest.raises(UserError, match=f"{there}.* makes it '?{here}'? by the recipe"):
-        read_parts(yi_vl.recipe, [("connector", hf)], yi_vl.tokenizer)
-
-
-@pytest.mark.parametrize(("change", "message"), VARIANTS)
-def test_variants_that_are_not_read(yi_vl: Made, tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    hf = yi_vl.bare(tmp_path, **change)
-    with pytest.raises(UserError, match=message):
-        read_parts(yi_vl.recipe, [("connector", hf)], yi_vl.tokenizer)
-    with pytest.raises(UserError, match=message):
-        read_hf(hf)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"hidden_size": 10**9}, r"sizes up to 1000000000"),
-        ({"num_hidden_layers": 10**9}, r"it tells of 100000000[0-9] layers"),
-        ({"vocab_size": None}, "vocab_size"),
-        ({"mm_vision_tower": 3}, "mm_vision_tower is 3"),
-        ({"mm_vision_tower": "../hf/vit/clip"}, "nothing in it tells of the encoder"),
-        ({"mm_vision_select_layer": 9}, r"mm_vision_select_layer is 9.*±3"),
-        ({"mm_projector_type": "mlp2x_silu"}, "only linear, mlpNx_gelu and mlpNx_gelu_Norm"),
-        ({"mm_projector_type": "mlp2x_gelu"}, r"lacks tensor model\.mm_projector\.2\.bias"),
-        ({"mm_projector_type": "linear"}, r"lacks tensor model\.mm_projector\.bias"),
-        ({"mm_projector_type": "mlp99x_gelu_Norm"}, "it tells of 10[0-9] layers"),
-    ],
-)
-def test_a_damaged_configuration(yi_vl: Made, tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        read_hf(yi_vl.bare(tmp_path, **change))
-
-
-def test_an_absolute_path_is_not_followed(yi_vl: Made, tmp_path: Path) -> None:
-    hf = yi_vl.bare(tmp_path, mm_vision_tower=str(yi_vl.hf / "vit/clip"))
-    with pytest.raises(UserError, match="from-parts"):
-        read_hf(hf)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"num_hidden_layers": 4}, r"lacks tensor encoder\.layers\.3"),
-        ({"hidden_size": 10**9}, "sizes up to 1000000000"),
-        ({"model_type": "siglip_vision_model"}, "it is a siglip_vision_model"),
-        ({"image_size": 32}, "image_size is 32, there are 17 positions"),
-    ],
-)
-def test_a_damaged_encoder(yi_vl: Made, tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    hf = yi_vl.bare(tmp_path)
-    path = hf / "vit/clip/config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(UserError, match=message):
-        read_hf(hf)
-
-
-def test_tensors_that_are_not_there_or_not_known(made: Made, tmp_path: Path) -> None:
-    hf = made.bare(tmp_path)
-    tensors = load_file(hf / "model.safetensors")
-    save_file(tensors | {"model.mm_projector.7.weight": torch.zeros(1)}, hf / "model.safetensors")
-    for read in (lambda: read_hf(hf), lambda: read_parts(made.recipe, [("connector", hf)], made.tokenizer)):
-        with pytest.raises(UserError, match=r"has unread tensor model\.mm_projector\.7\.weight"):
-            read()
-    last = max(name for name in tensors if "mm_projector" in name)
-    save_file({name: tensor for name, tensor in tensors.items() if name != last}, hf / "model.safetensors")
-    for read in (lambda: read_hf(hf), lambda: read_parts(made.recipe, [("connector", hf)], made.tokenizer)):
-        with pytest.raises(UserError, match=f"lacks tensor {last}"):
-            read()
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "message"),
-    [
-        ("ffn_hidden_size = 48", "ffn_hidden_size = 1000000000", r"sizes up to 1000000000.*mmoe_recipe"),
-        ("kv_heads = 2", "kv_heads = 4", r"num_key_value_heads is 2, model\.backbone\.kv_heads is 4 by the recipe"),
-        (
-            "\nnorm = true",
-            "\nnorm = false",
-            r"mm_projector_type is 'mlp2x_gelu_Norm', model\.connector makes it 'mlp2x",
-        ),
-        ("tied_embeddings = false", "tied_embeddings = true", r"its recipe is none of a LLaVA or Yi-VL"),
-    ],
-)
-def test_a_recipe_that_the_weights_do_not_fill(
-    yi_vl: Made, tmp_path: Path, before: str, after: str, message: str
-) -> None:
-    hf = Path(shutil.copytree(yi_vl.hf, tmp_path / "hf"))
-    recipe = hf / "mmoe_recipe.toml"
-    assert before in recipe.read_text()
-    recipe.write_text(recipe.read_text().replace(before, after, 1))
-    with pytest.raises(UserError, match=message):
-        read_hf(hf)
 
 
 def test_tokens_around_pictures_are_told_of(yi_vl: Made, tmp_path: Path) -> None:
