@@ -158,8 +158,10 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     to_hf.add_argument("source", type=Path, metavar="CHECKPOINT")
     to_hf.add_argument("out", type=Path, metavar="OUT")
     to_hf.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
-    text = "of the whole model (default: auto, transformers' own class where it computes the same)"
-    to_hf.add_argument("--format", choices=["auto", "llava", "cambrian", "mmoe"], default="auto", help=text)
+    text = "of the whole model (default: auto, transformers' own class where it computes the same; llava_llama and "
+    text += "cambrian: the layouts of released LLaVA and Yi-VL, and Cambrian-1)"
+    formats = ["auto", "llava", "llava_llama", "cambrian", "mmoe"]
+    to_hf.add_argument("--format", choices=formats, default="auto", help=text)
     to_hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file with weights (default: 5GB)")
     example = "convert verify runs/quickstart/checkpoints/step_00001000 runs/quickstart/hf"
     text = "compare two models' weights and logits, or one checkpoint's files with their checksums"

@@ -14,11 +14,12 @@ from torch import Tensor
 from mmoe.checkpoint import layout, stream
 from mmoe.checkpoint.tensors import Part, Rows, Tensors, View, lazy
 from mmoe.convert import processor, towers
-from mmoe.convert.families import cambrian, llava, multimodal
+from mmoe.convert.families import cambrian, llava, llava_llama, multimodal
 from mmoe.convert.families import language as language_family
 from mmoe.convert.families.fields import token_ids
 from mmoe.convert.ship import ship
 from mmoe.convert.weights import INDEX, SHARD, plan
+from mmoe.data.pixels import Fit
 from mmoe.errors import UserError
 from mmoe.progress import progress
 from mmoe.recipe.load import dump_recipe
@@ -28,9 +29,16 @@ from mmoe.recipe.schema import Recipe
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RECIPE = "mmoe_recipe.toml"
 
-Format = Literal["auto", "llava", "cambrian", "mmoe"]
-Kind = Literal["llava", "cambrian", "mmoe"]
-CLASSES = {"llava": "LlavaForConditionalGeneration", "cambrian": "CambrianLlamaForCausalLM"}
+Format = Literal["auto", "llava", "llava_llama", "cambrian", "mmoe"]
+Kind = Literal["llava", "llava_llama", "cambrian", "mmoe"]
+FAMILIES = {"llava": llava, "llava_llama": llava_llama, "cambrian": cambrian}
+CLASSES = {
+    "llava": "LlavaForConditionalGeneration",
+    "llava_llama": llava_llama.ARCHITECTURE,
+    "cambrian": "CambrianLlamaForCausalLM",
+}
+RELEASED = {"llava_llama": llava_llama, "cambrian": cambrian}
+"""Layouts of released code, with the encoders in folders of their own."""
 Load = Callable[[Path], tuple[Recipe, Mapping[str, Tensor], Path]]
 
 
@@ -56,7 +64,7 @@ def to_hf(
             the checkpoint's files are held against their checksums.
         max_shard_size: of a file, as "5GB".
         form: of the whole model: ``llava``, ``mmoe`` (with its own code), ``auto``, the first of these that can be, or
-            ``cambrian``, the released Cambrian-1's layout.
+            a release's layout: ``llava_llama``, LLaVA's and Yi-VL's, or ``cambrian``, Cambrian-1's.
 
     Raises:
         UserError: the checkpoint cannot be read, transformers has no such model, or OUT holds something else.
@@ -95,19 +103,19 @@ def to_hf(
 
 
 def _kind(recipe: Recipe, form: Format, tokens: processor.Tokens) -> Kind | None:
-    """What the whole model becomes: ``LlavaForConditionalGeneration``, the released Cambrian-1 or our own class. None
-    where there is none but the language model.
+    """What the whole model becomes: ``LlavaForConditionalGeneration``, a release's class or our own. None where there
+    is none but the language model.
 
     Raises:
-        UserError: it is to be one of the first two, and cannot.
+        UserError: it is to be one of transformers' or of a release, and cannot.
     """
-    if form in CLASSES:
-        found = next((llava if form == "llava" else cambrian).problems(recipe.model), None)
+    if form in FAMILIES:
+        found = next(FAMILIES[form].problems(recipe.model), None)
         if found:
             path, what, fix = found
             raise UserError(f"{CLASSES[form]} has no such model: {what}", path, fix)
-    if form == "cambrian":
-        return "cambrian"
+    if form == "cambrian" or form == "llava_llama":
+        return form
     if not recipe.model.encoders:
         return None
     if form == "mmoe" or next(llava.problems(recipe.model), None):
@@ -129,14 +137,15 @@ def _folders(model: Model, state: Tensors, dtype: torch.dtype | None, kind: Kind
     if kind is None:
         return {"": language.write(state, dtype)}
     folders = {"language": language.write(Part(state, "language."), dtype)}
-    if kind != "cambrian":
+    if kind not in RELEASED:
         return folders | {"": (llava if kind == "llava" else multimodal).table(model).write(state, dtype)}
+    family = RELEASED[kind]
     for encoder in model.encoders:
         prefix = f"encoders.{encoder.name}."
-        table = towers.layout_of(cambrian.published(encoder))[1].prefixed(ours=prefix)
-        folders[f"{cambrian.ENCODERS}/{encoder.name}"] = table.write(Part(state, prefix), dtype)
+        table = towers.layout_of(encoder)[1].prefixed(ours=prefix)
+        folders[f"{family.ENCODERS}/{encoder.name}"] = table.write(Part(state, prefix), dtype)
     vision = {name: Rows(name) for name in state if not name.startswith("encoders.")}
-    return folders | {"": cambrian.table(model).write(View(state, vision), dtype)}
+    return folders | {"": family.table(model).write(View(state, vision), dtype)}
 
 
 def _check_room(out: Path) -> None:
@@ -176,8 +185,8 @@ def _describe(
     notes: list[str] = []
     if whole_dtype and kind == "llava":
         notes = _describe_llava(out, recipe, tokens, whole_dtype)
-    elif whole_dtype and kind == "cambrian":
-        notes = _describe_cambrian(out, recipe, tokens, whole_dtype)
+    elif whole_dtype and kind in RELEASED:
+        notes = _describe_released(out, recipe, tokens, whole_dtype, kind)
     elif whole_dtype:
         _write_json(out / "config.json", _whole_config(recipe, config, whole_dtype))
         _write_tokenizer(out, tokens, model.backbone.max_position, images=True)
@@ -199,20 +208,29 @@ def _describe_llava(out: Path, recipe: Recipe, tokens: processor.Tokens, dtype: 
     return notes
 
 
-def _describe_cambrian(out: Path, recipe: Recipe, tokens: processor.Tokens, dtype: str) -> list[str]:
-    model = recipe.model
-    _write_json(out / "config.json", cambrian.to_config(model, dtype))
+def _describe_released(out: Path, recipe: Recipe, tokens: processor.Tokens, dtype: str, kind: str) -> list[str]:
+    model, data, family = recipe.model, recipe.data, RELEASED[kind]
+    padded = data.fit == "pad"
+    fit: Fit = "stretch"
+    notes = [family.NOTE]
+    if family is cambrian:
+        config = cambrian.to_config(model, dtype)
+    else:
+        config = llava_llama.to_config(model, dtype, padded=padded)
+        if padded:
+            notes += processor.other_border(model.encoders[0], "the released code")
+        else:
+            fit = data.fit
+    _write_json(out / "config.json", config)
     _write_tokenizer(out, tokens, model.backbone.max_position, images=True)
     for encoder in model.encoders:
-        folder = out / cambrian.ENCODERS / encoder.name
-        _write_json(folder / "config.json", towers.layout_of(cambrian.published(encoder))[0])
-        fields, _ = processor.image_processor(encoder, "stretch", recipe.data.interpolation)
-        del fields["processor_class"]  # of a LLaVA
+        folder = out / family.ENCODERS / encoder.name
+        _write_json(folder / "config.json", towers.layout_of(encoder)[0])
+        # The code pads pictures itself, before the processor.
+        fields, _ = processor.image_processor(encoder, fit, data.interpolation)
+        del fields["processor_class"]  # of a LLaVA in transformers
         _write_json(folder / "preprocessor_config.json", fields)
-    return [
-        "the released code looks for one picture a text, at image_position of config.json; it finds encoders by their "
-        "published names, which mm_vision_tower_aux_list has to be given"
-    ]
+    return notes
 
 
 def _whole_config(recipe: Recipe, language: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -285,8 +303,12 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _write_readme(out: Path, recipe: Recipe, language: str, kind: Kind | None, image: str) -> None:
     stock = WHOLE_README.replace(", trust_remote_code=True", "").replace("<image>", image)
-    templates = {"llava": stock, "cambrian": CAMBRIAN_README, "mmoe": WHOLE_README, None: LANGUAGE_README}
-    template = templates[kind].replace("LANGUAGE", language)
+    templates = {"llava": stock, "mmoe": WHOLE_README, None: LANGUAGE_README}
+    if kind in RELEASED:
+        template = RELEASED_README.replace("SOURCE", RELEASED[kind].SOURCE).replace("FOLDER", RELEASED[kind].ENCODERS)
+    else:
+        template = templates[kind]
+    template = template.replace("LANGUAGE", language)
     title = f"# {recipe.name}\n\n{recipe.description}".rstrip()
     (out / "README.md").write_text(f"---\nlibrary_name: transformers\n---\n{title}\n{template}", encoding="utf-8")
 
@@ -304,12 +326,12 @@ Trained with mmoe; `mmoe_recipe.toml` is the recipe. Needs transformers, torch, 
 
 `language/` holds the language model alone: `LANGUAGE.from_pretrained("language")`.
 """
-CAMBRIAN_README = """
-Trained with mmoe; `mmoe_recipe.toml` is the recipe. In the layout of the released Cambrian-1
-(`CambrianLlamaForCausalLM` of cambrian-mllm/cambrian): the language model and the connector here, the encoders in
-`encoders/`, each a directory of its own. `mmoe convert from-hf` reads it.
+RELEASED_README = """
+Trained with mmoe; `mmoe_recipe.toml` is the recipe. In the layout of SOURCE:
+the language model and the connector here, the encoders in `FOLDER/`, each a directory of its own. It is for that code,
+not for transformers alone; `mmoe convert from-hf` reads it.
 
-`language/` holds the language model alone: `LANGUAGE.from_pretrained("language")`.
+`language/` holds the language model alone, for transformers: `LANGUAGE.from_pretrained("language")`.
 """
 LANGUAGE_README = """
 Trained with mmoe; `mmoe_recipe.toml` is the recipe.

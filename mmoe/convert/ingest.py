@@ -10,7 +10,7 @@ from torch import Tensor
 from mmoe.checkpoint.tensors import Rows, Spec, Tensors, Together, View, read_as
 from mmoe.convert import processor, towers
 from mmoe.convert.export import RECIPE
-from mmoe.convert.families import cambrian, language, llava, longcat, multimodal
+from mmoe.convert.families import cambrian, language, llava, llava_llama, longcat, multimodal
 from mmoe.convert.families.fields import read_config, read_special
 from mmoe.convert.weights import Weights
 from mmoe.ending import one_line
@@ -38,8 +38,8 @@ class Imported(NamedTuple):
 
 def read_hf(directory: Path) -> Imported:
     """Read an export of ours, its ``language`` folder, or another ``LongcatFlashForCausalLM``, ``LlamaForCausalLM`` or
-    ``LlavaForConditionalGeneration`` on one of these. A released Cambrian-1 lacks the encoders: that is read by
-    :func:`mmoe.convert.parts.from_parts`.
+    ``LlavaForConditionalGeneration`` on one of these, or a ``LlavaLlamaForCausalLM`` with its encoder's folder, as
+    Yi-VL. A released LLaVA or Cambrian-1 lacks the encoders: that is read by :func:`mmoe.convert.parts.from_parts`.
 
     A directory without our recipe gives one that names the model and leaves data and training to be chosen. Nothing in
     it is run, no pickle is read, and no file that an index of it names: its own ``*.safetensors`` are. They may be
@@ -49,6 +49,8 @@ def read_hf(directory: Path) -> Imported:
         UserError: a file is missing or unreadable, or tensors and configuration do not fit.
     """
     config = read_config(directory)
+    if llava_llama.is_release(config):
+        return _read_llava_llama(directory, config)
     tensors = Weights(directory)
     mtp = MTP() if any(longcat.MTP in name for name in tensors) else None
     fused = any(name.endswith("experts.gate_up_proj") for name in tensors)
@@ -110,6 +112,55 @@ def _read_cambrian(directory: Path, config: dict[str, Any], tensors: Tensors, ou
         states.append(taken.state)
         notes += taken.notes
     return Imported(ours, Together(states), directory / "tokenizer.json", notes)
+
+
+def _read_llava_llama(directory: Path, config: dict[str, Any]) -> Imported:
+    """A release with its encoder's folder in it, or an export in that layout."""
+    where, folder = str(directory / "config.json"), llava_llama.tower(directory, config)
+    tensors = Weights(directory, buffers=True)
+    parts = llava_llama.divided(tensors)
+    if folder is None or (parts.tower and config.get("unfreeze_mm_vision_tower")):
+        encoder = f"{directory}" if parts.tower else "DIR"
+        fix = f"--part connector={directory} language={directory} encoders.NAME={encoder}"
+        what = f"nothing in it tells of the encoder, mm_vision_tower is {config.get('mm_vision_tower')!r}"
+        raise UserError(what, where, f"mmoe convert from-parts RECIPE OUT {fix}")
+    if (told := directory / RECIPE).exists():
+        recipe, notes = load_recipe(told), []
+        for path, what, fix in llava_llama.problems(recipe.model):
+            raise UserError(f"its recipe is none of a LLaVA or Yi-VL: {what}", f"{told}, {path}", fix)
+    else:
+        recipe, notes = _recipe_of_release(directory, config, folder, tensors)
+    model, apart = recipe.model, Weights(folder, buffers=True)
+    every = Together([tensors, View(apart, {f"vision/{name}": Rows(name) for name in apart})])
+    _plausible(model, every, str(told) if told.exists() else where)
+    notes += llava_llama.check(config, model, where)
+    backbone, _ = language.from_config({**config, "model_type": "llama"}, where)
+    language.check_same_model(dataclasses.replace(model, backbone=backbone), model, where)
+    towers.check_dtypes(parts.read, directory)
+    state = llava_llama.table(model).read(parts.read, str(directory))
+    (encoder,) = model.encoders
+    taken = towers.read(folder, encoder, "model.encoders.0")
+    notes += taken.notes + towers.left_aside("the rest", directory, parts.aside, llava_llama.group)
+    return Imported(recipe, Together([state, taken.state]), directory / "tokenizer.json", notes)
+
+
+def _recipe_of_release(
+    directory: Path, config: dict[str, Any], folder: Path, tensors: Tensors
+) -> tuple[Recipe, list[str]]:
+    """A recipe of a published directory, with what its image processor does."""
+    where, whose = str(directory / "config.json"), str(folder / "config.json")
+    model = llava_llama.from_config(config, where, towers.vision_config(folder), whose)
+    special, notes = read_special({**config, "model_type": "llama"}, where)
+    special = dataclasses.replace(special, image=llava_llama.UNKNOWN)
+    if special.pad == special.image:
+        special = dataclasses.replace(special, pad=special.eos)
+    notes.append(f"it has no token for pictures: model.special.image is {special.image}, <unk>, and pad {special.pad}")
+    model = dataclasses.replace(model, special=special)
+    recipe, more = _as_processed(_recipe(directory, model, tensors), folder)
+    if config.get("image_aspect_ratio") == "pad":
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, fit="pad"))
+        more += processor.our_border(recipe.model.encoders[0].mean)
+    return recipe, notes + more
 
 
 def _as_processed(recipe: Recipe, directory: Path) -> tuple[Recipe, list[str]]:

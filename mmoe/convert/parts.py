@@ -13,7 +13,7 @@ from mmoe.checkpoint.first import LANGUAGE, first_weights
 from mmoe.checkpoint.load import blank, weights
 from mmoe.checkpoint.tensors import COMPARED, Part, Rows, Spec, Tensors, Together, View
 from mmoe.convert import towers
-from mmoe.convert.families import cambrian
+from mmoe.convert.families import cambrian, llava_llama
 from mmoe.convert.families import language as languages
 from mmoe.convert.families.fields import check_same, read_config
 from mmoe.convert.ingest import Imported, check_room, read_hf, write
@@ -141,6 +141,8 @@ def _foreign(tokenizer: Path, model: Model) -> list[str]:
 def _take(model: Model, module: str, directory: Path) -> Taken:
     config = read_config(directory) if (directory / "config.json").is_file() else {}
     kind = config.get("model_type")
+    if llava_llama.is_release(config):
+        return _of_llava_llama(model, module, directory, config)
     if kind in EXPORTS:
         return _of_export(model, module, directory)
     if kind == cambrian.MODEL_TYPE and not module.startswith("encoders."):
@@ -150,7 +152,7 @@ def _take(model: Model, module: str, directory: Path) -> Taken:
     if module != CONNECTOR:
         index = [f"encoders.{encoder.name}" for encoder in model.encoders].index(module)
         return towers.read(directory, model.encoders[index], f"model.encoders.{index}")
-    kinds = ", ".join((*EXPORTS, cambrian.MODEL_TYPE))
+    kinds = ", ".join((*EXPORTS, cambrian.MODEL_TYPE, llava_llama.MODEL_TYPE))
     raise UserError(f"model_type is {kind!r}", str(directory / "config.json"), f"a connector comes of one of {kinds}")
 
 
@@ -204,6 +206,25 @@ def _of_cambrian(model: Model, module: str, directory: Path, config: dict[str, A
     check_dtypes(own := View(tensors, {name: Rows(name) for name in tensors if name in of_connector}), directory)
     towers_there = [str(tower).removeprefix(f"{cambrian.ENCODERS}/") for tower in config["mm_vision_tower_aux_list"]]
     return Taken(cambrian.connector(model).read(own, str(directory)), _order(towers_there, model, where))
+
+
+def _of_llava_llama(model: Model, module: str, directory: Path, config: dict[str, Any]) -> Taken:
+    where, found = str(directory / "config.json"), llava_llama.divided(Weights(directory, buffers=True))
+    if module == LANGUAGE:
+        return _language(model, directory, found.language, {**config, "model_type": "llama"})
+    if module == CONNECTOR:
+        notes = [f"{module}: {note}" for note in llava_llama.check(config, model, where)]
+        check_dtypes(found.connector, directory)
+        return Taken(llava_llama.connector(model).read(found.connector, str(directory)), notes)
+    folder = llava_llama.tower(directory, config)
+    index = [f"encoders.{encoder.name}" for encoder in model.encoders].index(module)
+    encoder, path = model.encoders[index], f"model.encoders.{index}"
+    if found.tower and (folder is None or config.get("unfreeze_mm_vision_tower")):
+        return towers.read_stored(directory, found.tower, encoder, path)
+    if folder is None:
+        what = f"it has no encoder, mm_vision_tower is {config.get('mm_vision_tower')!r}"
+        raise UserError(what, where, f"give {module} the directory of that")
+    return towers.read(folder, encoder, path)
 
 
 def _language(model: Model, directory: Path, tensors: Tensors, config: dict[str, Any]) -> Taken:

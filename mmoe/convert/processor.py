@@ -4,6 +4,7 @@ and a tokenizer that puts ``<bos>`` in front."""
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,11 +53,24 @@ def image_processor(encoder: Encoder, fit: Fit, interpolation: Interpolation) ->
         "image_std": list(encoder.std),
         "processor_class": "LlavaProcessor",
     }
-    border = [int(255 * value) for value in encoder.mean]
-    notes = []
-    if fit == "pad" and border != [int(MEAN)] * 3:
-        notes.append(f"LlavaImageProcessor pads with image_mean, {border} of 255; training padded with gray, {MEAN}")
-    return fields, notes
+    return fields, other_border(encoder, "LlavaImageProcessor") if fit == "pad" else []
+
+
+def other_border(encoder: Encoder, who: str) -> list[str]:
+    """A note where ``who`` pads pictures in another colour than training did."""
+    if _is_gray(encoder.mean):
+        return []
+    colour = [int(255 * value) for value in encoder.mean]
+    return [f"{who} pads with image_mean, {colour} of 255; training padded with gray, {MEAN}"]
+
+
+def our_border(mean: Sequence[float]) -> list[str]:
+    """A note where training pads pictures in another colour than ``mean``, with which they were padded."""
+    return [] if _is_gray(mean) else [f"pictures are padded with gray, {MEAN} of 255, not with image_mean"]
+
+
+def _is_gray(mean: Sequence[float]) -> bool:
+    return [int(255 * value) for value in mean] == [int(MEAN)] * 3
 
 
 def processor(encoder: ViT, image: str) -> dict[str, Any]:
@@ -110,8 +124,8 @@ def _settings(fields: Any, where: str) -> Settings:
     if not isinstance(number, int) or number not in names:
         notes.append(f"resample is {number!r}: pictures are resized by the cubic filter")
     mean, std = (_statistics(fields.get(key), key, where) for key in ("image_mean", "image_std"))
-    if fit == "pad" and mean and [int(255 * value) for value in mean] != [int(MEAN)] * 3:
-        notes.append(f"pictures are padded with gray, {MEAN} of 255, not with image_mean")
+    if fit == "pad" and mean:
+        notes += our_border(mean)
     return Settings(fit, names.get(number, "cubic"), mean, std, notes)
 
 

@@ -17,7 +17,7 @@ from mmoe.convert.mapping import Table
 from mmoe.convert.weights import DTYPES, Weights
 from mmoe.errors import UserError
 from mmoe.models.encoders.vit import resize_position
-from mmoe.recipe.model import AnyEncoder, ConvNeXt, ViT
+from mmoe.recipe.model import AnyEncoder, ConvNet, ConvNeXt, ViT
 
 WHOLE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 """Models of pictures and texts, and the vision model in them."""
@@ -66,10 +66,7 @@ def read(directory: Path, encoder: AnyEncoder, path: str) -> Taken:
     front = next((part for part in ("visual.", "") if f"{part}conv1.weight" in tensors), None)
     if front is not None:
         return _open_clip(directory, tensors, front, encoder, path)
-    config, where = read_config(directory), str(directory / "config.json")
-    kind, inner = config.get("model_type"), config.get("vision_config")
-    if isinstance(kind, str) and kind in WHOLE and isinstance(inner, dict):
-        config = {"model_type": WHOLE[kind], **inner}
+    config, where = vision_config(directory), str(directory / "config.json")
     theirs = vision.from_config(config, where, encoder.name)
     family = vision.FAMILIES[config["model_type"]]
     names = NAMES | {ours: there for there, ours in family.same.items()}
@@ -92,6 +89,39 @@ def read(directory: Path, encoder: AnyEncoder, path: str) -> Taken:
             raise UserError(what, where, "the weights do not fit the configuration")
     notes = _statistics(directory, encoder, module)
     return placed(made, encoder, module, notes + left_aside(module, directory, aside))
+
+
+def vision_config(directory: Path) -> dict[str, Any]:
+    """The ``config.json`` of an encoder's directory; of a CLIP or SigLIP with texts the vision model's part.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    config = read_config(directory)
+    kind, inner = config.get("model_type"), config.get("vision_config")
+    if isinstance(kind, str) and kind in WHOLE and isinstance(inner, dict):
+        return {"model_type": WHOLE[kind], **inner}
+    return config
+
+
+def read_stored(directory: Path, tensors: Tensors, encoder: AnyEncoder, path: str) -> Taken:
+    """The weights of the recipe's ``encoder``, which stands at ``path`` there, out of ``tensors`` of a larger model in
+    ``directory``: a ``CLIPVisionModel`` without its configuration.
+
+    Raises:
+        UserError: another encoder, one that lacks a tensor or has one that nothing reads.
+    """
+    module = f"encoders.{encoder.name}"
+    if not isinstance(encoder, ViT) or vision.family_of(encoder) is not CLIP:
+        raise UserError(f"it is a CLIP, {path} is none by the recipe", str(directory), "give a part that fits")
+    front = "vision_model." if any(name.startswith("vision_model.") for name in tensors) else ""
+    table = vision.table(encoder, theirs=front)
+    names = {name for entry in table.entries for name in entry.theirs if name in tensors}
+    aside = tensors.keys() - names
+    refuse_unknown(aside, UNUSED, directory)
+    made = _read(table, View(tensors, {name: Rows(name) for name in names}), directory)
+    notes = [f"{module}: nothing there tells of its heads, activation and epsilon: taken to be the recipe's"]
+    return placed(made, encoder, module, CLIP.antialias, notes + left_aside(module, directory, aside))
 
 
 def _open_clip(directory: Path, tensors: Tensors, front: str, encoder: AnyEncoder, path: str) -> Taken:
@@ -235,19 +265,23 @@ def _table(fields: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     return found
 
 
-def layout_of(encoder: ViT | ConvNeXt) -> tuple[dict[str, Any], Table]:
+def layout_of(encoder: AnyEncoder) -> tuple[dict[str, Any], Table]:
     """The ``config.json`` and the tensors of an encoder's own directory: transformers', or timm's for a ConvNeXt that
-    transformers has not.
+    transformers has not. ``encoder`` is no ConvNet.
 
     Raises:
         UserError: neither has such an encoder; it names our field.
     """
+    assert not isinstance(encoder, ConvNet)
     timm = (
         isinstance(encoder, ConvNeXt)
         and encoder.norm_eps != vision.from_config({"model_type": "convnext"}, "").norm_eps
     )
     if not timm:
-        return vision.to_config(encoder), vision.table(encoder)
+        config = vision.to_config(encoder)
+        # As they are published; transformers 5 reads them too, and saves them without.
+        front = "vision_model." if config["model_type"] in WHOLE.values() else ""
+        return config, vision.table(encoder, theirs=front)
     assert isinstance(encoder, ConvNeXt)
     sizes = {"depths": list(encoder.depths), "dims": list(encoder.widths), "patch_size": encoder.patch_size}
     config = {

@@ -142,8 +142,13 @@ def _check_places(path: Path) -> None:
 
 def _architecture(path: Path) -> str:
     """Which model an export is, by its own word."""
+    from mmoe.convert.families import cambrian, llava_llama
+
     config = reading.json_object(reading.text(path / "config.json", LARGEST_INDEX))
     kind = config.get("model_type")
+    if kind == cambrian.MODEL_TYPE or llava_llama.is_release(config):
+        fix = f"mmoe convert from-hf {path} OUT, then generate from OUT/checkpoints/step_00000000"
+        raise UserError("it is in the layout of a release, for that release's code", str(path), fix)
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise UserError(f"model_type is {kind!r}", str(path / "config.json"), f"give one of {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[kind]

@@ -7,10 +7,11 @@ import exporting
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmoe.checkpoint.load import Loaded, weights
-from mmoe.convert import to_hf
+from mmoe.convert import read_hf, to_hf
 from mmoe.convert.families import vision
 from mmoe.data.tokenizer import train_tokenizer
 from mmoe.models.encoders.vit import resize_position
@@ -33,9 +34,9 @@ def recipe_of(stage: int) -> Recipe:
     narrow = {"vocab_size": 300, "hidden_size": 48, "heads": 4, "head_dim": 12, "ffn_hidden_size": 64}
     backbone = dataclasses.replace(model.backbone, **narrow)
     encoders = (dataclasses.replace(encoder, width=32, layers=3),)
-    return dataclasses.replace(
-        exporting.RECIPE, model=Model(backbone=backbone, encoders=encoders, connector=model.connector)
-    )
+    data = dataclasses.replace(exporting.RECIPE.data, sequence_length=512)
+    shape = Model(backbone=backbone, encoders=encoders, connector=model.connector)
+    return dataclasses.replace(exporting.RECIPE, model=shape, data=data)
 
 
 class Pair:
@@ -56,8 +57,8 @@ class Pair:
         state = dict(small.state_dict())
         self.position = state[POSITION]
         network.load_state_dict(state | {POSITION: resize_position(self.position, encoder)})
-        self.ours, self.encoder = Loaded(recipe, network, tokenizer), encoder
-        to_hf(folder, folder / "hf", load=lambda _: (recipe, dict(weights(network)), tokenizer))
+        self.ours, self.encoder, self.weights = Loaded(recipe, network, tokenizer), encoder, dict(weights(network))
+        to_hf(folder, folder / "hf", form="llava_llama", load=lambda _: (recipe, self.weights, tokenizer))
         self.language = transformers.LlamaForCausalLM.from_pretrained(folder / "hf/language").eval()
         tower = {name.removeprefix("encoders.open_clip."): part for name, part in state.items() if "open_clip" in name}
         (smaller,) = first.model.encoders
@@ -97,6 +98,21 @@ class Pair:
 
     def difference(self) -> float:
         return float((self.ours.logits(self.ids, self.pixels) - self.theirs()).abs().max())
+
+
+@pytest.mark.parametrize("stage", [0, 1], ids=["64 pixels", "128 pixels"])
+def test_the_released_layout(stage, tmp_path):
+    """The exported projector is the released sequence's state, and all comes back."""
+    pair = Pair(stage, tmp_path)
+    front, stored = "model.mm_projector.", load_file(tmp_path / "hf/model.safetensors")
+    there = {name.removeprefix(front): part for name, part in stored.items() if name.startswith(front)}
+    here = pair.projector.state_dict()
+    assert there.keys() == here.keys()
+    assert all(torch.equal(there[name], here[name]) for name in here)
+    imported = read_hf(tmp_path / "hf")
+    assert imported.recipe == pair.ours.recipe
+    assert imported.state.keys() == pair.weights.keys()
+    assert all(torch.equal(imported.state[name], part) for name, part in pair.weights.items())
 
 
 @pytest.mark.parametrize("stage", [0, 1], ids=["64 pixels", "128 pixels"])

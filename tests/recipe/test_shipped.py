@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+import math
 
 import pytest
 import torch
 import transformers
 
-from mmoe.convert.families import llama, llava, vision
+from mmoe.convert.families import llama, llava, llava_llama, vision
 from mmoe.models.count import count, describe
 from mmoe.parallel import layout
 from mmoe.recipe import load_recipe
@@ -46,8 +47,8 @@ def test_llava_is_transformers(name: str) -> None:
     assert count(model).total == parameters(transformers.LlavaForConditionalGeneration, config)
 
 
-@pytest.mark.parametrize("name", ["yi_vl_6b", "yi_vl_34b", "yi_vl_tiny"])
-def test_yi_vl_is_the_sum_of_its_parts(name: str) -> None:
+@pytest.mark.parametrize("name", ["yi_vl_6b", "yi_vl_34b", "yi_vl_tiny", "llava_7b"])
+def test_yi_vl_and_the_first_llava_are_the_sums_of_their_parts(name: str) -> None:
     model = load_recipe(name).model
     (encoder,), backbone = model.encoders, model.backbone
     assert isinstance(encoder, ViT)
@@ -55,12 +56,16 @@ def test_yi_vl_is_the_sum_of_its_parts(name: str) -> None:
     text = parameters(transformers.LlamaForCausalLM, llama.to_config(backbone, "float32"))
     tower = parameters(transformers.CLIPVisionModel, vision.to_config(encoder))
     d = backbone.hidden_size
-    connector = (encoder.width * d + d) + (d * d + d) + 2 * 2 * d  # two linear maps, two LayerNorms
+    connector = encoder.width * d + d  # a linear map
+    if name.startswith("yi_vl"):
+        connector += (d * d + d) + 2 * 2 * d  # another one, two LayerNorms
     assert count(model).total == text + tower + connector
+    assert not list(llava_llama.problems(model))
 
 
 CAMBRIAN = ["cambrian_1_8b", "cambrian_1_13b", "cambrian_1_34b", "cambrian_tiny"]
 FLAGSHIP = ["longcat_sva_560b", "longcat_sva_tiny"]
+LLAVA = ["llava_7b", "llava_1_5_7b", "llava_1_5_13b", "yi_vl_6b", "yi_vl_34b"]
 
 
 def sva_parameters(model: Model) -> int:
@@ -146,11 +151,29 @@ def test_cambrian_as_released() -> None:
 
 @pytest.mark.parametrize(
     ("name", "ranks"),
-    [*zip(CAMBRIAN, (32, 64, 128, 2), strict=True), *zip(FLAGSHIP, (224, 2), strict=True)],
+    [
+        *zip(CAMBRIAN, (32, 64, 128, 2), strict=True),
+        *zip(FLAGSHIP, (224, 2), strict=True),
+        *zip(LLAVA, (8, 8, 8, 8, 32), strict=True),
+    ],
 )
 def test_the_layout_is_possible(name: str, ranks: int) -> None:
     for stage in load_recipe(name).stages:
         layout.check(stage, ranks)
+
+
+def test_the_first_llava_as_published() -> None:
+    """arXiv 2304.08485, and the first release's README: 595K pairs once, 158K instructions three times."""
+    align, instruct = load_recipe("llava_7b").stages
+    for stage, batch, lr, samples, frozen in (
+        (align, 128, 2e-3, 595e3, ("encoders", "language")),
+        (instruct, 32, 2e-5, 3 * 158e3, ("encoders",)),
+    ):
+        assert (stage.train.global_batch, stage.optimizer.lr, stage.optimizer.weight_decay) == (batch, lr, 0)
+        assert stage.train.steps == -(-samples // batch)
+        assert stage.optimizer.warmup_steps == math.ceil(0.03 * stage.train.steps)
+        assert (stage.train.frozen, stage.data.fit, stage.data.sequence_length) == (frozen, "crop", 2048)
+        assert (stage.model.image_sizes, stage.model.image_tokens) == ((224,), 256)
 
 
 def test_stages_as_published() -> None:

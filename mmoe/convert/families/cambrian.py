@@ -12,7 +12,7 @@ from mmoe.convert.families.fields import token_ids
 from mmoe.convert.mapping import Entry, Table
 from mmoe.errors import UserError
 from mmoe.recipe.checks import Problem, encoder_grid
-from mmoe.recipe.model import SVA, AnyEncoder, ConvNet, ConvNeXt, Llama, Model, ViT
+from mmoe.recipe.model import SVA, ConvNet, Llama, Model, ViT
 
 MODEL_TYPE = "cambrian_llama"
 CONNECTOR = re.compile(r"model\.(vision_query$|image_newline$|mm_projector(_aux_\d+)?\.|vision_sampler_(\d+|layers)\.)")
@@ -21,6 +21,11 @@ HEADS = 16
 """Of every layer: written into ``vision_sampler.py``, no field has them."""
 ENCODERS = "encoders"
 """The folder that an export has their own directories in."""
+SOURCE = "the released Cambrian-1\n(`CambrianLlamaForCausalLM` of cambrian-mllm/cambrian)"
+NOTE = (
+    "the released code looks for one picture a text, at image_position of config.json; it finds encoders by their "
+    "published names, which mm_vision_tower_aux_list has to be given"
+)
 FIX = "export it as MmoeForConditionalGeneration: --format mmoe"
 
 
@@ -47,12 +52,6 @@ def table(model: Model) -> Table:
     """Every tensor of a directory, of a model of which :func:`problems` has none."""
     assert isinstance(model.backbone, Llama)
     return connector(model) + llama.table(model.backbone)
-
-
-def published(encoder: AnyEncoder) -> ViT | ConvNeXt:
-    """One of a model of which :func:`problems` has none."""
-    assert not isinstance(encoder, ConvNet)
-    return encoder
 
 
 def to_config(model: Model, dtype: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ without ``vision_model.``, as transformers 5 saves a CLIP or SigLIP, and with ``
 apart, as it keeps them in memory.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,25 +64,10 @@ def problems(model: Model) -> Iterator[Problem]:
     """Why ``LlavaForConditionalGeneration`` does not compute what ``model`` does; nothing where it does."""
     if model.mtp is not None:
         yield "model.mtp", "it has no multi-token prediction", FIX
-    if len(model.encoders) != 1:
-        yield "model.encoders", f"it has one encoder, not {len(model.encoders)}", FIX
+    yield from encoder_problems(model, INNER)
+    if len(model.encoders) != 1 or not isinstance(encoder := model.encoders[0], ViT):
         return
-    encoder, connector = model.encoders[0], model.connector
-    if not isinstance(encoder, ViT):
-        yield "model.encoders.0.type", f"its encoder is a ViT, not {encoder.type!r}", FIX
-        return
-    try:
-        kind = vision.family_of(encoder).model_type
-    except UserError as error:
-        yield error.where, error.what, error.fix
-        return
-    if kind not in INNER:
-        yield "model.encoders.0", f"its encoder is one of {', '.join(INNER)}, not {kind}", FIX
-    if encoder.final_norm:
-        yield "model.encoders.0.final_norm", "it takes features that no last LayerNorm went over", FIX
-    side = encoder.image_size // encoder.patch_size
-    if encoder_grid(encoder) != side:
-        yield "model.encoders.0.grid", f"it has the encoder's own grid of {side}, not {encoder.grid}", FIX
+    side, connector = encoder.image_size // encoder.patch_size, model.connector
     if not isinstance(connector, MLP):
         yield "model.connector.type", f"its connector is an 'mlp', not {connector.type if connector else None!r}", FIX
         return
@@ -94,6 +79,29 @@ def problems(model: Model) -> Iterator[Problem]:
         yield "model.connector.newline", "it has no tokens that end a row", FIX
     if connector.grid != side:
         yield "model.connector.grid", f"it has the encoder's own grid of {side}, not {connector.grid}", FIX
+
+
+def encoder_problems(model: Model, kinds: Collection[str]) -> Iterator[Problem]:
+    """Why the encoder of ``model`` is none of a LLaVA's, which are one of transformers' ``kinds`` (``model_type``)."""
+    if len(model.encoders) != 1:
+        yield "model.encoders", f"it has one encoder, not {len(model.encoders)}", FIX
+        return
+    encoder = model.encoders[0]
+    if not isinstance(encoder, ViT):
+        yield "model.encoders.0.type", f"its encoder is a ViT, not {encoder.type!r}", FIX
+        return
+    try:
+        kind = vision.family_of(encoder).model_type
+    except UserError as error:
+        yield error.where, error.what, error.fix
+        return
+    if kind not in kinds:
+        yield "model.encoders.0", f"its encoder is one of {', '.join(kinds)}, not {kind}", FIX
+    if encoder.final_norm:
+        yield "model.encoders.0.final_norm", "it takes features that no last LayerNorm went over", FIX
+    side = encoder.image_size // encoder.patch_size
+    if encoder_grid(encoder) != side:
+        yield "model.encoders.0.grid", f"it has the encoder's own grid of {side}, not {encoder.grid}", FIX
 
 
 def table(model: Model, named: Layout | None = None, *, fused: bool = False) -> Table:
@@ -126,7 +134,7 @@ def _nest(name: str) -> str:
 def to_config(model: Model, dtype: str) -> dict[str, Any]:
     """Its ``config.json``."""
     encoder = _encoder(model)
-    text, layer = language.to_config(model, dtype), encoder.feature_layer
+    text = language.to_config(model, dtype)
     tower = {key: value for key, value in vision.to_config(encoder).items() if key != "architectures"}
     return {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -135,13 +143,35 @@ def to_config(model: Model, dtype: str) -> dict[str, Any]:
         "vision_config": tower,
         "text_config": text,
         **ONLY,
-        "vision_feature_layer": layer if layer < 0 else layer + 1,  # its 0 is what the first block reads
+        "vision_feature_layer": their_layer(encoder),
         "vision_feature_select_strategy": strategy(encoder),
         "image_token_index": model.special.image,
         "image_seq_length": model.image_tokens,
         "tie_word_embeddings": text["tie_word_embeddings"],
         **token_ids(model.special),
     }
+
+
+def their_layer(encoder: ViT) -> int:
+    """Our ``feature_layer`` as an index of their hidden states, of which 0 is what the first block reads."""
+    return encoder.feature_layer if encoder.feature_layer < 0 else encoder.feature_layer + 1
+
+
+def with_features(encoder: ViT, layer: Any, key: str, where: str) -> ViT:
+    """``encoder`` with the features that ``layer`` names among its hidden states, before its last norm.
+
+    Raises:
+        UserError: ``layer``, which stands under ``key`` in a configuration, is no layer's.
+    """
+    if type(layer) is not int or not -encoder.layers <= layer <= encoder.layers or layer == 0:
+        what = f"{key} is {layer!r}"
+        raise UserError(what, where, f"only one layer is supported, of ±1 to ±{encoder.layers}")
+    return replace(
+        encoder,
+        feature_layer=layer if layer < 0 else layer - 1,
+        final_norm=False,
+        pooling="norm" if encoder.pooling == "none" else encoder.pooling,  # its last norm is there all the same
+    )
 
 
 def strategy(encoder: ViT) -> str:
@@ -173,19 +203,11 @@ def from_config(config: dict[str, Any], where: str, name: str = "vision") -> Mod
     if not isinstance(encoder, ViT) or tower["model_type"] not in INNER:
         raise UserError(f"its vision_config is a {tower['model_type']}", where, f"give one of {', '.join(INNER)}")
     layer, chosen = config.get("vision_feature_layer", -2), config.get("vision_feature_select_strategy", "default")
-    if type(layer) is not int or not -encoder.layers <= layer <= encoder.layers or layer == 0:
-        what = f"vision_feature_layer is {layer!r}"
-        raise UserError(what, where, f"only one layer is supported, of ±1 to ±{encoder.layers}")
+    encoder = with_features(encoder, layer, "vision_feature_layer", where)
     if chosen != strategy(encoder):
         what = f"vision_feature_select_strategy is {chosen!r}"
         why = "the class token would be an image token" if encoder.class_token else "the first patch would be left out"
         raise UserError(what, where, f"only {strategy(encoder)!r} is supported with this encoder: {why}")
-    encoder = replace(
-        encoder,
-        feature_layer=layer if layer < 0 else layer - 1,
-        final_norm=False,
-        pooling="norm" if encoder.pooling == "none" else encoder.pooling,  # its last norm is there all the same
-    )
     connector = MLP(type="mlp", grid=encoder.image_size // encoder.patch_size)
     return Model(backbone=backbone, moe=moe, encoders=(encoder,), connector=connector)
 
