@@ -121,7 +121,7 @@ def read_stored(directory: Path, tensors: Tensors, encoder: AnyEncoder, path: st
     refuse_unknown(aside, UNUSED, directory)
     made = _read(table, View(tensors, {name: Rows(name) for name in names}), directory)
     notes = [f"{module}: nothing there tells of its heads, activation and epsilon: taken to be the recipe's"]
-    return placed(made, encoder, module, CLIP.antialias, notes + left_aside(module, directory, aside))
+    return placed(made, encoder, module, notes + left_aside(module, directory, aside))
 
 
 def _open_clip(directory: Path, tensors: Tensors, front: str, encoder: AnyEncoder, path: str) -> Taken:
