@@ -17,6 +17,7 @@ import pytest
 import torch
 from exporting import MODEL, load
 from huggingface_hub import save_torch_state_dict
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
@@ -329,6 +330,21 @@ def test_chunks_that_do_not_tile_their_tensor(checkpoint: Path) -> None:
     tensor.chunks[:] = reversed(whole)
     path.write_bytes(pickle.dumps(index))
     assert shards.Shards(state, {"x": place}, "")["x"].shape == tensor.size
+
+
+def test_a_chunk_in_another_order_is_refused(checkpoint: Path) -> None:
+    state = checkpoint / "state"
+    with (state / pickles.METADATA).open("rb") as file:
+        index = pickles.load_metadata(file)
+    key, tensor = next((k, t) for k, t in index.state_dict_metadata.items() if len(getattr(t, "size", ())) == 2)
+    tensor.chunks[:] = [ChunkStorageMetadata(torch.Size([0, 0]), tensor.size)]
+    place = Place(key, (), tuple(tensor.size), torch.empty(tensor.size, device="meta"))
+    torch.save(torch.ones(tensor.size[::-1]).t(), state / "other.distcp")
+    where = filesystem._StorageInfo("other.distcp", 0, (state / "other.distcp").stat().st_size)
+    index.storage_data[MetadataIndex(key, torch.Size([0, 0]))] = where
+    (state / pickles.METADATA).write_bytes(pickle.dumps(index))
+    with pytest.raises(UserError, match="not in row-major order"):
+        shards.Shards(state, {"x": place}, "")["x"]
 
 
 def test_an_altered_checkpoint_is_not_converted(checkpoint: Path, exported, tmp_path: Path) -> None:
