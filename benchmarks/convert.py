@@ -53,19 +53,22 @@ def run(options: Namespace) -> None:
     build.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=build) as folder:
         targets = report.load_targets()
-        rows = [report.judge(row, targets) for row in _rows(Path(folder), quick=options.quick)]
+        settings, shard = (recipe(1, 2), QUICK_SHARD) if options.quick else (recipe(16, 10), SHARD)
+        make(Path(folder), settings, shard)
+        rounds = 2 if options.quick else ROUNDS
+        rows = [report.judge(row, targets) for row in _rows(Path(folder), shard, rounds)]
     report.show("conversion", rows, console)
     if options.json:
         report.write(options.json, rows)
 
 
-def recipe(*, quick: bool) -> Recipe:
-    """A language model of LongCat-Flash's kind in bf16: 3 GB, or 6 MB."""
-    base, scale = load_recipe(RECIPE), 1 if quick else 16
+def recipe(scale: int, layers: int) -> Recipe:
+    """A language model of LongCat-Flash's kind in bf16: 3 GB of scale 16 and 10 layers, 6 MB of 1 and 2."""
+    base = load_recipe(RECIPE)
     backbone = Longcat(
         vocab_size=512 * scale,
         hidden_size=64 * scale,
-        layers=2 if quick else 10,
+        layers=layers,
         heads=8,
         q_lora_rank=32 * scale,
         kv_lora_rank=16 * scale,
@@ -90,12 +93,16 @@ class Random(Tensors):
         out.copy_(torch.rand(out.shape) + 1)
 
 
-def _rows(folder: Path, *, quick: bool) -> list[Row]:
-    settings, shard = recipe(quick=quick), QUICK_SHARD if quick else SHARD
+def make(folder: Path, settings: Recipe, shard: str) -> None:
+    """The model as FOLDER/hf, its files of ``shard`` bytes, and as the checkpoint FOLDER/run."""
     source = Random({name: Spec(t.shape, t.dtype) for name, t in weights(blank(settings)).items()})
     (folder / "tokenizer.json").write_text("{}")
     to_hf(folder, folder / "hf", load=lambda _: (settings, source, folder / "tokenizer.json"), max_shard_size=shard)
     from_hf_quietly(folder / "hf", folder / "run")
+
+
+def _rows(folder: Path, shard: str, rounds: int) -> list[Row]:
+    """Of the model that was made in ``folder``."""
     checkpoint = folder / "run/checkpoints/step_00000000"
     sides: dict[str, tuple[Callable[[Path], object], list[Path]]] = {
         "from_hf": (lambda out: from_hf_quietly(folder / "hf", out), sorted((folder / "hf").glob("*.safetensors"))),
@@ -108,7 +115,7 @@ def _rows(folder: Path, *, quick: bool) -> list[Row]:
     for name, (convert, files) in sides.items():
         size = sum(file.stat().st_size for file in files)
         times: tuple[list[float], list[float]] = [], []
-        for _ in range(2 if quick else ROUNDS):
+        for _ in range(rounds):
             times[0].append(_seconds(convert, folder / "out"))
             times[1].append(_seconds(lambda out, files=files: _copy(files, out), folder / "out"))
         ours, copy = (size / 1e9 / statistics.median(values) for values in times)
@@ -116,8 +123,8 @@ def _rows(folder: Path, *, quick: bool) -> list[Row]:
         low, _, high = statistics.quantiles(times[0], n=4, method="inclusive")
         spread = (high - low) / statistics.median(times[0])
         rows.append(Row(name, shape, "bf16", ours, copy, "copy", "GB/s", ratio=ours / copy, spread=spread))
-        peak, largest = _peak(name, folder, shard) / 2**20, max(file.stat().st_size for file in files) / 2**20
-        rows.append(Row(f"{name}.memory", shape, "bf16", peak, largest, "largest file", "MiB", ratio=largest / peak))
+        most, largest = peak(name, folder, shard) / 2**20, max(file.stat().st_size for file in files) / 2**20
+        rows.append(Row(f"{name}.memory", shape, "bf16", most, largest, "largest file", "MiB", ratio=largest / most))
     return rows
 
 
@@ -142,8 +149,9 @@ def _seconds(call: Callable[[Path], object], out: Path) -> float:
     return seconds
 
 
-def _peak(name: str, folder: Path, shard: str) -> int:
-    """Bytes of the largest resident size above that before, in a process of its own."""
+def peak(name: str, folder: Path, shard: str) -> int:
+    """Bytes of the largest resident size above that before, of the conversion ``name`` (from_hf, to_hf) of what was
+    made in ``folder``, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.convert", name, str(folder), shard]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -152,7 +160,7 @@ def _peak(name: str, folder: Path, shard: str) -> int:
 
 
 def measure(name: str, folder: Path, shard: str) -> int:
-    blank(recipe(quick=True))  # what is loaded once is not the conversion's
+    blank(recipe(1, 2))  # what is loaded once is not the conversion's
     ctypes.CDLL(None).malloc_trim(0)
     # 5 sets the record of the peak back to the present size.
     Path("/proc/self/clear_refs").write_text("5")

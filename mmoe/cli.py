@@ -157,12 +157,17 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     to_hf = command(convert, "to-hf", _to_hf, "write a self-contained Hugging Face directory", example)
     to_hf.add_argument("source", type=Path, metavar="CHECKPOINT")
     to_hf.add_argument("out", type=Path, metavar="OUT")
-    to_hf.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    text = "of the weights (default: as stored in the checkpoint); the router stays in fp32"
+    to_hf.add_argument("--dtype", choices=["fp32", "bf16"], help=text)
     text = "of the whole model (default: auto, transformers' own class where it computes the same; llava_llama and "
     text += "cambrian: the layouts of released LLaVA and Yi-VL, and Cambrian-1)"
     formats = ["auto", "llava", "llava_llama", "cambrian", "mmoe"]
     to_hf.add_argument("--format", choices=formats, default="auto", help=text)
     to_hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file with weights (default: 5GB)")
+    text = (
+        "LongCat-Flash's gate and up projections of zero experts: zeros, for transformers (default), or none, for vLLM"
+    )
+    to_hf.add_argument("--zero-experts", choices=["zeros", "drop"], default="zeros", help=text)
     example = "convert verify runs/quickstart/checkpoints/step_00001000 runs/quickstart/hf"
     text = "compare two models' weights and logits, or one checkpoint's files with their checksums"
     verify = command(convert, "verify", _verify, text, example)
@@ -300,7 +305,14 @@ def _from_parts(options: argparse.Namespace) -> None:
 def _to_hf(options: argparse.Namespace) -> None:
     from mmoe.convert import to_hf
 
-    to_hf(options.source, options.out, options.dtype, max_shard_size=options.max_shard_size, form=options.format)
+    to_hf(
+        options.source,
+        options.out,
+        options.dtype,
+        max_shard_size=options.max_shard_size,
+        form=options.format,
+        zero_experts=options.zero_experts,
+    )
 
 
 def _verify(options: argparse.Namespace) -> None:

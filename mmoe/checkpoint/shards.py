@@ -81,7 +81,7 @@ class Shards(Tensors):
         """
         self.folder, self.places, self.known = folder, places, fingerprint
         pickles.check(folder)
-        self.stored: dict[_Chunk, _Stored] = {}
+        self.begins: dict[_Chunk, int] = {}
         self.specs: dict[str, Spec] = {}
         try:
             with open(reading.open_regular(folder / pickles.METADATA), "rb") as file:
@@ -125,36 +125,29 @@ class Shards(Tensors):
 
     def _copy(self, chunk: _Chunk, spec: Spec, box: Box, out: Tensor) -> None:
         """The elements of ``box``, which lie side by side in ``chunk``."""
-        place = self.stored.get(chunk)
-        if place is None:
-            place = self.stored[chunk] = _stored(chunk, spec.dtype)
+        if chunk not in self.begins:
+            self.begins[chunk] = _begin(chunk, spec.dtype)
+        first = sum(
+            (a - b) * math.prod(chunk.box.sizes[axis + 1 :])
+            for axis, (a, b) in enumerate(zip(box.offsets, chunk.box.offsets, strict=True))
+        )
+        into = out.reshape(-1) if out.is_contiguous() else torch.empty(out.numel(), dtype=out.dtype)
         handle = reading.open_regular(chunk.file)
         try:
-            if place.strides is None:
-                first = sum(
-                    (a - b) * math.prod(chunk.box.sizes[axis + 1 :])
-                    for axis, (a, b) in enumerate(zip(box.offsets, chunk.box.offsets, strict=True))
-                )
-                into = out.reshape(-1) if out.is_contiguous() else torch.empty(out.numel(), dtype=out.dtype)
-                fill(handle, place.start + first * spec.dtype.itemsize, into)
-                if not out.is_contiguous():
-                    out.copy_(into.view(out.shape))
-            else:
-                whole = torch.empty(math.prod(chunk.box.sizes), dtype=out.dtype)
-                fill(handle, place.start, whole)
-                out.copy_(whole.as_strided(chunk.box.sizes, place.strides)[box.within(chunk.box)])
+            fill(handle, self.begins[chunk] + first * spec.dtype.itemsize, into)
         finally:
             os.close(handle)
+        if not out.is_contiguous():
+            out.copy_(into.view(out.shape))
 
 
-class _Stored(NamedTuple):
-    start: int
-    """Byte of the file where the elements begin."""
-    strides: tuple[int, ...] | None
-    """None where they lie in row-major order."""
+def _begin(chunk: _Chunk, dtype: torch.dtype) -> int:
+    """Byte of the file where the elements begin.
 
-
-def _stored(chunk: _Chunk, dtype: torch.dtype) -> _Stored:
+    Raises:
+        ValueError: they are others than the index tells of, or not in row-major order, in which every writer of ours
+            has them: a stretch of the tensor would be all over the chunk.
+    """
     with open(reading.open_regular(chunk.file), "rb") as file:
         tensor, start = pickles.place(_Window(file, chunk.start, chunk.length))
     elements = tensor.untyped_storage().nbytes() // dtype.itemsize
@@ -164,8 +157,9 @@ def _stored(chunk: _Chunk, dtype: torch.dtype) -> _Stored:
         )
     if tensor.numel() != elements or tensor.storage_offset() or start + elements * dtype.itemsize > chunk.length:
         raise ValueError("a chunk has not the size that the index tells of")
-    strides = None if tensor.is_contiguous() else tensor.stride()[tensor.ndim - len(chunk.box.sizes) :]
-    return _Stored(chunk.start + start, strides)
+    if not tensor.is_contiguous():
+        raise ValueError("the elements of a chunk are not in row-major order")
+    return chunk.start + start
 
 
 class _Window(io.RawIOBase):

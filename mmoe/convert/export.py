@@ -14,9 +14,10 @@ from torch import Tensor
 from mmoe.checkpoint import layout, stream
 from mmoe.checkpoint.tensors import Part, Rows, Tensors, View, lazy
 from mmoe.convert import processor, towers
-from mmoe.convert.families import cambrian, llava, llava_llama, multimodal
+from mmoe.convert.families import cambrian, llava, llava_llama, longcat, multimodal
 from mmoe.convert.families import language as language_family
 from mmoe.convert.families.fields import token_ids
+from mmoe.convert.mapping import Table
 from mmoe.convert.ship import ship
 from mmoe.convert.weights import INDEX, SHARD, plan
 from mmoe.data.pixels import Fit
@@ -31,6 +32,7 @@ RECIPE = "mmoe_recipe.toml"
 
 Format = Literal["auto", "llava", "llava_llama", "cambrian", "mmoe"]
 Kind = Literal["llava", "llava_llama", "cambrian", "mmoe"]
+ZeroExperts = Literal["zeros", "drop"]
 FAMILIES = {"llava": llava, "llava_llama": llava_llama, "cambrian": cambrian}
 CLASSES = {
     "llava": "LlavaForConditionalGeneration",
@@ -49,6 +51,7 @@ def to_hf(
     load: Load | None = None,
     max_shard_size: str = SHARD,
     form: Format = "auto",
+    zero_experts: ZeroExperts = "zeros",
 ) -> None:
     """Write OUT/language, transformers' own language model, and OUT, the whole model: transformers' own
     ``LlavaForConditionalGeneration`` where that computes the same, else one with the code to run it.
@@ -65,6 +68,8 @@ def to_hf(
         max_shard_size: of a file, as "5GB".
         form: of the whole model: ``llava``, ``mmoe`` (with its own code), ``auto``, the first of these that can be, or
             a release's layout: ``llava_llama``, LLaVA's and Yi-VL's, or ``cambrian``, Cambrian-1's.
+        zero_experts: what becomes of the projections that LongCat-Flash's zero experts have and no computation reads,
+            where each expert has tensors of its own: ``zeros``, as transformers wants, or ``drop`` them, as vLLM does.
 
     Raises:
         UserError: the checkpoint cannot be read, transformers has no such model, or OUT holds something else.
@@ -81,11 +86,12 @@ def to_hf(
     state, wanted, model = lazy(found), DTYPES[dtype] if dtype else None, recipe.model
     tokens = processor.with_image(processor.read_tokens(tokenizer, model.special))
     kind = _kind(recipe, form, tokens)
-    folders = _folders(model, state, wanted, kind)
+    folders = _folders(model, state, wanted, kind, zero_experts)
     files: list[stream.File] = []
     indices: dict[Path, bytes | None] = {}
     for folder, tensors in folders.items():
-        planned, indices[Path(folder, INDEX)] = plan(tensors, folder, max_shard_size)
+        apart = longcat.no_parameters(tensors)
+        planned, indices[Path(folder, INDEX)] = plan(tensors, folder, max_shard_size, apart)
         files += planned
     with stream.alone(partial):
         checked = nullcontext() if load else layout.verified(checkpoint)
@@ -131,14 +137,21 @@ def _kind(recipe: Recipe, form: Format, tokens: processor.Tokens) -> Kind | None
     return "mmoe"
 
 
-def _folders(model: Model, state: Tensors, dtype: torch.dtype | None, kind: Kind | None) -> dict[str, Tensors]:
+def _folders(
+    model: Model, state: Tensors, dtype: torch.dtype | None, kind: Kind | None, zero_experts: ZeroExperts
+) -> dict[str, Tensors]:
     """The tensors of each folder of an export, by its path there."""
-    language = language_family.table(model)
+
+    def kept(table: Table) -> Table:
+        return dataclasses.replace(table, padding={}) if zero_experts == "drop" else table
+
+    language = kept(language_family.table(model))
     if kind is None:
         return {"": language.write(state, dtype)}
     folders = {"language": language.write(Part(state, "language."), dtype)}
     if kind not in RELEASED:
-        return folders | {"": (llava if kind == "llava" else multimodal).table(model).write(state, dtype)}
+        whole = (llava if kind == "llava" else multimodal).table(model)
+        return folders | {"": kept(whole).write(state, dtype)}
     family = RELEASED[kind]
     for encoder in model.encoders:
         prefix = f"encoders.{encoder.name}."

@@ -19,10 +19,9 @@ from mmoe.errors import UserError
 
 
 class Run(NamedTuple):
-    """Elements that lie side by side in both, in row-major order."""
+    """The elements of theirs that are used: they lie side by side in ours, in row-major order."""
 
     theirs: str
-    their_start: int
     start: int
     count: int
 
@@ -33,10 +32,8 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """One of our tensors and theirs that make it up, one after another along dimension 0.
+    """One of our tensors and theirs that make it up, equal parts one after another along dimension 0.
 
-    ``shares``: in which proportion theirs divide that dimension; equal where it is left out.
-    ``groups``: each of theirs is cut into so many equal parts, and ours takes one of each in turn.
     ``stacked``: ours has one more dimension in front; its rows are made up of equal numbers of ``theirs`` in turn.
     ``halves``: ours keeps the two halves of each of its rows apart, [rows, 2, …].
     ``shapes``: ours and theirs, of one tensor whose elements are in the same order under another shape.
@@ -47,8 +44,6 @@ class Entry:
 
     ours: str
     theirs: tuple[str, ...]
-    shares: tuple[int, ...] = ()
-    groups: int = 1
     stacked: int = 0
     halves: bool = False
     shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
@@ -73,13 +68,11 @@ class Entry:
             raise ValueError(f"it has not {self.stacked} rows")
         if not shape:
             return [torch.Size(shape)]
-        part, rest = divmod(shape[0], sum(self._shares))
+        parts = len(self.theirs) // max(1, self.stacked)
+        rows, rest = divmod(shape[0], parts)
         if rest:
-            raise ValueError(f"{shape[0]} rows are not made up of {self._shares}")
-        if any(share * part % self.groups for share in self._shares):
-            raise ValueError(f"{shape[0]} rows are not made up of {self.groups} groups")
-        parts = [torch.Size([share * part + self.unused_rows, *shape[1:]]) for share in self._shares]
-        return parts * max(1, self.stacked)
+            raise ValueError(f"{shape[0]} rows are not made up of {parts} equal parts")
+        return [torch.Size([rows + self.unused_rows, *shape[1:]])] * len(self.theirs)
 
     def our_shape(self, theirs: Sequence[torch.Size]) -> torch.Size:
         """The shape of ``ours``.
@@ -89,7 +82,8 @@ class Entry:
         """
         shape = list(theirs[0])
         if shape:
-            shape[0] = sum(part[0] for part in theirs[: len(self._shares)]) - self.unused_rows
+            parts = len(self.theirs) // max(1, self.stacked)
+            shape[0] = parts * (shape[0] - self.unused_rows)
         if self.stacked:
             shape.insert(0, self.stacked)
         if self.halves:
@@ -101,19 +95,14 @@ class Entry:
             raise ValueError("the parts do not fit together")
         return ours
 
-    @property
-    def _shares(self) -> tuple[int, ...]:
-        return self.shares or (1,) * (len(self.theirs) // max(1, self.stacked))
-
     def runs(self, shapes: Sequence[torch.Size]) -> Iterator[Run]:
         """How the elements of theirs, of these ``shapes``, lie in ours, in the order of ours."""
         row = math.prod(shapes[0][1:])
         counts = [math.prod(shape) - self.unused_rows * row for shape in shapes]
         start = 0
-        for group in range(self.groups):
-            for name, count in zip(self.theirs, counts, strict=True):
-                yield Run(name, group * (count // self.groups), start, count // self.groups)
-                start += count // self.groups
+        for name, count in zip(self.theirs, counts, strict=True):
+            yield Run(name, start, count)
+            start += count
 
 
 @dataclass(frozen=True)
@@ -179,7 +168,7 @@ class _Theirs(Tensors):
         self.ours, self.known = ours, table.fingerprint(ours.fingerprint())
         _compare({entry.ours for entry in table.entries}, set(ours), "the model's state")
         self.specs = {}
-        self.runs: dict[str, list[tuple[str, Run]]] = {}
+        self.runs: dict[str, tuple[str, Run]] = {}
         for entry in table.entries:
             spec = ours.specs[entry.ours]
             stored = spec.dtype if dtype is None else torch.float32 if entry.fp32 else dtype
@@ -189,19 +178,17 @@ class _Theirs(Tensors):
             except (ValueError, IndexError) as error:
                 what = f"{entry.ours} {list(spec.shape)} is not made up of {entry.theirs[0]}: {error}"
                 raise UserError(what, "the model's state", "the weights do not fit the configuration") from None
-            for run in entry.runs(shapes):
-                self.runs.setdefault(run.theirs, []).append((entry.ours, run))
+            self.runs |= {run.theirs: (entry.ours, run) for run in entry.runs(shapes)}
         self.specs |= {name: self.specs[like] for name, like in table.padding.items()}
 
     def read(self, name: str, start: int, out: Tensor) -> None:
-        done = start
-        for ours, run in self.runs.get(name, ()):
-            first = max(start, run.their_start)
-            last = min(start + out.numel(), run.their_start + run.count)
-            if first < last:
-                read_as(self.ours, ours, run.start + first - run.their_start, out[first - start : last - start])
-                done = last
-        out[done - start :].zero_()  # rows that no computation reads
+        used = 0
+        if name in self.runs:
+            ours, run = self.runs[name]
+            used = min(max(run.count - start, 0), out.numel())
+            if used:
+                read_as(self.ours, ours, run.start + start, out[:used])
+        out[used:].zero_()  # rows that no computation reads
 
     def fingerprint(self) -> str | None:
         return self.known
@@ -238,8 +225,7 @@ class _Ours(Tensors):
                 break
             first, last = max(start, run.start), min(stop, run.stop)
             if first < last:
-                theirs = run.their_start + first - run.start
-                read_as(self.theirs, run.theirs, theirs, out[first - start : last - start])
+                read_as(self.theirs, run.theirs, first - run.start, out[first - start : last - start])
 
     def fingerprint(self) -> str | None:
         return self.known

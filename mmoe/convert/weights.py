@@ -7,7 +7,7 @@ fill the file.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,13 +101,16 @@ class Weights(Tensors):
         return self.known.hexdigest()
 
 
-def plan(tensors: Tensors, folder: str, largest: str) -> tuple[list[File], bytes | None]:
+def plan(
+    tensors: Tensors, folder: str, largest: str, no_parameters: Container[str] = ()
+) -> tuple[list[File], bytes | None]:
     """The files that ``save_pretrained`` would write of ``tensors``, and the index if there are several.
 
     Args:
         tensors: in the order in which they are divided among the files.
         folder: of the files, in the one that is written; "" if that is it.
         largest: bytes of a file, as "5GB", unless one tensor has more.
+        no_parameters: names of tensors that the index does not count as parameters.
 
     Raises:
         UserError: ``largest`` is no size.
@@ -126,7 +129,9 @@ def plan(tensors: Tensors, folder: str, largest: str) -> tuple[list[File], bytes
     ]
     if not split.is_sharded:
         return files, None
-    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    parameters = sum(spec.numel for name, spec in tensors.specs.items() if name not in no_parameters)
+    metadata = {"total_parameters": parameters, **split.metadata}
+    index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
     return files, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 
 

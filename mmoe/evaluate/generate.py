@@ -200,7 +200,11 @@ def _from_export(
         with _told():
             inputs = dict(processor(text=texts[0] + IMAGE * len(pictures) + texts[1], images=pictures))
         kind = MmoeForConditionalGeneration
-    model = kind.from_pretrained(path, use_safetensors=True).eval()
+    try:
+        model = kind.from_pretrained(path, use_safetensors=True).eval()
+    except RuntimeError as error:
+        fix = "export it again, a LongCat-Flash without --zero-experts drop"
+        raise UserError(f"transformers cannot load it: {error}", str(path), fix) from None
     torch.manual_seed(seed)
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     out = model.generate(**inputs, max_new_tokens=max_tokens, **drawn)

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
 import mmoe
-from mmoe.convert import from_hf, read_hf, to_hf
+from mmoe.convert import from_hf, read_hf, to_hf, verify
 from mmoe.convert.families import llava
+from mmoe.convert.weights import INDEX
 from mmoe.data.document import tokenize
 from mmoe.data.pixels import preprocess
 from mmoe.data.tokenizer import load_tokenizer, train_tokenizer
@@ -350,6 +351,22 @@ def test_formats(one, tokenizer, tmp_path):
     recipe = dataclasses.replace(imported.recipe, model=language)
     with pytest.raises(UserError, match=r"it has one encoder, not 0 \(model\.encoders\): .*--format mmoe"):
         to_hf(tmp_path, tmp_path / "none", form="llava", load=lambda _: (recipe, imported.state, tokenizer))
+
+
+def test_parameters_are_counted_as_transformers_does(made, tmp_path):
+    to_hf(made.checkpoint, tmp_path / "hf", max_shard_size="20KB")
+    index = json.loads((tmp_path / "hf" / INDEX).read_text())
+    assert index["metadata"]["total_parameters"] == made.theirs.num_parameters()
+
+
+@pytest.mark.parametrize("made", ["clip, longcat"], indirect=True)
+def test_zero_experts_are_dropped_from_the_whole_model(made, tmp_path):
+    to_hf(made.checkpoint, tmp_path / "hf", zero_experts="drop")
+    assert json.loads((tmp_path / "hf/config.json").read_text())["model_type"] == "llava"
+    gone = set(load_file(made.back / "model.safetensors")) - set(load_file(tmp_path / "hf/model.safetensors"))
+    places = [(layer, expert, part) for layer in (0, 1) for expert in (4, 5) for part in ("gate", "up")]
+    assert gone == {f"language_model.model.layers.{a}.mlp.experts.{b}.{c}_proj.weight" for a, b, c in places}
+    assert verify(made.checkpoint, tmp_path / "hf") == []
 
 
 def test_a_tokenizer_without_the_image_token(one, tmp_path):

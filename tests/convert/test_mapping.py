@@ -71,9 +71,9 @@ def test_an_unread_tensor_is_named():
         TABLE.write({name: tensor for name, tensor in ours().items() if name != "joined"})
 
 
-GROUPED = Table(
+KINDS = Table(
     [
-        Entry("qkv", ("q", "k", "v"), shares=(4, 1, 1), groups=2),
+        Entry("qkv", ("q", "k", "v")),
         Entry("embedding", ("embed",), tied=("head",)),
         Entry("token", ("class",), shapes=((1, 1, 3), (3,))),
         Entry("halves", ("a.g", "a.u", "b.g", "b.u"), stacked=2, halves=True),
@@ -84,7 +84,7 @@ GROUPED = Table(
 )
 
 
-def grouped() -> dict[str, torch.Tensor]:
+def kinds() -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     shapes = {"qkv": (24, 5), "embedding": (7, 3), "token": (1, 1, 3), "halves": (2, 2, 3, 4), "router": (2, 3)}
     shapes |= {"scalar": (), "fused": (3, 2, 2, 2)}
@@ -92,24 +92,22 @@ def grouped() -> dict[str, torch.Tensor]:
 
 
 def test_every_kind_of_entry():
-    state = grouped()
-    theirs = GROUPED.write(state)
-    qkv = state["qkv"].unflatten(0, (2, 6, 2))  # by group: four parts of q, one of k, one of v
-    assert torch.equal(theirs["q"], qkv[:, :4].flatten(0, 2))
-    assert torch.equal(theirs["k"], qkv[:, 4].flatten(0, 1))
-    assert torch.equal(theirs["v"], qkv[:, 5].flatten(0, 1))
+    state = kinds()
+    theirs = KINDS.write(state)
+    for name, part in zip("qkv", state["qkv"].chunk(3), strict=True):
+        assert torch.equal(theirs[name], part)
     assert torch.equal(theirs["class"], state["token"].view(3))
     assert torch.equal(theirs["b.g"], state["halves"][1, 0])
     assert torch.equal(theirs["b.u"], state["halves"][1, 1])
     assert torch.equal(theirs["f"], torch.cat([state["fused"].flatten(1, 2), torch.zeros(1, 4, 2)]))
     assert "head" not in theirs
-    back = GROUPED.read(theirs, "here")
+    back = KINDS.read(theirs, "here")
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
 
 
 def test_a_stretch_is_a_part_of_the_whole():
-    state = grouped()
-    for tensors in (GROUPED.write(state), GROUPED.read(GROUPED.write(state), "here"), TABLE.write(ours())):
+    state = kinds()
+    for tensors in (KINDS.write(state), KINDS.read(KINDS.write(state), "here"), TABLE.write(ours())):
         for name, whole in tensors.items():
             flat = whole.flatten()
             for start in range(len(flat)):
@@ -128,7 +126,7 @@ class Unread(Tensors):
 
 
 def test_shapes_and_dtypes_are_known_before_anything_is_read():
-    for table, state in ((TABLE, ours()), (GROUPED, grouped())):
+    for table, state in ((TABLE, ours()), (KINDS, kinds())):
         theirs = table.write(state, torch.bfloat16)
         unread = table.write(Unread(state), torch.bfloat16)
         assert {n: (t.shape, t.dtype) for n, t in theirs.items()} == {
@@ -139,23 +137,23 @@ def test_shapes_and_dtypes_are_known_before_anything_is_read():
         meta = table.write({name: tensor.to("meta") for name, tensor in state.items()}, torch.bfloat16)
         assert meta.specs == unread.specs
     assert {name for name, spec in unread.specs.items() if spec.dtype == torch.float32} == {"r"}
-    assert torch.equal(theirs["k"], GROUPED.write(grouped())["k"].bfloat16())
+    assert torch.equal(theirs["k"], KINDS.write(kinds())["k"].bfloat16())
 
 
 def test_tied_tensors_are_one():
-    theirs = dict(GROUPED.write(grouped()))
+    theirs = dict(KINDS.write(kinds()))
     theirs["head"] = theirs["embed"].clone()
-    assert torch.equal(GROUPED.read(theirs, "here")["embedding"], theirs["embed"])
+    assert torch.equal(KINDS.read(theirs, "here")["embedding"], theirs["embed"])
     theirs["head"][6, 2] += 1
     with pytest.raises(UserError, match="other numbers in head than in embed"):
-        GROUPED.read(theirs, "here")
+        KINDS.read(theirs, "here")
 
 
 def test_tables_are_put_together():
-    both = TABLE + GROUPED.prefixed("vision.", "tower.")
-    state = ours() | {f"vision.{name}": tensor for name, tensor in grouped().items()}
+    both = TABLE + KINDS.prefixed("vision.", "tower.")
+    state = ours() | {f"vision.{name}": tensor for name, tensor in kinds().items()}
     theirs = both.write(state)
-    assert theirs.keys() == {*TABLE.write(ours()), *(f"tower.{name}" for name in GROUPED.write(grouped()))}
+    assert theirs.keys() == {*TABLE.write(ours()), *(f"tower.{name}" for name in KINDS.write(kinds()))}
     assert all(torch.equal(both.read(theirs, "here")[name], tensor) for name, tensor in state.items())
     with pytest.raises(ValueError, match="plain stands in the table twice"):
         TABLE + Table([Entry("plain", ("other",))])
@@ -166,9 +164,9 @@ def test_tables_are_put_together():
 @pytest.mark.parametrize("shape", [(23, 5), (12, 5)])
 def test_parts_that_do_not_fit(shape):
     with pytest.raises(UserError, match=r"qkv .* is not made up of q"):
-        GROUPED.write(grouped() | {"qkv": torch.zeros(shape[0] - 1, 5)})
+        KINDS.write(kinds() | {"qkv": torch.zeros(shape[0] - 1, 5)})
     with pytest.raises(UserError, match="shapes that do not make up qkv, from tensor q"):
-        GROUPED.read({**GROUPED.write(grouped())} | {"q": torch.zeros(shape)}, "here")
+        KINDS.read({**KINDS.write(kinds())} | {"q": torch.zeros(shape)}, "here")
 
 
 class Known(Memory):
@@ -181,7 +179,7 @@ def test_another_table_makes_other_tensors():
     tables = (
         Table([Entry("a", ("x", "y")), Entry("b", ("z",))]),
         Table([Entry("a", ("y", "x")), Entry("b", ("z",))]),
-        Table([Entry("a", ("x", "y"), groups=2), Entry("b", ("z",))]),
+        Table([Entry("a", ("x", "y"), fp32=True), Entry("b", ("z",))]),
         Table([Entry("a", ("x", "y")), Entry("b", ("z",))], {"p": "x"}),
     )
     ours = {"a": torch.zeros(4, 2), "b": torch.zeros(3)}

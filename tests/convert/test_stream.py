@@ -17,6 +17,7 @@ import pytest
 import torch
 from exporting import MODEL, load
 from huggingface_hub import save_torch_state_dict
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
@@ -63,8 +64,8 @@ def test_a_checkpoint_of_many_files_and_chunks(exported, checkpoint: Path) -> No
 
 
 def test_files_are_those_of_transformers(exported, foreign, checkpoint: Path, tmp_path: Path) -> None:
-    """Byte for byte: the whole in one file as ``save_pretrained`` writes it, and many with their index as
-    huggingface_hub does, which transformers calls."""
+    """Byte for byte: the whole in one file as ``save_pretrained`` writes it, and many as huggingface_hub does, which
+    transformers calls; and the index as transformers writes it."""
     one = (exported.out / "language/model.safetensors").read_bytes()
     assert one == (exported.out.with_name("again-language") / "model.safetensors").read_bytes()
     for dtype in (None, "bf16"):
@@ -79,12 +80,18 @@ def test_files_are_those_of_transformers(exported, foreign, checkpoint: Path, tm
         names = {path.name for path in again.iterdir()}
         assert len(names) > 3
         assert names <= {path.name for path in (out / "language").iterdir()}
-        index = again / INDEX
-        assert json.loads((out / "language" / INDEX).read_text()) == json.loads(index.read_text())
+        divided = [json.loads((folder / INDEX).read_text())["weight_map"] for folder in (out / "language", again)]
+        assert divided[0] == divided[1]
         for name in sorted(names - {INDEX}):
             assert (out / "language" / name).read_bytes() == (again / name).read_bytes(), name
-    _, info = LongcatFlashForCausalLM.from_pretrained(tmp_path / "hf-None/language", output_loading_info=True)
+    language = tmp_path / "hf-None/language"
+    model, info = LongcatFlashForCausalLM.from_pretrained(language, output_loading_info=True)
     assert not any(info.values())
+    model.save_pretrained(tmp_path / "theirs", max_shard_size=SHARD)
+    ours, theirs = (json.loads((folder / INDEX).read_text()) for folder in (language, tmp_path / "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert ours["metadata"] == theirs["metadata"]
+    assert ours["weight_map"].keys() == theirs["weight_map"].keys()
     assert verify(checkpoint, tmp_path / "hf-None") == []
 
 
@@ -323,6 +330,21 @@ def test_chunks_that_do_not_tile_their_tensor(checkpoint: Path) -> None:
     tensor.chunks[:] = reversed(whole)
     path.write_bytes(pickle.dumps(index))
     assert shards.Shards(state, {"x": place}, "")["x"].shape == tensor.size
+
+
+def test_a_chunk_in_another_order_is_refused(checkpoint: Path) -> None:
+    state = checkpoint / "state"
+    with (state / pickles.METADATA).open("rb") as file:
+        index = pickles.load_metadata(file)
+    key, tensor = next((k, t) for k, t in index.state_dict_metadata.items() if len(getattr(t, "size", ())) == 2)
+    tensor.chunks[:] = [ChunkStorageMetadata(torch.Size([0, 0]), tensor.size)]
+    place = Place(key, (), tuple(tensor.size), torch.empty(tensor.size, device="meta"))
+    torch.save(torch.ones(tensor.size[::-1]).t(), state / "other.distcp")
+    where = filesystem._StorageInfo("other.distcp", 0, (state / "other.distcp").stat().st_size)
+    index.storage_data[MetadataIndex(key, torch.Size([0, 0]))] = where
+    (state / pickles.METADATA).write_bytes(pickle.dumps(index))
+    with pytest.raises(UserError, match="not in row-major order"):
+        shards.Shards(state, {"x": place}, "")["x"]
 
 
 def test_an_altered_checkpoint_is_not_converted(checkpoint: Path, exported, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ The experts lie in one of two layouts: a tensor for each expert, as in published
 experts, the last Z of which no computation reads: they are written as zeros and never read.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from mmoe.convert.families.fields import only, rope_of
@@ -22,8 +23,7 @@ ATTENTION = (
     "kv_b_proj.weight",
     "o_proj.weight",
 )
-
-
+SELECTION_BIAS = "e_score_correction_bias"
 MTP = "model.mtp."
 """Multi-token prediction: published with the checkpoints, read by those who serve them, left aside by transformers."""
 
@@ -69,7 +69,7 @@ def table(backbone: Longcat, moe: MoE, *, fused: bool, mtp: bool = False) -> Tab
             entries.append(Entry(f"{ours}.mlp.{block}.linear_fc1.weight", gate_up))
             entries.append(Entry(f"{ours}.mlp.{block}.linear_fc2.weight", (f"{mlp}.down_proj.weight",)))
         router = f"{theirs}.mlp.router"
-        for mine, name in (("weight", "classifier.weight"), ("e_score_correction_bias",) * 2):
+        for mine, name in (("weight", "classifier.weight"), (SELECTION_BIAS, SELECTION_BIAS)):
             entries.append(Entry(f"{ours}.moe.router.{mine}", (f"{router}.{name}",), fp32=True))
 
         experts = f"{theirs}.mlp.experts"
@@ -87,6 +87,12 @@ def table(backbone: Longcat, moe: MoE, *, fused: bool, mtp: bool = False) -> Tab
         zero = range(moe.experts, moe.experts + moe.zero_experts)
         padding |= {f"{experts}.{e}.{h}": f"{experts}.0.{h}" for e in zero for h in halves}
     return Table(entries, padding)
+
+
+def no_parameters(names: Iterable[str]) -> set[str]:
+    """Which tensors transformers does not count among the parameters: the selection bias is a buffer there, and it has
+    no multi-token prediction."""
+    return {name for name in names if name.endswith(f".{SELECTION_BIAS}") or MTP in name}
 
 
 def check_expressible(moe: MoE) -> None:
