@@ -61,8 +61,8 @@ def recipe_of(**changes: Any) -> Recipe:
 class Made:
     """A random model, and its export."""
 
-    def __init__(self, folder: Path, kind: str) -> None:
-        self.kind, self.recipe = kind, recipe_of(connector=CONNECTORS[kind])
+    def __init__(self, folder: Path, kind: str, dtype: str | None = None, **changes: Any) -> None:
+        self.kind, self.recipe = kind, recipe_of(**{"connector": CONNECTORS[kind]} | changes)
         self.tokenizer, self.hf = folder / "tokenizer.json", folder / "hf"
         train_tokenizer(["how many zebras ?"], 300).save(str(self.tokenizer))
         engine.start(Parallel(), seed=0, alone=True)
@@ -72,7 +72,7 @@ class Made:
             for tensor in network.parameters():
                 tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
         self.ours, self.state = Loaded(self.recipe, network, self.tokenizer), dict(weights(network))
-        to_hf(folder, self.hf, form="llava_llama", load=lambda _: (self.recipe, self.state, self.tokenizer))
+        to_hf(folder, self.hf, dtype, lambda _: (self.recipe, self.state, self.tokenizer), form="llava_llama")
         self.config = json.loads((self.hf / "config.json").read_text())
 
     def bare(self, folder: Path, **changes: Any) -> Path:

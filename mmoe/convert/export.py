@@ -34,11 +34,6 @@ Format = Literal["auto", "llava", "llava_llama", "cambrian", "mmoe"]
 Kind = Literal["llava", "llava_llama", "cambrian", "mmoe"]
 ZeroExperts = Literal["zeros", "drop"]
 FAMILIES = {"llava": llava, "llava_llama": llava_llama, "cambrian": cambrian}
-CLASSES = {
-    "llava": "LlavaForConditionalGeneration",
-    "llava_llama": llava_llama.ARCHITECTURE,
-    "cambrian": "CambrianLlamaForCausalLM",
-}
 RELEASED = {"llava_llama": llava_llama, "cambrian": cambrian}
 """Layouts of released code, with the encoders in folders of their own."""
 Load = Callable[[Path], tuple[Recipe, Mapping[str, Tensor], Path]]
@@ -119,7 +114,7 @@ def _kind(recipe: Recipe, form: Format, tokens: processor.Tokens) -> Kind | None
         found = next(FAMILIES[form].problems(recipe.model), None)
         if found:
             path, what, fix = found
-            raise UserError(f"{CLASSES[form]} has no such model: {what}", path, fix)
+            raise UserError(f"{FAMILIES[form].ARCHITECTURE} has no such model: {what}", path, fix)
     if form == "cambrian" or form == "llava_llama":
         return form
     if not recipe.model.encoders:
@@ -145,6 +140,9 @@ def _folders(
     def kept(table: Table) -> Table:
         return dataclasses.replace(table, padding={}) if zero_experts == "drop" else table
 
+    if zero_experts == "drop" and not language_family.table(model).padding:
+        what = "there are no zero experts whose tensors it could leave out"
+        raise UserError(what, "--zero-experts drop", "leave the option out")
     language = kept(language_family.table(model))
     if kind is None:
         return {"": language.write(state, dtype)}
@@ -224,7 +222,9 @@ def _describe_llava(out: Path, recipe: Recipe, tokens: processor.Tokens, dtype: 
 def _describe_released(out: Path, recipe: Recipe, tokens: processor.Tokens, dtype: str, kind: str) -> list[str]:
     model, data, family = recipe.model, recipe.data, RELEASED[kind]
     padded = data.fit == "pad"
-    fit: Fit = "stretch"
+    # The code pads pictures itself, before the processor: of a square "crop" makes what "stretch" does, and processors
+    # of the releases' time refuse a size without a shortest edge.
+    fit: Fit = "crop"
     notes = [family.NOTE]
     if family is cambrian:
         config = cambrian.to_config(model, dtype)
@@ -234,12 +234,13 @@ def _describe_released(out: Path, recipe: Recipe, tokens: processor.Tokens, dtyp
             notes += processor.other_border(model.encoders[0], "the released code")
         else:
             fit = data.fit
+        if fit == "stretch":
+            notes.append("preprocessor_config.json stretches pictures; an old CLIPImageProcessor may refuse to")
     _write_json(out / "config.json", config)
     _write_tokenizer(out, tokens, model.backbone.max_position, images=True)
     for encoder in model.encoders:
         folder = out / family.ENCODERS / encoder.name
         _write_json(folder / "config.json", towers.layout_of(encoder)[0])
-        # The code pads pictures itself, before the processor.
         fields, _ = processor.image_processor(encoder, fit, data.interpolation)
         del fields["processor_class"]  # of a LLaVA in transformers
         _write_json(folder / "preprocessor_config.json", fields)

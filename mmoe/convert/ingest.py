@@ -123,13 +123,15 @@ def _read_llava_llama(directory: Path, config: dict[str, Any]) -> Imported:
         encoder = f"{directory}" if parts.tower else "DIR"
         fix = f"--part connector={directory} language={directory} encoders.NAME={encoder}"
         what = f"nothing in it tells of the encoder, mm_vision_tower is {config.get('mm_vision_tower')!r}"
+        if folder is not None:
+            what = f"its encoder was trained (unfreeze_mm_vision_tower) and is not the one in {folder.name}"
         raise UserError(what, where, f"mmoe convert from-parts RECIPE OUT {fix}")
     if (told := directory / RECIPE).exists():
         recipe, notes = load_recipe(told), []
         for path, what, fix in llava_llama.problems(recipe.model):
             raise UserError(f"its recipe is none of a LLaVA or Yi-VL: {what}", f"{told}, {path}", fix)
     else:
-        recipe, notes = _recipe_of_release(directory, config, folder, tensors)
+        recipe, notes = _recipe_of_release(directory, config, folder, parts.read)
     model, apart = recipe.model, Weights(folder, buffers=True)
     every = Together([tensors, View(apart, {f"vision/{name}": Rows(name) for name in apart})])
     _plausible(model, every, str(told) if told.exists() else where)
@@ -318,10 +320,12 @@ def _recipe(directory: Path, model: Model, tensors: Tensors) -> Recipe:
         name=directory.resolve().name,
         description="imported from Hugging Face format; data and training are still to be chosen",
         model=model,
-        data=Data(mixture="unset", sequence_length=min(1024, model.backbone.max_position)),
+        data=Data(mixture="unset", sequence_length=min(max(1024, 2 * model.image_tokens), model.backbone.max_position)),
         train=Train(steps=1, global_batch=1, micro_batch=1),
         optimizer=Optimizer(lr=1e-4),
     )
+    for path, what, fix in problems(recipe):  # else what is written could not be loaded
+        raise UserError(f"{path}: {what}", str(directory / "config.json"), fix)
     half = dataclasses.replace(recipe, precision=Precision(dtype="bf16"))
     stored = {spec.dtype for name, spec in tensors.specs.items() if ".router." not in name}
     # Training in bf16 asks for widths that not every model has.

@@ -13,6 +13,9 @@ from mmoe.data.pack import Lengths
 from mmoe.data.shards import is_dataset, read_card
 from mmoe.errors import UserError
 
+MADE = ("stamps", "scenes", "cv_bench")
+"""What `mmoe data prepare` can make: each a folder of the data root, with a folder a split."""
+
 
 def name_of(path: Path) -> str:
     """What a data set that a command names by its folder is called: the last two parts of the path."""
@@ -41,12 +44,14 @@ class Source:
 
     def __init__(self, path: Path, name: str) -> None:
         if not is_dataset(path):
-            parts = Path(name).parts
-            root = (path if len(path.parts) >= len(parts) else path.absolute()).parents[len(parts) - 1]
             if cv_bench.files(path):
                 what = "no data set, but CV-Bench's files"
                 raise UserError(what, str(path), "`mmoe evaluate --suite cv_bench` asks them")
-            raise UserError("the data set is missing", str(path), f"make it with `mmoe data prepare {parts[0]} {root}`")
+            parts, fix = Path(name).parts, "give a folder that `mmoe data prepare` made"
+            if parts and parts[0] in MADE:
+                root = (path if len(path.parts) >= len(parts) else path.absolute()).parents[len(parts) - 1]
+                fix = f"make it with `mmoe data prepare {parts[0]} {root}`"
+            raise UserError("the data set is missing", str(path), fix)
         self.name = name
         self.path = path
         self._index = read_index(path)

@@ -147,7 +147,8 @@ def _architecture(path: Path) -> str:
     config = reading.json_object(reading.text(path / "config.json", LARGEST_INDEX))
     kind = config.get("model_type")
     if kind == cambrian.MODEL_TYPE or llava_llama.is_release(config):
-        fix = f"mmoe convert from-hf {path} OUT, then generate from OUT/checkpoints/step_00000000"
+        fix = f"mmoe convert from-hf {path} OUT (from-parts, where its encoders are elsewhere), then generate from "
+        fix += "OUT/checkpoints/step_00000000"
         raise UserError("it is in the layout of a release, for that release's code", str(path), fix)
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise UserError(f"model_type is {kind!r}", str(path / "config.json"), f"give one of {', '.join(ARCHITECTURES)}")
@@ -203,6 +204,8 @@ def _from_export(
     try:
         model = kind.from_pretrained(path, use_safetensors=True).eval()
     except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):  # the sentence of transformers
+            raise
         fix = "export it again, a LongCat-Flash without --zero-experts drop"
         raise UserError(f"transformers cannot load it: {error}", str(path), fix) from None
     torch.manual_seed(seed)

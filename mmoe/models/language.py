@@ -112,7 +112,7 @@ class LanguageModel(LanguageModule):
         them as input. batch: whole packs (docs/architecture.md). Returns [t, b, D] to the next stage; on the last one
         behind the final norm, [s / context ranks, b, D]. ``behind``: what the output [t, b, D] of a layer goes through
         before the next one, by the layer's number from 0. In training the last stage attaches the auxiliary losses of
-        what is not frozen.
+        what is not frozen; a frozen layer of multi-token prediction does not run.
         """
         if hidden is not None and self.config.recompute != "none" and torch.is_grad_enabled():
             # What is computed again is a function of its input alone: without a gradient there (embedding and encoders
@@ -123,7 +123,7 @@ class LanguageModel(LanguageModule):
         packed = self._packed(batch)
         attaches = self.post_process and self.training and torch.is_grad_enabled()
         with contextlib.ExitStack() as stack:
-            if attaches and self.config.backbone.hidden_z_coefficient and _is_trained(self.decoder):
+            if attaches and self.config.backbone.hidden_z_coefficient:
                 norm: Any = self.decoder.final_layernorm
                 handle = norm.register_forward_pre_hook(lambda _, inputs: self._penalised(inputs[0], batch))
                 stack.callback(handle.remove)
@@ -141,14 +141,15 @@ class LanguageModel(LanguageModule):
         return hidden_out if ahead is None else engine.attach_loss(hidden_out, ahead)
 
     def _penalised(self, z: Tensor, batch: dict[str, Any]) -> Tensor:
-        """z [t, b, D] with the hidden z-loss of this rank's tokens attached, as a part of the micro-batch's mean."""
+        """z [t, b, D] with the hidden z-loss of this rank's tokens attached, as a part of the micro-batch's mean; it is
+        counted alone where all layers that make z are frozen."""
         sequence, valid = self.config.sequence_parallel, batch["document"] > 0
         mine = valid[:, self.held(valid.size(1), z.device)].t()
         loss = hidden_z_loss(z.flatten(0, 1), self.config.backbone.hidden_z_coefficient, valid=mine.reshape(-1))
         weighted = loss * mine.sum() / valid.sum().clamp(min=1) * batch["loss_mask"].sum()
         if sequence or self.here.tensor_rank == 0:
             self.auxiliary[0] += weighted.detach()
-        return engine.attach_loss(z, weighted)
+        return engine.attach_loss(z, weighted) if _is_trained(self.decoder.layers) else z
 
     def _loss_ahead(self, hidden: Tensor, packed: Packed, batch: dict[str, Any]) -> Tensor:
         """This rank's part of the weighted multi-token-prediction loss, a mean over the micro-batch's tokens that have

@@ -53,8 +53,8 @@ class Train:
     log_every: int = 10
     frozen: tuple[str, ...] = ()
     """Modules whose weights stay as they are, with all that is in them: "encoders", "encoders.clip", "connector",
-    "language", … They take no memory for gradients and optimizer, and auxiliary losses that are for them (balance,
-    hidden z-loss, multi-token prediction) give no gradient to others."""
+    "language", … They take no memory for gradients and optimizer, and auxiliary losses that are for them give no
+    gradient to others: balance and hidden z-loss are recorded all the same, multi-token prediction does not run."""
     stall_warning_seconds: float = 30.0
     """Seconds a rank waits in one collective before the watchdog names it and the ranks that hold it up."""
 

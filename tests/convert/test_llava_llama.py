@@ -4,15 +4,17 @@ released projectors (haotian-liu/LLaVA and 01-ai/Yi, ``multimodal_projector/buil
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from released_llava import CLIP, CONNECTORS, Made
+from released_llava import CLIP, CONNECTORS, LLAMA, Made
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import mmoe
 from mmoe import cli
 from mmoe.convert import from_hf, read_hf, to_hf, verify
 from mmoe.convert.families import llava_llama
@@ -119,6 +121,7 @@ def test_names_and_fields(made: Made) -> None:
     assert all(name.startswith("vision_model.") for name in load_file(made.hf / "vit/clip/model.safetensors"))
     processor = json.loads((made.hf / "vit/clip/preprocessor_config.json").read_text())
     assert (processor["image_processor_type"], processor["do_pad"]) == ("CLIPImageProcessor", False)
+    assert processor["size"] == {"shortest_edge": 16}  # an old CLIPImageProcessor knows no other
 
 
 def test_a_published_directory(made: Made, tmp_path: Path) -> None:
@@ -132,17 +135,35 @@ def test_a_published_directory(made: Made, tmp_path: Path) -> None:
     assert imported.notes == ["it has no token for pictures: model.special.image is 0, <unk>, and pad 2"]
 
 
-@pytest.mark.parametrize(("shape", "fit"), [("square", "stretch"), (None, "stretch")])
-def test_pictures_as_processed(yi_vl: Made, tmp_path: Path, shape: str | None, fit: str) -> None:
-    assert read_hf(yi_vl.bare(tmp_path, image_aspect_ratio=shape)).recipe.data.fit == fit
+def test_a_published_directory_of_many_image_tokens(tmp_path: Path) -> None:
+    """More than a recipe's usual length, as Yi-VL has; in bf16, with the fp32 buffers of old code."""
+    encoder = dataclasses.replace(CLIP, image_size=132)
+    changes = {"encoders": (encoder,), "backbone": dataclasses.replace(LLAMA, max_position=4096)}
+    made = Made(tmp_path, "linear", "bf16", **changes | {"connector": tables.Linear(type="linear", grid=33)})
+    hf = made.bare(tmp_path)
+    tensors = load_file(hf / "model.safetensors") | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(tensors, hf / "model.safetensors")
+    from_hf(hf, tmp_path / "run")
+    recipe = mmoe.load(tmp_path / "run/checkpoints/step_00000000").recipe
+    assert (recipe.data.sequence_length, recipe.precision.dtype) == (2 * 33**2, "bf16")
+    assert verify(tmp_path / "run/checkpoints/step_00000000", hf) == []
 
 
-def test_pictures_that_are_cut(yi_vl: Made, tmp_path: Path) -> None:
-    recipe = dataclasses.replace(yi_vl.recipe, data=dataclasses.replace(yi_vl.recipe.data, fit="crop"))
+@pytest.mark.parametrize("shape", ["square", None])
+def test_pictures_as_processed(yi_vl: Made, tmp_path: Path, shape: str | None) -> None:
+    assert read_hf(yi_vl.bare(tmp_path, image_aspect_ratio=shape)).recipe.data.fit == "crop"
+
+
+@pytest.mark.parametrize(("fit", "refused"), [("crop", False), ("stretch", True)])
+def test_pictures_that_are_not_padded(
+    yi_vl: Made, tmp_path: Path, fit: Any, refused: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = dataclasses.replace(yi_vl.recipe, data=dataclasses.replace(yi_vl.recipe.data, fit=fit))
     to_hf(tmp_path, tmp_path / "hf", form="llava_llama", load=lambda _: (recipe, yi_vl.state, yi_vl.tokenizer))
+    assert ("an old CLIPImageProcessor may refuse" in capsys.readouterr().out) == refused
     (tmp_path / "hf/mmoe_recipe.toml").unlink()
     assert json.loads((tmp_path / "hf/config.json").read_text())["image_aspect_ratio"] == "square"
-    assert read_hf(tmp_path / "hf").recipe.data.fit == "crop"
+    assert read_hf(tmp_path / "hf").recipe.data.fit == fit
 
 
 def test_parts(made: Made, tmp_path: Path) -> None:
@@ -194,7 +215,7 @@ def test_a_tower_that_is_stored_with_the_rest(yi_vl: Made, tmp_path: Path) -> No
         assert torch.equal(imported.state[name], yi_vl.state[name])
     assert "left aside" in read_hf(hf).notes[-1]
     (hf / "config.json").write_text(json.dumps(yi_vl.config | {"unfreeze_mm_vision_tower": True}))
-    with pytest.raises(UserError, match="from-parts"):
+    with pytest.raises(UserError, match=r"was trained \(unfreeze_mm_vision_tower\).* in clip .*from-parts"):
         read_hf(hf)
     assert torch.equal(read_parts(yi_vl.recipe, every).state[name], yi_vl.state[name] + 1)
     save_file(load_file(hf / "model.safetensors") | {f"{STORED}more": torch.zeros(1)}, hf / "model.safetensors")

@@ -31,6 +31,7 @@ def yi_vl(tmp_path_factory: pytest.TempPathFactory) -> Made:
         ({"connector": exporting.MODEL.connector}, r"model\.connector\.type"),
         ({"backbone": exporting.MODEL.backbone, "moe": exporting.MODEL.moe}, r"model\.backbone\.type"),
         ({"backbone": dataclasses.replace(LLAMA, tied_embeddings=True)}, r"model\.backbone\.tied_embeddings"),
+        ({"backbone": dataclasses.replace(LLAMA, head_dim=16)}, r"model\.backbone\.head_dim"),
         ({"encoders": (dataclasses.replace(CLIP, final_norm=True),)}, r"model\.encoders\.0\.final_norm"),
         ({"encoders": (CLIP, dataclasses.replace(CLIP, name="other"))}, "it has one encoder, not 2"),
         ({"encoders": (exporting.MODEL.encoders[1],)}, r"model\.encoders\.0\.type"),
@@ -49,6 +50,22 @@ def test_what_is_no_llava_is_refused(yi_vl: Made, tmp_path: Path, changes: dict[
             load=lambda _: (recipe_of(**changes), yi_vl.state, yi_vl.tokenizer),
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_zero_experts_that_are_not_there(yi_vl: Made, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there are no zero experts .*\(--zero-experts drop\)"):
+        to_hf(
+            tmp_path,
+            tmp_path / "hf",
+            load=lambda _: (yi_vl.recipe, yi_vl.state, yi_vl.tokenizer),
+            zero_experts="drop",
+        )
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "vit/clip/" * 999])
+def test_a_long_name_of_the_tower(yi_vl: Made, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="nothing in it tells of the encoder"):
+        read_hf(yi_vl.bare(tmp_path, mm_vision_tower=name))
 
 
 CHANGES = [

@@ -68,7 +68,7 @@ def test_another_card_makes_the_data_again(
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("pictures", (), "nothing is known of a data set called 'pictures': prepare stamps, scenes or cv_bench"),
+        ("pictures", (), "nothing is known of a data set called 'pictures': prepare one of stamps, scenes, cv_bench"),
         ("scenes", ("--train", "0"), "--train must be at least 1"),
         ("scenes", ("--test", "-3"), "--test must be at least 1"),
         ("scenes", ("--size", "8"), "--size must be at least 16"),

@@ -66,6 +66,12 @@ def test_a_missing_data_set_in_the_current_folder_is_named(tmp_path, monkeypatch
         Source(Path("train"), name_of(Path("train")))
 
 
+@pytest.mark.parametrize("path", [Path("/"), Path("/usr")])
+def test_what_no_command_makes_is_asked_for(path):
+    with pytest.raises(UserError, match="give a folder that `mmoe data prepare` made"):
+        Source(path, name_of(path))
+
+
 def test_a_data_set_without_samples_is_refused(tmp_path):
     path = write_set(tmp_path, "one", [Sample("k", record(0), [])])
     with np.load(path / "index.npz") as index:

@@ -69,7 +69,10 @@ def test_scales_saved_by_one_process_are_gone_on_from(ranks: pool.Pools, tmp_pat
     loss, scale = (LOSS_WIDE, SCALE_WIDE) if wide else (LOSS, SCALE)
     losses, _ = fp8_jobs.train(saved=folder, wide=wide)
     _, expected = fp8_jobs.train(resumed=folder, wide=wide)
+    seen: set[str] = set()
     for got, theirs in ranks(2).run("fp8_jobs", "train", resumed=folder, wide=wide, **LAYOUTS[name]):
         assert got == pytest.approx(losses[1:], rel=loss, abs=0)
+        seen |= theirs.keys()
         for key, found in theirs.items():
             torch.testing.assert_close(found[1], expected[key][1], rtol=scale, atol=0)
+    assert seen == expected.keys()

@@ -1,6 +1,7 @@
 """Every layout trains the same model: curve, gradient norm, routing, each parameter's gradient; and goes on from a
 checkpoint of any other layout. Two runs at one layout are equal bit by bit."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,20 @@ def test_a_stage_with_nothing_to_train_saves_and_goes_on(
     for name in ("loss", "grad_norm"):
         assert whole[0][name] == pytest.approx(single[0][name], rel=CURVE), name
         assert again[0][name] == whole[0][name][3:], name
+
+
+@pytest.mark.parametrize("parallel", [{"tensor": 2, "sequence": True}, {"pipeline": 2}], ids=str)
+def test_auxiliary_losses_of_frozen_layers(ranks: pool.Pools, parallel: dict[str, Any]) -> None:
+    """Measured as by one process, and nobody's gradient."""
+    frozen = ("language.decoder.layers", "language.mtp")
+    single, split = (
+        ranks(world).run("jobs", "train", steps=2, frozen=frozen, **layout)[0]
+        for world, layout in ((1, {}), (2, parallel))
+    )
+    assert split["hidden_z_loss"][0] > 0
+    assert all(math.isnan(loss) for loss in (*single["mtp_loss"], *split["mtp_loss"]))
+    for name in ("loss", "grad_norm", "balance_loss", "hidden_z_loss"):
+        assert split[name] == pytest.approx(single[name], rel=CURVE), name
 
 
 @pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}], ids=str)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import math
 import weakref
 from typing import Any, Literal
 
@@ -158,7 +159,7 @@ def test_auxiliary_losses_are_for_what_is_trained(loss: str, frozen: bool) -> No
         backbone = dataclasses.replace(small.BACKBONE, hidden_z_coefficient=weight * (loss == "hidden z"))
         moe = dataclasses.replace(small.MIXTURE, balance_coefficient=weight * (loss == "balance"))
         mtp = MTP(loss_weight=weight) if loss == "ahead" else None
-        names = ("language.decoder", "language.mtp") if loss == "ahead" else ("language.decoder",)
+        names = ("language.decoder.layers", *(("language.mtp",) if loss == "ahead" else ()))
         recipe = dataclasses.replace(
             small.RECIPE,
             model=Model(backbone=backbone, moe=moe, mtp=mtp),
@@ -168,6 +169,10 @@ def test_auxiliary_losses_are_for_what_is_trained(loss: str, frozen: bool) -> No
         run = Stepper(recipe, build_stages(recipe))
         outcome = run.step(iter([batch()]), 0.0)
         assert outcome.taken
+        # What is measured all the same, and what does not run.
+        assert (outcome.balance_loss > 0) == (loss == "balance")
+        assert (outcome.hidden_z_loss > 0) == (loss == "hidden z")
+        assert math.isfinite(outcome.mtp_loss) == (loss == "ahead" and not frozen)
         embedding: Any = run.models[0].language.embedding.word_embeddings.weight
         return embedding.main_grad.clone()
 

@@ -14,6 +14,7 @@ from mmoe.errors import UserError
 from mmoe.recipe.checks import Problem, encoder_grid
 from mmoe.recipe.model import SVA, ConvNet, Llama, Model, ViT
 
+ARCHITECTURE = "CambrianLlamaForCausalLM"
 MODEL_TYPE = "cambrian_llama"
 CONNECTOR = re.compile(r"model\.(vision_query$|image_newline$|mm_projector(_aux_\d+)?\.|vision_sampler_(\d+|layers)\.)")
 """The connector's tensors, by their names."""
@@ -21,7 +22,7 @@ HEADS = 16
 """Of every layer: written into ``vision_sampler.py``, no field has them."""
 ENCODERS = "encoders"
 """The folder that an export has their own directories in."""
-SOURCE = "the released Cambrian-1\n(`CambrianLlamaForCausalLM` of cambrian-mllm/cambrian)"
+SOURCE = f"the released Cambrian-1\n(`{ARCHITECTURE}` of cambrian-mllm/cambrian)"
 NOTE = (
     "the released code looks for one picture a text, at image_position of config.json; it finds encoders by their "
     "published names, which mm_vision_tower_aux_list has to be given"
@@ -61,7 +62,7 @@ def to_config(model: Model, dtype: str) -> dict[str, Any]:
     return {
         **llama.to_config(model.backbone, dtype),
         **token_ids(model.special),
-        "architectures": ["CambrianLlamaForCausalLM"],
+        "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
         **_fields(model),
         "mm_vision_tower_aux_list": [f"{ENCODERS}/{encoder.name}" for encoder in model.encoders],

@@ -17,6 +17,7 @@ from mmoe.errors import UserError
 from mmoe.recipe.checks import Problem, encoder_grid
 from mmoe.recipe.model import MLP, Model, ViT
 
+ARCHITECTURE = "LlavaForConditionalGeneration"
 INNER = {"clip_vision_model": "vision_model.", "siglip_vision_model": "vision_model.", "dinov2": ""}
 """The encoders of the published models, and what stands in front of their tensors' names there."""
 NESTED = "model."
@@ -137,7 +138,7 @@ def to_config(model: Model, dtype: str) -> dict[str, Any]:
     text = language.to_config(model, dtype)
     tower = {key: value for key, value in vision.to_config(encoder).items() if key != "architectures"}
     return {
-        "architectures": ["LlavaForConditionalGeneration"],
+        "architectures": [ARCHITECTURE],
         "model_type": "llava",
         "dtype": dtype,
         "vision_config": tower,

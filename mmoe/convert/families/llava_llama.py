@@ -56,8 +56,11 @@ def problems(model: Model) -> Iterator[Problem]:
     """Why the released ``LlavaLlamaForCausalLM`` does not compute what ``model`` does; nothing where it does."""
     if not isinstance(model.backbone, Llama):
         yield "model.backbone.type", f"its language model is a 'llama', not {model.backbone.type!r}", FIX
-    elif model.backbone.tied_embeddings:
-        yield "model.backbone.tied_embeddings", "its output layer is not the embedding", FIX
+    else:
+        if model.backbone.tied_embeddings:
+            yield "model.backbone.tied_embeddings", "its output layer is not the embedding", FIX
+        if model.backbone.head_dim * model.backbone.heads != model.backbone.hidden_size:
+            yield "model.backbone.head_dim", "its heads together are as wide as the model", FIX
     yield from llava.encoder_problems(model, (CLIP.model_type,))
     connector = model.connector
     if not isinstance(connector, MLP | Linear):
@@ -167,7 +170,10 @@ def tower(directory: Path, config: dict[str, Any]) -> Path | None:
     path = PurePosixPath(named) if isinstance(named, str) and named and "\0" not in named else None
     if path is None or path.is_absolute() or ".." in path.parts or not path.parts:
         return None
-    return directory / path if (directory / path / "config.json").is_file() else None
+    try:
+        return directory / path if (directory / path / "config.json").is_file() else None
+    except OSError:  # too long a name
+        return None
 
 
 def from_config(config: dict[str, Any], where: str, encoder: dict[str, Any], whose: str) -> Model:

@@ -18,6 +18,7 @@ from mmoe.data.prepare.questions import wording
 from mmoe.data.prepare.scenes import HELD_OUT, SCENES_VERSION, TEST, TRAIN, SceneMaker
 from mmoe.data.prepare.stamps import STAMPS_VERSION, StampMaker, parts, usable
 from mmoe.data.shards import Description
+from mmoe.data.source import MADE
 from mmoe.data.tokenizer import read_tokenizer, tokenizer_hash, train_tokenizer
 from mmoe.errors import UserError
 
@@ -63,8 +64,8 @@ def run(name: str, out: Path, options: argparse.Namespace) -> None:
     Raises:
         UserError: an unknown name, an impossible option, or the source cannot be had.
     """
-    if name not in ("stamps", "scenes", "cv_bench"):
-        raise UserError(f"nothing is known of a data set called {name!r}", "", "prepare stamps, scenes or cv_bench")
+    if name not in MADE:
+        raise UserError(f"nothing is known of a data set called {name!r}", "", f"prepare one of {', '.join(MADE)}")
     for option, least in (("train", 1), ("test", 1), ("size", 16), ("workers", 1)):
         if getattr(options, option) < least:
             raise UserError(f"--{option} must be at least {least}", f"--{option} {getattr(options, option)}")
