@@ -81,10 +81,10 @@ def _curve(records: list[dict], steps: int) -> list[float]:
     return losses + [math.nan] * (steps - len(losses))
 
 
-def _study(name: str, seeds: tuple[int, ...], steps: int, data: str, threads: int, console: Console) -> list[Result]:
+def _study(name: str, seeds: tuple[int, ...], steps: int, data: str, parallel: int, console: Console) -> list[Result]:
     arms = STUDIES[name].arms
     jobs = [(index, seed) for seed in seeds for index in range(len(arms))]
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(parallel) as pool:
         futures = [pool.submit(_train, name, index, seed, steps, data) for index, seed in jobs]
         try:
             waiting = track(futures, description=STUDIES[name].title, console=console)
@@ -110,24 +110,15 @@ def run(options: Namespace) -> None:
     """The command; ``options`` as ``mmoe bench`` reads them: --only names studies, --quick runs each briefly once.
 
     Raises:
-        UserError: an option of another suite, an unknown study, a short one for the page, or a run that failed.
+        UserError: no runs at a time, an unknown study, a short one for the page, or a run that failed.
     """
     console = Console(width=160, soft_wrap=True)
-    for given, option in (
-        (options.json, "--json"),
-        (options.skip, "--skip"),
-        (options.shape != "*", "--shape"),
-        (options.emulated, "--emulated"),
-        (options.device != "cpu", "--device"),
-        (options.sweep, "--sweep"),
-        (options.profile, "--profile"),
-    ):
-        if given:
-            raise UserError("is not for `mmoe bench ablations`", option, "leave it out")
     if (options.quick or options.steps) and options.out == Path("docs"):
         raise UserError("docs/ablations.md is of studies in full", "--out", "name another folder")
     if options.steps is not None and options.steps < 10:
         raise UserError(f"{options.steps} steps are too few to warm up in", "--steps", "give at least 10")
+    if options.parallel < 1:
+        raise UserError(f"{options.parallel} runs at a time", "--parallel", "give at least 1")
     names = options.only or list(STUDIES)
     for name in names:
         if name not in STUDIES:
@@ -136,5 +127,5 @@ def run(options: Namespace) -> None:
     lengths = {name: 4 if options.quick else options.steps or STUDIES[name].steps for name in names}
     data = str(Path(options.data).resolve())
     for name in names:
-        results = _study(name, seeds, lengths[name], data, options.threads, console)
+        results = _study(name, seeds, lengths[name], data, options.parallel, console)
         console.print(f"## {page.write(options.out, name, results, seeds)}\n", highlight=False, markup=False)

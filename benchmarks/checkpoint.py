@@ -21,20 +21,13 @@ from benchmarks.report import Row
 from benchmarks.training.ours import Ours, recipe
 from mmoe.checkpoint import layout, load
 from mmoe.checkpoint.save import Saved, Saver
-from mmoe.errors import UserError
 
 ROUNDS = 5
 PIECE = 16 << 20
 
 
 def run(options: Namespace) -> None:
-    """The command; ``options`` as ``mmoe bench`` reads them.
-
-    Raises:
-        UserError: an option that is not for this.
-    """
-    if options.only or options.skip or options.emulated or options.sweep or options.profile:
-        raise UserError("`mmoe bench checkpoint` has no parts", "", "leave --only, --skip, --sweep and the like out")
+    """The command; ``options`` as ``mmoe bench`` reads them."""
     torch.set_num_threads(options.threads)
     console = Console(width=200, soft_wrap=True)
     console.print(machine(torch.device("cpu")), highlight=False)

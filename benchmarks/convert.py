@@ -25,7 +25,6 @@ from mmoe.checkpoint import layout
 from mmoe.checkpoint.load import blank, weights
 from mmoe.checkpoint.tensors import Spec, Tensors
 from mmoe.convert import from_hf, to_hf
-from mmoe.errors import UserError
 from mmoe.recipe.load import load_recipe
 from mmoe.recipe.model import Longcat, MoE
 from mmoe.recipe.schema import Precision, Recipe
@@ -38,13 +37,7 @@ RECIPE = "quickstart"
 
 
 def run(options: Namespace) -> None:
-    """The command; ``options`` as ``mmoe bench`` reads them.
-
-    Raises:
-        UserError: an option that is not for this.
-    """
-    if options.only or options.skip or options.emulated or options.sweep or options.profile:
-        raise UserError("`mmoe bench convert` has no parts", "", "leave --only, --skip, --sweep and the like out")
+    """The command; ``options`` as ``mmoe bench`` reads them."""
     torch.set_num_threads(options.threads)
     console = Console(width=200, soft_wrap=True)
     console.print(machine(torch.device("cpu")), highlight=False)

@@ -35,12 +35,8 @@ def run(options: Namespace) -> None:
     """The command; ``options`` as ``mmoe bench`` reads them.
 
     Raises:
-        UserError: an option that is not for this, or an unknown name.
+        UserError: an unknown name.
     """
-    if options.emulated or options.sweep or options.profile or options.device != "cpu":
-        raise UserError(
-            "`mmoe bench data` times whole loaders on the CPU", "", "leave --emulated, --device and the like out"
-        )
     for option, names, known in (("--only", options.only, (*OURS, FEATURES)), ("--skip", options.skip, tuple(PEERS))):
         for name in names:
             if name not in known:

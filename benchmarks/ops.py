@@ -103,8 +103,6 @@ def run(options: Namespace) -> None:
     Raises:
         UserError: an unknown operator or peer, or no such device.
     """
-    if options.sweep or options.profile:
-        raise UserError("is for `mmoe bench step`", "--sweep" if options.sweep else "--profile", "leave it out")
     known = [*emulated.OPERATORS] if options.emulated else [*OPERATORS, *TOGETHER]
     _check("--only", options.only, known)
     _check("--skip", options.skip, list(PEERS))

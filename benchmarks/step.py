@@ -22,16 +22,8 @@ def run(options: Namespace) -> None:
     """The command; ``options`` as ``mmoe bench`` reads them.
 
     Raises:
-        UserError: an option of ``bench ops``, or an unknown name to skip.
+        UserError: two things at once, or an unknown name to skip.
     """
-    for given, option in (
-        (options.only, "--only"),
-        (options.shape != "*", "--shape"),
-        (options.emulated, "--emulated"),
-        (options.device != "cpu", "--device"),
-    ):
-        if given:
-            raise UserError("is for `mmoe bench ops`", option, "leave it out")
     if options.sweep and options.profile:
         raise UserError("two things at once", "--sweep --profile", "ask for one of them")
     for name in options.skip:

@@ -10,6 +10,13 @@ from mmoe.errors import UserError
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line, as every other user error."""
 
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        """A command complains of what it does not know itself: the one above would name its own --help."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message, "", f"see `{self.prog} --help`")
 

@@ -215,11 +215,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     example = "report runs/quickstart"
     report = command(commands, "report", _report, "write report.html and report.png of a run", example)
     report.add_argument("run_directory", type=Path, metavar="DIR")
-    example = "bench ops --only router --json router.json"
-    measure = command(
-        commands, "bench", bench.run, "measure operators, training steps and choices of the model", example
-    )
-    bench.add_arguments(measure)
+    bench.add_suites(group(commands, "bench", "measure operators, training steps, loading and choices of the model"))
     doctor = command(commands, "doctor", _doctor, "what is installed and which kernels are in use", "doctor")
     text = "compare all ranks of this launch instead: versions, code, recipe, clocks, disk, bandwidth"
     doctor.add_argument("--preflight", action="store_true", help=text)

@@ -1,4 +1,4 @@
-"""A tiny whole model: its recipe, and the composition of parts that its export has to equal."""
+"""Tiny models: their recipes, random weights, and the composition of parts that an export has to equal."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +10,8 @@ from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 from mmoe.convert.families import longcat
 from mmoe.models.connectors import build_connector
 from mmoe.models.encoders import build_encoder
+from mmoe.models.multimodal import MultimodalModel, build
+from mmoe.parallel import engine
 from mmoe.recipe import model, schema
 
 MODEL = model.Model(
@@ -42,6 +44,45 @@ RECIPE = schema.Recipe(
     train=schema.Train(steps=1, global_batch=1, micro_batch=1),
     optimizer=schema.Optimizer(lr=1e-3),
 )
+
+LLAMA = model.Llama(
+    type="llama",
+    vocab_size=300,
+    hidden_size=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    ffn_hidden_size=48,
+    max_position=128,
+)
+CLIP = model.ViT(
+    name="clip",
+    type="vit",
+    image_size=16,
+    patch_size=4,
+    width=32,
+    layers=2,
+    heads=2,
+    activation="quick_gelu",
+    class_token=True,
+    pre_norm=True,
+    patch_bias=False,
+    feature_layer=-2,
+    final_norm=False,
+    pooling="norm",
+)
+
+
+def scattered(recipe: schema.Recipe) -> MultimodalModel:
+    """A model whose tensors are all random: biases, norms and whatever else begins at a constant too."""
+    engine.start(schema.Parallel(), seed=0, alone=True)
+    network = build(recipe)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in network.parameters():
+            tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
+    return network
 
 
 class Whole(torch.nn.Module):

@@ -15,17 +15,7 @@ from mmoe.recipe import model as tables
 from mmoe.recipe.model import Model
 from mmoe.recipe.schema import Recipe
 
-LLAMA = tables.Llama(
-    type="llama",
-    vocab_size=300,
-    hidden_size=32,
-    layers=3,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    ffn_hidden_size=48,
-    max_position=128,
-)
+LLAMA = dataclasses.replace(exporting.LLAMA, layers=3)
 LONGCAT = exporting.MODEL.backbone
 assert isinstance(LONGCAT, tables.Longcat)
 assert exporting.MODEL.moe is not None

@@ -12,39 +12,11 @@ import torch
 from mmoe.checkpoint.load import Loaded, weights
 from mmoe.convert import to_hf
 from mmoe.data.tokenizer import train_tokenizer
-from mmoe.models.multimodal import build
-from mmoe.parallel import engine
 from mmoe.recipe import model as tables
-from mmoe.recipe.schema import Parallel, Recipe
+from mmoe.recipe.schema import Recipe
 
-LLAMA = tables.Llama(
-    type="llama",
-    vocab_size=300,
-    hidden_size=32,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    ffn_hidden_size=48,
-    max_position=128,
-)
-CLIP = tables.ViT(
-    name="clip",
-    type="vit",
-    image_size=16,
-    patch_size=4,
-    width=24,
-    mlp_width=96,
-    layers=3,
-    heads=2,
-    activation="quick_gelu",
-    class_token=True,
-    pre_norm=True,
-    patch_bias=False,
-    feature_layer=-2,
-    final_norm=False,
-    pooling="norm",
-)
+LLAMA = exporting.LLAMA
+CLIP = dataclasses.replace(exporting.CLIP, width=24, mlp_width=96, layers=3)
 CONNECTORS = {
     "linear": tables.Linear(type="linear", grid=4),
     "mlp2x_gelu": tables.MLP(type="mlp", grid=4),
@@ -65,12 +37,7 @@ class Made:
         self.kind, self.recipe = kind, recipe_of(**{"connector": CONNECTORS[kind]} | changes)
         self.tokenizer, self.hf = folder / "tokenizer.json", folder / "hf"
         train_tokenizer(["how many zebras ?"], 300).save(str(self.tokenizer))
-        engine.start(Parallel(), seed=0, alone=True)
-        network = build(self.recipe)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for tensor in network.parameters():
-                tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
+        network = exporting.scattered(self.recipe)
         self.ours, self.state = Loaded(self.recipe, network, self.tokenizer), dict(weights(network))
         to_hf(folder, self.hf, dtype, lambda _: (self.recipe, self.state, self.tokenizer), form="llava_llama")
         self.config = json.loads((self.hf / "config.json").read_text())

@@ -127,9 +127,10 @@ def test_connectors_are_compared_at_equal_tokens() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--sweep"], "is not for `mmoe bench ablations` (--sweep)"),
+        (["--sweep"], "unrecognized arguments: --sweep: see `mmoe bench ablations --help`"),
         (["--quick"], "name another folder"),
         (["--steps", "3", "--out", "elsewhere"], "give at least 10"),
+        (["--parallel", "0"], "give at least 1"),
     ],
 )
 def test_options_that_make_no_sense_here(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

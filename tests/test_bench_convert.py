@@ -27,4 +27,4 @@ def test_rows(tmp_path: Path) -> None:
 
 def test_options_of_others(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "convert", "--sweep"]) == 2
-    assert "`mmoe bench convert` has no parts" in capsys.readouterr().err
+    assert "unrecognized arguments: --sweep: see `mmoe bench convert --help`" in capsys.readouterr().err

@@ -63,7 +63,7 @@ def test_the_two_sides_of_the_cache_train_the_same(tmp_path: Path) -> None:
     [
         (["--only", "nvjpeg"], "there is no 'nvjpeg'"),
         (["--skip", "ffcv"], "there is no 'ffcv'"),
-        (["--sweep"], "whole loaders"),
+        (["--sweep"], "unrecognized arguments: --sweep: see `mmoe bench data --help`"),
     ],
 )
 def test_what_it_does_not_have_is_refused(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:

@@ -101,13 +101,13 @@ def test_a_quick_profile(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["step", "--only", "router"], "mmoe: is for `mmoe bench ops` (--only): leave it out"),
+        (["step", "--only", "router"], "mmoe: unrecognized arguments: --only router: see `mmoe bench step --help`"),
         (["step", "--sweep", "--profile"], "mmoe: two things at once (--sweep --profile): ask for one of them"),
         (
             ["step", "--skip", "eager"],
             "mmoe: there is no 'eager' (--skip): choose from transformers, megatron, overlap",
         ),
-        (["ops", "--sweep"], "mmoe: is for `mmoe bench step` (--sweep): leave it out"),
+        (["ops", "--sweep"], "mmoe: unrecognized arguments: --sweep: see `mmoe bench ops --help`"),
     ],
 )
 def test_a_wrong_option_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,8 @@ CHAIN = [
     {"checkpoint"},
     {"train"},
     {"convert"},
-    {"evaluate", "doctor", "bench", "arguments"},
+    {"arguments"},
+    {"evaluate", "doctor", "bench"},
     {"cli"},
 ]
 for level, parts in enumerate(CHAIN):

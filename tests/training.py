@@ -117,6 +117,14 @@ def curve(out: Path) -> list[dict]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
+def last(out: Path) -> tuple[Any, dict[str, Any]]:
+    """The recipe and all weights of the last checkpoint of a run, or of a stage of one."""
+    from mmoe.checkpoint.load import state_dict
+
+    recipe, found, _ = state_dict(out / "checkpoints" / (out / "checkpoints/latest").read_text().strip())
+    return recipe, dict(found)
+
+
 def save_state(folder: Path, stepper: Any) -> None:
     """The state of a ``Stepper`` of all ranks, into the empty ``folder``."""
     from mmoe.parallel import state

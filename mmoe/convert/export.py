@@ -221,22 +221,16 @@ def _describe_llava(out: Path, recipe: Recipe, tokens: processor.Tokens, dtype: 
 
 def _describe_released(out: Path, recipe: Recipe, tokens: processor.Tokens, dtype: str, kind: str) -> list[str]:
     model, data, family = recipe.model, recipe.data, RELEASED[kind]
-    padded = data.fit == "pad"
+    padded, notes = data.fit == "pad", [family.NOTE]
     # The code pads pictures itself, before the processor: of a square "crop" makes what "stretch" does, and processors
     # of the releases' time refuse a size without a shortest edge.
-    fit: Fit = "crop"
-    notes = [family.NOTE]
-    if family is cambrian:
-        config = cambrian.to_config(model, dtype)
-    else:
-        config = llava_llama.to_config(model, dtype, padded=padded)
-        if padded:
-            notes += processor.other_border(model.encoders[0], "the released code")
-        else:
-            fit = data.fit
-        if fit == "stretch":
-            notes.append("preprocessor_config.json stretches pictures; an old CLIPImageProcessor may refuse to")
-    _write_json(out / "config.json", config)
+    fit: Fit = "crop" if padded else data.fit
+    if padded:
+        borders = [note for encoder in model.encoders for note in processor.other_border(encoder, "the released code")]
+        notes += dict.fromkeys(borders)
+    elif fit == "stretch":
+        notes.append("preprocessor_config.json stretches pictures; an old CLIPImageProcessor may refuse to")
+    _write_json(out / "config.json", family.to_config(model, dtype, padded=padded))
     _write_tokenizer(out, tokens, model.backbone.max_position, images=True)
     for encoder in model.encoders:
         folder = out / family.ENCODERS / encoder.name

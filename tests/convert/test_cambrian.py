@@ -23,39 +23,12 @@ from mmoe.convert.families import cambrian
 from mmoe.convert.parts import read_parts
 from mmoe.data.tokenizer import train_tokenizer
 from mmoe.errors import UserError
-from mmoe.models.multimodal import build
-from mmoe.parallel import engine
 from mmoe.recipe import model as tables
-from mmoe.recipe.schema import Parallel, Recipe
+from mmoe.recipe.schema import Recipe
 from mmoe.recipe.tokens import OURS
 
-LLAMA = tables.Llama(
-    type="llama",
-    vocab_size=300,
-    hidden_size=32,
-    layers=4,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    ffn_hidden_size=48,
-    max_position=128,
-)
-CLIP = tables.ViT(
-    name="clip",
-    type="vit",
-    image_size=16,
-    patch_size=4,
-    width=32,
-    layers=2,
-    heads=2,
-    activation="quick_gelu",
-    class_token=True,
-    pre_norm=True,
-    patch_bias=False,
-    feature_layer=-2,
-    final_norm=False,
-    pooling="norm",
-)
+LLAMA = dataclasses.replace(exporting.LLAMA, layers=4)
+CLIP = exporting.CLIP
 CONVNEXT = tables.ConvNeXt(
     name="convnext",
     type="convnext",
@@ -86,12 +59,7 @@ class Made:
     def __init__(self, folder: Path) -> None:
         self.tokenizer, self.hf = folder / "tokenizer.json", folder / "hf"
         train_tokenizer(["how many zebras ?"], 300).save(str(self.tokenizer))
-        engine.start(Parallel(), seed=0, alone=True)
-        network = build(RECIPE)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for tensor in network.parameters():
-                tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
+        network = exporting.scattered(RECIPE)
         self.ours, self.state = Loaded(RECIPE, network, self.tokenizer), dict(weights(network))
         to_hf(folder, self.hf, form="cambrian", load=lambda _: (RECIPE, self.state, self.tokenizer))
 
@@ -184,8 +152,16 @@ def test_every_tensor_comes_back(made: Made, tmp_path: Path) -> None:
 
 def test_the_tokens_of_its_language_model() -> None:
     special = tables.Special(pad=10, bos=11, eos=12, image=13)
-    config = cambrian.to_config(dataclasses.replace(MODEL, special=special), "float32")
+    config = cambrian.to_config(dataclasses.replace(MODEL, special=special), "float32", padded=True)
     assert {name: config[f"{name}_token_id"] for name in ("pad", "bos", "eos")} == {"pad": 10, "bos": 11, "eos": 12}
+
+
+def test_its_code_pads_in_the_colour_of_each_encoder(made: Made, tmp_path: Path, capsys) -> None:
+    tinted = (dataclasses.replace(CLIP, mean=(0.25, 0.5, 0.75)), dataclasses.replace(CONVNEXT, mean=(0.5,) * 3))
+    recipe = dataclasses.replace(RECIPE, model=dataclasses.replace(MODEL, encoders=tinted))
+    to_hf(tmp_path, tmp_path / "hf", form="cambrian", load=lambda _: (recipe, made.state, made.tokenizer))
+    noted = [line for line in capsys.readouterr().out.splitlines() if "pads with" in line]
+    assert noted == ["the released code pads with image_mean, [63, 127, 191] of 255; training padded with gray, 127.5"]
 
 
 def bare(made: Made, folder: Path) -> Path:

@@ -11,22 +11,9 @@ import transformers
 from mmoe.checkpoint.load import Loaded, weights
 from mmoe.convert import read_hf, to_hf
 from mmoe.data.tokenizer import train_tokenizer
-from mmoe.models.multimodal import build
-from mmoe.parallel import engine
 from mmoe.recipe import model as tables
-from mmoe.recipe.schema import Parallel
 
-LLAMA = tables.Llama(
-    type="llama",
-    vocab_size=300,
-    hidden_size=32,
-    layers=3,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    ffn_hidden_size=48,
-    max_position=128,
-)
+LLAMA = dataclasses.replace(exporting.LLAMA, layers=3)
 LONGCAT = dataclasses.replace(exporting.MODEL.backbone, layers=3)
 VIT = tables.ViT(name="vit", type="vit", image_size=32, patch_size=8, width=16, layers=2, heads=2)
 CONVNEXT = tables.ConvNeXt(
@@ -77,16 +64,12 @@ def test_logits_answer_and_tensors(name, tokenizer, tmp_path):
     recipe = dataclasses.replace(
         exporting.RECIPE, model=shape, data=dataclasses.replace(exporting.RECIPE.data, fit="pad")
     )
-    engine.start(Parallel(), seed=0, alone=True)
-    network = build(recipe)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for tensor in network.parameters():
-            tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
+    network = exporting.scattered(recipe)
     ours, before = Loaded(recipe, network, tokenizer), dict(weights(network))
     to_hf(tmp_path, tmp_path / "hf", load=lambda _: (recipe, before, tokenizer))
 
     theirs = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
+    generator = torch.Generator().manual_seed(2)
     images = {side: torch.randn(3, 3, side, side, generator=generator) for side in shape.image_sizes}
     sizes = torch.tensor([[40, 64], [64, 20], [50, 50]])
     picture, one = [3] * connector.tokens, len(images) == 1

@@ -16,10 +16,9 @@ from mmoe.convert.families import vision
 from mmoe.data.tokenizer import train_tokenizer
 from mmoe.models.encoders.vit import resize_position
 from mmoe.models.multimodal import build
-from mmoe.parallel import engine
 from mmoe.recipe import load_recipe
 from mmoe.recipe.model import Llama, Model, ViT
-from mmoe.recipe.schema import Parallel, Recipe
+from mmoe.recipe.schema import Recipe
 
 POSITION = "encoders.open_clip.position"
 IMAGES = 2
@@ -46,12 +45,7 @@ class Pair:
         tokenizer = folder / "tokenizer.json"
         train_tokenizer(["how many zebras ?"], 300).save(str(tokenizer))
         first, recipe = recipe_of(0), recipe_of(stage)
-        engine.start(Parallel(), seed=0, alone=True)
-        small, network = build(first), build(recipe)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for tensor in small.parameters():
-                tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
+        small, network = exporting.scattered(first), build(recipe)
         (encoder,) = recipe.model.encoders
         assert isinstance(encoder, ViT)
         state = dict(small.state_dict())
@@ -80,7 +74,9 @@ class Pair:
                 for part in ("weight", "bias")
             }
         )
-        self.pixels = torch.randn(IMAGES, 3, encoder.image_size, encoder.image_size, generator=generator)
+        self.pixels = torch.randn(
+            IMAGES, 3, encoder.image_size, encoder.image_size, generator=torch.Generator().manual_seed(2)
+        )
         picture = [3] * self.ours.image_tokens
         self.ids = torch.tensor([[1, *picture, 40, 50], [1, *picture, 60, 70]])
 

@@ -10,7 +10,7 @@ import small
 import torch
 import training
 
-from mmoe.checkpoint.load import hand_over, state_dict, weights
+from mmoe.checkpoint.load import hand_over, weights
 from mmoe.errors import Interrupted, UserError
 from mmoe.models.encoders.vit import resize_position
 from mmoe.models.multimodal import build
@@ -56,12 +56,6 @@ def staged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return recipe, root / "whole"
 
 
-def last(folder: Path) -> tuple[Recipe, dict[str, torch.Tensor]]:
-    """The recipe and all weights of a stage's last checkpoint."""
-    recipe, found, _ = state_dict(folder / "checkpoints" / (folder / "checkpoints/latest").read_text().strip())
-    return recipe, dict(found)
-
-
 def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
     """The modules in which a weight differs, encoders by name."""
     names = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
@@ -75,11 +69,11 @@ def test_each_stage_trains_what_it_thaws(staged: tuple[Path, Path]) -> None:
     assert load_recipe(run / "recipe.toml") == load_recipe(recipe)
     assert [row["step"] for row in training.curve(run / "1-align")] == [1, 2, 3]
     assert training.curve(run / "1-align")[1]["lr"] == 2e-2  # 1e-2 · √(4 packs / 1)
-    first, aligned = last(run / "1-align")
+    first, aligned = training.last(run / "1-align")
     engine.start(first.parallel, first.train.seed, alone=True)
     begin = {name: tensor.clone() for name, tensor in weights(build(first)).items()}
     assert changed(begin, aligned) == {"connector"}
-    _, tuned = last(run / "2-tune")
+    _, tuned = training.last(run / "2-tune")
     positions = {name: tuned.pop(name) for name in ("encoders.vit.position",)}
     assert positions["encoders.vit.position"].shape == (64, 16)
     del aligned["encoders.vit.position"]
@@ -89,7 +83,7 @@ def test_each_stage_trains_what_it_thaws(staged: tuple[Path, Path]) -> None:
 def test_nothing_is_lost_between_stages(staged: tuple[Path, Path]) -> None:
     """Every weight is handed on as it was; the ViT's positions are interpolated."""
     recipe, run = staged
-    (_, aligned), tune = last(run / "1-align"), load_recipe(recipe).stages[1]
+    (_, aligned), tune = training.last(run / "1-align"), load_recipe(recipe).stages[1]
     engine.start(tune.parallel, tune.train.seed, alone=True)
     model = build(tune)
     hand_over(run / "1-align/checkpoints/step_00000003", [model])

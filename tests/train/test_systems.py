@@ -12,15 +12,9 @@ import sets
 import torch
 import training
 
-from mmoe.checkpoint.load import state_dict
 from mmoe.recipe import load_recipe
 
 SYSTEMS = ["cambrian_tiny", "llava_tiny", "longcat_sva_tiny", "yi_vl_tiny"]
-
-
-def last(folder: Path) -> dict[str, torch.Tensor]:
-    """All weights of a stage's last checkpoint."""
-    return dict(state_dict(folder / "checkpoints" / (folder / "checkpoints/latest").read_text().strip())[1])
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
@@ -36,7 +30,7 @@ def test_a_stage_begins_with_the_weights_of_the_one_before(name: str, tmp_path: 
 
     folders, stages = sorted((tmp_path / "run").glob("[1-9]-*")), load_recipe(name).stages
     for before, after, stage in zip(folders[:-1], folders[1:], stages[1:], strict=True):
-        begins, ends = last(before), last(after)
+        (_, begins), (_, ends) = training.last(before), training.last(after)
         assert begins.keys() == ends.keys()
         moved = set()
         for key, tensor in begins.items():
