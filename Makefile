@@ -24,6 +24,9 @@ p = tomllib.load(open("pyproject.toml", "rb"))["project"]
 print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")
 endef
 export REQUIREMENTS
+# A worker takes a file of tests at a time, which share what they made, and has its part of the cores (tests/conftest.py).
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-full test-latest test-cuda-build test-gpu checks bench format build system cluster clean
@@ -40,17 +43,17 @@ test: build cluster ## checks, the short quickstart and every test that this mac
 	$(MAKE) --no-print-directory checks >build/checks.log 2>&1 & checks=$$!; \
 	launch/quickstart.sh --short || status=1; \
 	wait $$checks || status=1; cat build/checks.log; \
-	$(BIN)/python -m pytest --durations=25 || status=1; \
+	$(PYTEST) --durations=25 || status=1; \
 	exit $$status
 
 test-full: build cluster ## every test, the long matrices among them
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 # A run of its own: the other lane's would count as up to date.
 test-latest: build ## the short quickstart and the tests of the newest Megatron-Core's lane (Python 3.12)
 	@status=0; \
 	MMOE_RUN=runs/quickstart-short-$(VERSION) launch/quickstart.sh --short || status=1; \
-	$(BIN)/python -m pytest -m "latest and not slow" || status=1; \
+	$(PYTEST) -m "latest and not slow" || status=1; \
 	exit $$status
 
 # compute-sanitizer: without PyTorch's caching allocator, so that an access behind a tensor is one behind an allocation;

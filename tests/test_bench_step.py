@@ -1,7 +1,6 @@
 """`mmoe bench step`: its sides do the same work, and its numbers are what they say they are."""
 
 import json
-import time
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -173,20 +172,6 @@ def test_a_line_and_a_level() -> None:
     assert found["seconds_fixed"] == pytest.approx(1)
     assert found["seconds_worst_deviation"] == pytest.approx(0, abs=1e-12)
     assert sweep._flat(points) == {"seconds": pytest.approx(9 / 3 - 1), "memory": 0}
-
-
-def test_a_slow_link_is_late_by_its_bytes_one_message_after_another(balanced: Ours) -> None:
-    link = overlap.SlowLink()
-    x = torch.zeros(1000)
-    link.rate = x.nbytes / 0.05
-    start = time.perf_counter()
-    works = [link(torch.empty_like(x), x, async_op=True) for _ in range(2)]
-    assert time.perf_counter() - start < 0.04, "nobody waits yet"
-    for work, due in zip(works, (0.05, 0.1), strict=True):
-        work.wait()
-        assert time.perf_counter() - start >= due
-    assert link.slept == pytest.approx(0.1, abs=0.02)
-    assert link.bytes == 2 * x.nbytes
 
 
 def test_an_operator_of_the_backward_belongs_to_the_part_of_its_forward() -> None:
