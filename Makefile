@@ -24,7 +24,8 @@ p = tomllib.load(open("pyproject.toml", "rb"))["project"]
 print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")
 endef
 export REQUIREMENTS
-# A worker takes a file of tests at a time, which share what they made, and has its part of the cores (tests/conftest.py).
+# A worker takes a file at a time, whose tests share what they made, and has its part of the cores.
+# In the order of collection: by their number of tests the longest files, of few tests, would come last.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 

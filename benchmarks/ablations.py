@@ -110,15 +110,13 @@ def run(options: Namespace) -> None:
     """The command; ``options`` as ``mmoe bench`` reads them: --only names studies, --quick runs each briefly once.
 
     Raises:
-        UserError: no runs at a time, an unknown study, a short one for the page, or a run that failed.
+        UserError: an unknown study, a short one for the page, or a run that failed.
     """
     console = Console(width=160, soft_wrap=True)
     if (options.quick or options.steps) and options.out == Path("docs"):
         raise UserError("docs/ablations.md is of studies in full", "--out", "name another folder")
     if options.steps is not None and options.steps < 10:
         raise UserError(f"{options.steps} steps are too few to warm up in", "--steps", "give at least 10")
-    if options.parallel < 1:
-        raise UserError(f"{options.parallel} runs at a time", "--parallel", "give at least 1")
     names = options.only or list(STUDIES)
     for name in names:
         if name not in STUDIES:

@@ -26,6 +26,8 @@ def run(options: Namespace) -> None:
     """
     if options.sweep and options.profile:
         raise UserError("two things at once", "--sweep --profile", "ask for one of them")
+    if (options.sweep or options.profile) and (options.json or options.skip):
+        raise UserError("rows of peers are of neither --sweep nor --profile", "--json, --skip", "leave them out")
     for name in options.skip:
         if name not in KNOWN:
             raise UserError(f"there is no {name!r}", "--skip", f"choose from {', '.join(KNOWN)}")

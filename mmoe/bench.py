@@ -38,14 +38,22 @@ SUITES = {
 }
 """Of each: what it measures, an example, and its options."""
 
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return number
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "json": {"type": Path, "metavar": "FILE", "help": "write every row here"},
     "only": {"action": "extend", "nargs": "+", "default": [], "metavar": "NAME", "help": "these alone"},
     "skip": {"action": "extend", "nargs": "+", "default": [], "metavar": "PEER", "help": "leave these peers out"},
     "shape": {"default": "*", "metavar": "PATTERN", "help": "these shapes alone, for example 'LongCat*'"},
-    "quick": {"action": "store_true", "help": "tiny shapes, few repeats: does it run, not how fast"},
-    "threads": {"type": int, "default": 2, "metavar": "N", "help": "CPU threads of every side (default: 2)"},
-    "parallel": {"type": int, "default": 2, "metavar": "N", "help": "runs at a time, a thread each (default: 2)"},
+    "quick": {"action": "store_true", "help": "briefly and small: does it run, not how fast or well"},
+    "threads": {"type": _positive, "default": 2, "metavar": "N", "help": "CPU threads of every side (default: 2)"},
+    "parallel": {"type": _positive, "default": 2, "metavar": "N", "help": "runs at a time, a thread each (default: 2)"},
     "emulated": {
         "action": "store_true",
         "help": "count the CUDA kernels' memory traffic on the emulator instead: bytes, sectors, bank conflicts",
@@ -72,7 +80,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "type": Path,
         "default": Path("docs"),
         "metavar": "DIR",
-        "help": "where pages and figures are written (default: docs)",
+        "help": "where pages and figures are written (default: docs, which ablations fill in full alone)",
     },
 }
 """What each option takes, as every suite has it that has it."""

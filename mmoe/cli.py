@@ -215,7 +215,9 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     example = "report runs/quickstart"
     report = command(commands, "report", _report, "write report.html and report.png of a run", example)
     report.add_argument("run_directory", type=Path, metavar="DIR")
-    bench.add_suites(group(commands, "bench", "measure operators, training steps, loading and choices of the model"))
+    bench.add_suites(
+        group(commands, "bench", "measure operators, steps, loading and choices of the model; needs a checkout")
+    )
     doctor = command(commands, "doctor", _doctor, "what is installed and which kernels are in use", "doctor")
     text = "compare all ranks of this launch instead: versions, code, recipe, clocks, disk, bandwidth"
     doctor.add_argument("--preflight", action="store_true", help=text)

@@ -1,7 +1,6 @@
 """`mmoe bench step`: its sides do the same work, and its numbers are what they say they are."""
 
 import json
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +12,6 @@ from benchmarks import report
 from benchmarks.training import breakdown, compare, flops, overlap, peers, sweep
 from benchmarks.training.ours import Ours, batch, recipe, routings
 from mmoe import cli
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +51,9 @@ def test_a_slow_link_takes_bytes_over_rate_one_transfer_after_another(monkeypatc
         clock.now += seconds
 
     monkeypatch.setattr(overlap, "time", SimpleNamespace(perf_counter=lambda: clock.now, sleep=sleep))
-    monkeypatch.setattr(overlap.dist, "all_to_all_single", lambda *_, **__: SimpleNamespace(wait=lambda: None))
+    waited: list[None] = []
+    handle = SimpleNamespace(wait=lambda: waited.append(None))
+    monkeypatch.setattr(overlap.dist, "all_to_all_single", lambda *_, **__: handle)
     link = overlap.SlowLink()
     link(None, torch.zeros(10))
     assert (link.bytes, clock.now) == (40, 100.0), "without a rate it is as fast as it goes"
@@ -74,6 +68,7 @@ def test_a_slow_link_takes_bytes_over_rate_one_transfer_after_another(monkeypatc
     assert clock.now == 104.0
     link(None, torch.zeros(10))
     assert (clock.now, link.bytes) == (106.0, 160), "whoever does not ask for async waits at once"
+    assert len(waited) == 5, "for the transfer itself too"
 
 
 @pytest.mark.slow
@@ -102,6 +97,11 @@ def test_a_quick_profile(tmp_path: Path) -> None:
     [
         (["step", "--only", "router"], "mmoe: unrecognized arguments: --only router: see `mmoe bench step --help`"),
         (["step", "--sweep", "--profile"], "mmoe: two things at once (--sweep --profile): ask for one of them"),
+        (
+            ["step", "--sweep", "--json", "rows.json"],
+            "mmoe: rows of peers are of neither --sweep nor --profile (--json, --skip): leave them out",
+        ),
+        (["step", "--threads", "0"], "mmoe: argument --threads: 0 is below 1: see `mmoe bench step --help`"),
         (
             ["step", "--skip", "eager"],
             "mmoe: there is no 'eager' (--skip): choose from transformers, megatron, overlap",

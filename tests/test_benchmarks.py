@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,6 @@ from benchmarks.report import Row, Target
 from mmoe import bench, cli
 
 FIELDS = {"name", "shape", "dtype", "ours", "peer", "peer_name", "unit", "ratio", "ceiling", "target", "met", "spread"}
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def quick_cases() -> list[Case]:

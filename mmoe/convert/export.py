@@ -226,11 +226,12 @@ def _describe_released(out: Path, recipe: Recipe, tokens: processor.Tokens, dtyp
     # of the releases' time refuse a size without a shortest edge.
     fit: Fit = "crop" if padded else data.fit
     if padded:
-        borders = [note for encoder in model.encoders for note in processor.other_border(encoder, "the released code")]
-        notes += dict.fromkeys(borders)
+        for encoder in model.encoders:
+            notes += processor.other_border(encoder, f"{encoder.name}: the released code")
     elif fit == "stretch":
         notes.append("preprocessor_config.json stretches pictures; an old CLIPImageProcessor may refuse to")
-    _write_json(out / "config.json", family.to_config(model, dtype, padded=padded))
+    shape = {"image_aspect_ratio": "pad" if padded else "square"}
+    _write_json(out / "config.json", family.to_config(model, dtype) | shape)
     _write_tokenizer(out, tokens, model.backbone.max_position, images=True)
     for encoder in model.encoders:
         folder = out / family.ENCODERS / encoder.name

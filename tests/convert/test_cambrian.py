@@ -152,16 +152,20 @@ def test_every_tensor_comes_back(made: Made, tmp_path: Path) -> None:
 
 def test_the_tokens_of_its_language_model() -> None:
     special = tables.Special(pad=10, bos=11, eos=12, image=13)
-    config = cambrian.to_config(dataclasses.replace(MODEL, special=special), "float32", padded=True)
+    config = cambrian.to_config(dataclasses.replace(MODEL, special=special), "float32")
     assert {name: config[f"{name}_token_id"] for name in ("pad", "bos", "eos")} == {"pad": 10, "bos": 11, "eos": 12}
 
 
 def test_its_code_pads_in_the_colour_of_each_encoder(made: Made, tmp_path: Path, capsys) -> None:
-    tinted = (dataclasses.replace(CLIP, mean=(0.25, 0.5, 0.75)), dataclasses.replace(CONVNEXT, mean=(0.5,) * 3))
+    tinted = (dataclasses.replace(CLIP, mean=(0.25, 0.5, 0.75)), dataclasses.replace(CONVNEXT, mean=(0.5, 0.25, 0.5)))
     recipe = dataclasses.replace(RECIPE, model=dataclasses.replace(MODEL, encoders=tinted))
     to_hf(tmp_path, tmp_path / "hf", form="cambrian", load=lambda _: (recipe, made.state, made.tokenizer))
     noted = [line for line in capsys.readouterr().out.splitlines() if "pads with" in line]
-    assert noted == ["the released code pads with image_mean, [63, 127, 191] of 255; training padded with gray, 127.5"]
+    colours = {"clip": [63, 127, 191], "convnext": [127, 63, 127]}
+    assert noted == [
+        f"{name}: the released code pads with image_mean, {colour} of 255; training padded with gray, 127.5"
+        for name, colour in colours.items()
+    ]
 
 
 def bare(made: Made, folder: Path) -> Path:

@@ -12,6 +12,7 @@ import sets
 import torch
 import training
 
+from mmoe.convert import verify
 from mmoe.evaluate.generate import generate
 from mmoe.recipe import load_recipe
 
@@ -66,11 +67,14 @@ def test_the_whole_story(name: str, tmp_path: Path) -> None:
             ended = json.loads((before / f"evaluation/loss-{split}-heldout.json").read_text())["loss"]
             begun = json.loads((after / f"evaluation/begin/loss-{split}-heldout.json").read_text())["loss"]
             assert (ended == begun) == (sizes[0] == sizes[1]), (before.name, split)
-    # Maybe with nothing: a few steps are too few to learn what a text begins with.
     checkpoint = folders[-1] / "checkpoints" / (folders[-1] / "checkpoints/latest").read_text().strip()
-    answer = generate(checkpoint, "what is this ?", [run / "heldout.png"])
-    assert (run / "answer.txt").read_text() == f"{answer}\n"
-    assert json.loads((run / "hf/config.json").read_text())["architectures"]
+    assert verify(checkpoint, run / "hf") == []
+    answer = (run / "answer.txt").read_text()
+    (architecture,) = json.loads((run / "hf/config.json").read_text())["architectures"]
+    if architecture == "LlavaForConditionalGeneration":  # its processor rounds pixels to 8 bits: another text may win
+        assert answer.endswith("\n")
+    else:  # maybe nothing: a few steps are too few to learn what a text begins with
+        assert answer == generate(checkpoint, "what is this ?", [run / "heldout.png"]) + "\n"
     heads = "".join(f"<th>{folder.name[2:]}</th>" for folder in folders)
     _, _, losses = (run / "report.html").read_text().partition("<h2>Held-out loss")
-    assert f"<tr><th></th>{heads}</tr>" in losses
+    assert f"<tr><th></th>{heads}</tr>" in losses.partition("<h2>")[0]

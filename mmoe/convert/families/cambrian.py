@@ -55,9 +55,9 @@ def table(model: Model) -> Table:
     return connector(model) + llama.table(model.backbone)
 
 
-def to_config(model: Model, dtype: str, *, padded: bool) -> dict[str, Any]:
-    """Its ``config.json``; ``padded``: pictures are, to a square. The towers' names are those of the folders that the
-    encoders are in, in the place of those by which the released code finds published ones."""
+def to_config(model: Model, dtype: str) -> dict[str, Any]:
+    """Its ``config.json`` but ``image_aspect_ratio``. The towers' names are those of the folders that the encoders are
+    in, in the place of those by which the released code finds published ones."""
     assert isinstance(model.backbone, Llama)
     return {
         **llama.to_config(model.backbone, dtype),
@@ -73,7 +73,6 @@ def to_config(model: Model, dtype: str, *, padded: bool) -> dict[str, Any]:
         "mm_vision_select_feature": "patch",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
-        "image_aspect_ratio": "pad" if padded else "square",
         "image_position": 1,
         "unfreeze_mm_vision_tower": False,
         "use_mm_proj": True,

@@ -135,8 +135,8 @@ def _affine(ours: str, theirs: str) -> list[Entry]:
     return [Entry(f"{ours}.{part}", (f"{theirs}.{part}",)) for part in ("weight", "bias")]
 
 
-def to_config(model: Model, dtype: str, *, padded: bool) -> dict[str, Any]:
-    """Its ``config.json``; ``padded``: pictures are, to a square."""
+def to_config(model: Model, dtype: str) -> dict[str, Any]:
+    """Its ``config.json`` but ``image_aspect_ratio``."""
     assert isinstance(model.backbone, Llama)
     encoder = _encoder(model)
     normed = isinstance(model.connector, MLP) and model.connector.norm
@@ -152,7 +152,6 @@ def to_config(model: Model, dtype: str, *, padded: bool) -> dict[str, Any]:
         "mm_vision_select_feature": "patch",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
-        "image_aspect_ratio": "pad" if padded else "square",
         "use_mm_proj": True,
     }
 
