@@ -130,7 +130,7 @@ def test_connectors_are_compared_at_equal_tokens() -> None:
         (["--sweep"], "unrecognized arguments: --sweep: see `mmoe bench ablations --help`"),
         (["--quick"], "name another folder"),
         (["--steps", "3", "--out", "elsewhere"], "give at least 10"),
-        (["--parallel", "0"], "argument --parallel: 0 is below 1"),
+        (["--parallel", "0"], "argument --parallel: '0' is no whole number from 1 on"),
     ],
 )
 def test_options_that_make_no_sense_here(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,7 +101,13 @@ def test_a_quick_profile(tmp_path: Path) -> None:
             ["step", "--sweep", "--json", "rows.json"],
             "mmoe: rows of peers are of neither --sweep nor --profile (--json, --skip): leave them out",
         ),
-        (["step", "--threads", "0"], "mmoe: argument --threads: 0 is below 1: see `mmoe bench step --help`"),
+        *(
+            (
+                ["step", "--threads", wrong],
+                f"mmoe: argument --threads: {wrong!r} is no whole number from 1 on: see `mmoe bench step --help`",
+            )
+            for wrong in ("0", "two")
+        ),
         (
             ["step", "--skip", "eager"],
             "mmoe: there is no 'eager' (--skip): choose from transformers, megatron, overlap",
